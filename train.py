@@ -1,8 +1,8 @@
 """Specialise a language model to a task.
 
-    python train.py --config configs/my_run.yaml            one process, CPU or one GPU
-    python train.py --config configs/my_run.yaml --check    check everything but the weights
-    accelerate launch --config_file accelerate_configs/ddp.yaml train.py --config my_run.yaml
+    python train.py my_run.yaml --check    check everything but the weights
+    python train.py my_run.yaml            one process, CPU or one GPU
+    accelerate launch --config_file accelerate_configs/ddp.yaml train.py my_run.yaml
 
 finetune/loop.py shows the run from top to bottom. It imports torch; --help and errors of the config
 come first, without waiting for it.

@@ -24,70 +24,89 @@ from safetensors.torch import load_file, save_file
 
 
 def main() -> None:
-    wanted = json.loads(sys.argv[1])
-    out, base = Path(wanted["out"]), Path(wanted["out"]).parent / "base"
-    shape = json.loads((Path(wanted["model"]) / "config.json").read_text())
-    convert(Path(wanted["model"]), base, shape)
-    rows = [json.loads(line) for line in Path(wanted["rows"]).read_text().splitlines()]
-    samples = [{"instruction": row["prompt"], "output": row["completion"]} for row in rows]
+    asked = json.loads(sys.argv[1])
+    out, base = Path(asked["out"]), Path(asked["out"]).parent / "base"
+    shape = json.loads((Path(asked["model"]) / "config.json").read_text())
+    convert(Path(asked["model"]), base, shape)
+    write_rows(Path(asked["rows"]), base)
+    supervised = count_supervised()
+    tune(asked, base, out.parent / "lit")
+    export(out.parent / "lit/final", out, shape)
+    measured = {
+        "steps": steps_of(out.parent / "lit"),
+        "supervised": sum(supervised),
+        "gpu_gb": torch.cuda.max_memory_allocated() / 1e9,
+    }
+    (out / "measured.json").write_text(json.dumps(measured))
+
+
+def write_rows(rows: Path, base: Path) -> None:
+    """Write the rows as LitGPT reads them, next to the converted base."""
+    read = [json.loads(line) for line in rows.read_text().splitlines()]
+    samples = [{"instruction": row["prompt"], "output": row["completion"]} for row in read]
     (base / "train.json").write_text(json.dumps(samples))
     (base / "val.json").write_text(json.dumps(samples[:2]))
 
-    supervised, loss = 0, full.chunked_cross_entropy
 
-    def counted(
-        logits: Any, targets: torch.Tensor, *arguments: Any, **keywords: Any
-    ) -> torch.Tensor:
-        nonlocal supervised
-        supervised += int((targets != -100).sum()) if torch.is_grad_enabled() else 0
-        return loss(logits, targets, *arguments, **keywords)
+def count_supervised() -> list[int]:
+    """Return a list that gets the number of supervised tokens of each training pass."""
+    counts: list[int] = []
+    loss = full.chunked_cross_entropy
+
+    def counted(logits: Any, labels: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
+        if torch.is_grad_enabled():
+            counts.append(int((labels != -100).sum()))
+        return loss(logits, labels, *arguments, **keywords)
 
     full.chunked_cross_entropy = counted
+    return counts
+
+
+def tune(asked: dict[str, Any], base: Path, out: Path) -> None:
+    """Run LitGPT's full fine-tuning with the settings of the other contenders."""
     # A constant learning rate, as in the other runs; LitGPT always warms up and decays.
     full.get_lr_scheduler = lambda optimizer, **_: torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda _: 1.0
     )
     full.save_hyperparameters = lambda *_: None  # it would parse the command line
-    size = wanted["settings"]["batch_size"]
+    size = asked["settings"]["batch_size"]
     adamw = {"lr": 1e-3, "weight_decay": 0.0, "fused": True}
     full.setup(
         base,
-        out_dir=out.parent / "lit",
-        precision="bf16-mixed" if wanted["precision"] == "bf16" else "32-true",
+        out_dir=out,
+        precision="bf16-mixed" if asked["precision"] == "bf16" else "32-true",
         data=JSON(base, mask_prompt=True, prompt_style=Default(), num_workers=0),
         train=TrainArgs(
             global_batch_size=size,
             micro_batch_size=size,
-            max_steps=wanted["steps"],
+            max_steps=asked["steps"],
             epochs=9,
-            max_seq_length=wanted["max_length"],
+            max_seq_length=asked["max_length"],
             lr_warmup_steps=1,
         ),
         eval=EvalArgs(interval=10**6, max_new_tokens=1, final_validation=False),
         optimizer={"class_path": "torch.optim.AdamW", "init_args": adamw},
     )
+
+
+def steps_of(folder: Path) -> list[tuple[int, float]]:
+    """Return (tokens, seconds) of each step that LitGPT logged."""
     steps, before = [], 0
-    with next((out.parent / "lit").rglob("metrics.csv")).open() as lines:
+    with next(folder.rglob("metrics.csv")).open() as lines:
         for line in csv.DictReader(lines):
-            steps.append((int(float(line["tokens"])) - before, float(line["iter_time"])))
-            before = int(float(line["tokens"]))
-    convert_lit_checkpoint(out.parent / "lit" / "final", out)
+            tokens = int(float(line["tokens"]))
+            steps.append((tokens - before, float(line["iter_time"])))
+            before = tokens
+    return steps
+
+
+def export(trained: Path, out: Path, shape: dict[str, Any]) -> None:
+    """Save the trained model as transformers opens it."""
+    convert_lit_checkpoint(trained, out)
     weights = torch.load(out / "model.pth", mmap=True)
-    save_file(
-        {name: weight.clone() for name, weight in weights.items()},
-        out / "model.safetensors",
-        {"format": "pt"},
-    )
+    whole = {name: weight.clone() for name, weight in weights.items()}
+    save_file(whole, out / "model.safetensors", {"format": "pt"})
     (out / "config.json").write_text(json.dumps(shape | {"tie_word_embeddings": False}))
-    (out / "measured.json").write_text(
-        json.dumps(
-            {
-                "steps": steps,
-                "supervised": supervised,
-                "gpu_gb": torch.cuda.max_memory_allocated() / 1e9,
-            }
-        )
-    )
 
 
 def convert(model: Path, base: Path, shape: dict[str, Any]) -> None:

@@ -37,15 +37,13 @@ def now() -> float:
     return time.perf_counter()
 
 
-def main() -> None:
-    wanted = json.loads(sys.argv[1])
-    out = Path(wanted["out"])
+def config_of(wanted: dict[str, Any], out: Path) -> SFTConfig:
     settings = {"gradient_checkpointing": False, "attn_implementation": "sdpa"} | wanted["settings"]
     model = {
         "attn_implementation": settings.pop("attn_implementation"),
         "dtype": wanted.get("dtype", "float32"),
     }
-    config = SFTConfig(
+    return SFTConfig(
         output_dir=str(out),
         max_steps=wanted["steps"],
         max_length=wanted["max_length"],
@@ -61,6 +59,12 @@ def main() -> None:
         model_init_kwargs=model,
         **settings,
     )
+
+
+def main() -> None:
+    wanted = json.loads(sys.argv[1])
+    out = Path(wanted["out"])
+    config = config_of(wanted, out)
     clock = Clock()
     rows = load_dataset(
         "json", data_files=wanted["rows"], split="train", cache_dir=str(out.parent / "cache")

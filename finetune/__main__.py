@@ -30,11 +30,12 @@ COMMANDS = {
         "forecast the memory of a run, the topologies it fits on, and what to change",
     ),
     "curves": ("finetune.curves", "plot loss, learning rate, gradient norm and speed of runs"),
-    "export": ("finetune.export.merge", "merge an adapter into its base and save full weights"),
+    "merge": ("finetune.export.merge", "merge an adapter into its base and save full weights"),
+    "export": ("finetune.export.merge", "export --merge: the same as merge"),
 }
 OTHERS = {
-    "merge": "merge RUN --output FOLDER: the same as export --merge --model RUN",
     "train": "train in this process, as train.py does; train --help lists every setting",
+    "check": "check everything but the weights, as train --check does",
     "launch": "start train.py as `accelerate launch` does, and pass on signals and exit codes",
     "schema": "JSON schema of the run config, for editors",
 }
@@ -55,12 +56,9 @@ def main(argv: list[str] | None = None) -> int:
     paths.give_home()
     if argv[:1] == ["launch"]:  # its arguments are those of `accelerate launch`
         return _launch(argv[1:])
-    if argv[:1] == ["train"]:
-        sys.argv = [str(places.TRAIN), *argv[1:]]
+    if argv[:1] in (["train"], ["check"]):
+        sys.argv = [str(places.TRAIN), *argv[1:], *(["--check"] if argv[0] == "check" else [])]
         runpy.run_path(str(places.TRAIN), run_name="__main__")  # ends the process
-    if argv[:1] == ["merge"]:
-        models = ["--model"] if argv[1:2] and not argv[1].startswith("-") else []
-        argv = ["export", "--merge", *models, *argv[1:]]
     if halves := [word for word in argv if paths.half_characters(word, "it")]:
         what = "holds half a character, or bytes that are not UTF-8"
         print(f"error: {paths.shown(halves[0])}: {what}", file=sys.stderr)
@@ -104,8 +102,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         if argv[:1] == [name]:
             note_repeats(command)
             importlib.import_module(module).add_arguments(command)
+    if argv[:1] == ["export"]:
+        what = "merge adapters into their base"
+        commands.choices["export"].add_argument(
+            "--merge", action="store_true", required=True, help=what
+        )
     for name, text in OTHERS.items():
-        commands.add_parser(name, help=text)
+        commands.add_parser(name, help=text, description=text)
     arguments, settings = parser.parse_known_args(argv)
     if settings and arguments.command != "plan":
         commands.choices[arguments.command].error(f"unrecognized arguments: {' '.join(settings)}")

@@ -75,7 +75,11 @@ def read(name: str) -> OwnCode:
     path, content, digest = _sources(place)
     if (known := _READ.get(name)) and known.sha256 == digest:
         return known
-    module = _execute(path, content, digest) if _is_file(place) else _import(place, path)
+    try:
+        is_file = _is_file(place)
+        module = _execute(path, content, digest) if is_file else importlib.import_module(place)
+    except (Exception, SystemExit) as exc:
+        raise _failed(exc, path) from exc
     if not hasattr(module, attribute):
         raise ConfigError(f"{shown(path)} defines no {attribute}; {_defined(module, attribute)}")
     _READ[name] = OwnCode(name, path, digest, getattr(module, attribute))
@@ -150,9 +154,9 @@ def _execute(path: Path, content: bytes, sha256: str) -> ModuleType:
     here = os.getcwd()
     try:
         exec(compile(content, str(path), "exec"), vars(module))
-    except (Exception, SystemExit) as exc:
+    except BaseException:
         del sys.modules[module.__name__]
-        raise _failed(exc, path) from exc
+        raise
     finally:
         os.chdir(here)  # other paths of the config are relative to it
     return module
@@ -171,13 +175,6 @@ def _path_of_module(place: str) -> Path:
     if found is None or not found.has_location or found.origin is None:
         raise ConfigError(f"no module {place} can be imported here; name a file as {EXPECTED}")
     return Path(found.origin)
-
-
-def _import(place: str, path: Path) -> ModuleType:
-    try:
-        return importlib.import_module(place)
-    except (Exception, SystemExit) as exc:
-        raise _failed(exc, path) from exc
 
 
 def _failed(exc: BaseException, path: Path) -> FinetuneError:

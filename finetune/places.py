@@ -16,18 +16,23 @@ TRAIN = SHIPPED / "train.py"
 BEATS, RUN = "FINETUNE_BEATS", "run"
 REPLAY_OF = "FINETUNE_REPLAY_OF"  # the directory of the run that they repeat
 LAUNCHER = "FINETUNE_LAUNCHER"  # the process number of the launcher
-COMMAND = "FINETUNE_COMMAND"  # how the user calls the program
+COMMAND = "FINETUNE_COMMAND"  # how the user calls the program, if not as train.py
+MODULE = "python -m finetune"
 
 
 def note_command(program: str) -> None:
     """Remember how the user calls the program. `program`: sys.argv[0]."""
-    if Path(program).stem == "finetune":
-        os.environ[COMMAND] = "finetune"
+    os.environ[COMMAND] = "finetune" if Path(program).stem == "finetune" else MODULE
 
 
 def command() -> str:
     """Return how to call the program again, for messages."""
-    return "finetune" if os.environ.get(COMMAND) == "finetune" else "python -m finetune"
+    return "finetune" if os.environ.get(COMMAND) == "finetune" else MODULE
+
+
+def train_command() -> str:
+    """Return how the user trains: `train.py`, or the command `train`."""
+    return f"{command()} train" if COMMAND in os.environ else "train.py"
 
 
 def found(name: str) -> str:

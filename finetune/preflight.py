@@ -7,7 +7,9 @@ from typing import Any
 from finetune import extras, own_code
 from finetune.config import Config, base, code_identity
 from finetune.config import fields as config_fields
-from finetune.data import batches, examples, order, readers, rows, templates, tokens
+from finetune.data import batches, examples, order, readers, rows, source_files, templates, tokens
+from finetune.data.chat_templates import load as load_template
+from finetune.data.source_files import Sources
 from finetune.engine import optim, trackers
 from finetune.engine.topology import Topology
 from finetune.errors import ConfigError, DataError, ModelError
@@ -40,7 +42,7 @@ class Data:
     eval: batches.Batches | None
     num_steps: int
     new_token_ids: list[int]
-    sources: readers.Sources
+    sources: Sources
     num_eval_known: int
     """Evaluation examples that are also trained on."""
     identity: dict[str, Any]
@@ -118,9 +120,9 @@ def _require_packages(config: Config) -> None:
         extras.require("bitsandbytes", f"optimizer.kind: {config.optimizer.kind}")
 
 
-def _checked_rows(wanted: config_fields.Data, topology: Topology) -> tuple[readers.Sources, str]:
+def _checked_rows(wanted: config_fields.Data, topology: Topology) -> tuple[Sources, str]:
     """Return the files to read and the format of their rows. Raise UserError for wrong ones."""
-    sources = readers.sources(wanted.train, wanted.eval)
+    sources = source_files.sources(wanted.train, wanted.eval)
     files = [*sources.train, *sources.eval]
     if wanted.text_unit != "line" and not any(map(readers.is_text, files)):
         raise ConfigError("data.text_unit: would be ignored: no source is a .txt file; remove it")
@@ -161,14 +163,14 @@ def _template(
             "data.template, data.system_prompt: would be ignored: rows of text have no turns; "
             "remove them"
         )
-    return templates.load(
+    return load_template(
         wanted.template, format, tokenizer.chat_template, tokenizer.special_tokens_map,
         tokenizer.get_added_vocab(), date,
     )  # fmt: skip
 
 
 def _examples(
-    config: Config, sources: readers.Sources, template: templates.Template, tokenizer: Any,
+    config: Config, sources: Sources, template: templates.Template, tokenizer: Any,
     options: tokens.Options,
 ) -> tuple[Any, Any, int, int]:  # fmt: skip
     """Return (training examples, evaluation examples or None, how many are in both, all rows)."""

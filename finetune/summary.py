@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from finetune import own_code
-from finetune.config import Config, Lora, accumulation_steps, base, own_codes, usual_lr
+from finetune.config import Config, Lora, accumulation_steps, base, own_codes, quantized, usual_lr
 from finetune.config import fields as config_fields
-from finetune.data import readers, templates
+from finetune.data import chat_templates, readers, templates
 from finetune.engine.topology import Topology
 from finetune.errors import DataError
 from finetune.objectives import chosen
@@ -62,7 +62,7 @@ def _data_lines(config: Config, topology: Topology, data: Data) -> list[str]:
         f"{_counted(topology.num_data, 'process')})"
         + (f", each shared by {num_context}" if num_context > 1 else "")
         + (f"; {natural:,} without train.max_steps" if data.num_steps < natural else ""),
-        *_methods(config, base.quantization(data.model_config.to_dict()) is not None),
+        *_methods(config, quantized.quantization(data.model_config.to_dict()) is not None),
     ]
     if config.data.packing:
         full = train.lengths.sum() / (len(train) * config.data.max_length)
@@ -203,7 +203,7 @@ def _template_notes(config: Config, data: Data) -> Iterator[str]:
     if has_turns and data.tokenizer.chat_template and template.name != "chat":
         # Suppress: the model's own template need not be usable.
         with contextlib.suppress(DataError, templates.BrokenTemplate):
-            own = templates.load(
+            own = chat_templates.load(
                 "chat", "messages", data.tokenizer.chat_template, template.special_tokens, {},
                 template.date,
             )  # fmt: skip

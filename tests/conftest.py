@@ -7,6 +7,7 @@ import gc
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,8 @@ os.environ.setdefault(
 os.environ["HF_HUB_OFFLINE"] = "1"
 if not Path("/dev/nvidia0").exists():  # Triton reads it when it is first imported
     os.environ["TRITON_INTERPRET"] = "1"
+# Else importing torch spends 2 s of CPU on collecting garbage that it does not make.
+gc.set_threshold(200_000, 20, 100)
 
 pytest_plugins = ["durations"]
 TINY_LLAMA = {
@@ -60,6 +63,21 @@ def tracked() -> list[str]:
 
 def losses(run: Path) -> list[float]:
     return [line["loss"] for line in read_jsonl(run / "metrics.jsonl")]
+
+
+def pretrained(model: Path | str, **changes: Any) -> dict[str, Any]:
+    """Return the settings of a run on saved weights."""
+    return {
+        "model__init": "pretrained", "model__path": str(model), "model__config": None,
+        "model__tokenizer": None, **changes,
+    }  # fmt: skip
+
+
+def tiny_llama(**changes: Any) -> Any:
+    """Return the config of a two-layer Llama."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**TINY_LLAMA | changes)
 
 
 class Workshop:
@@ -110,6 +128,12 @@ class Workshop:
         path = self.run_dir() / log
         return path.read_text().count("\n") if path.exists() else 0
 
+    def copy_of(self, run: Path, left_out: Sequence[str] = ()) -> Path:
+        """Copy a run of another workshop, to go on with it here; return the run directory."""
+        shutil.copytree(run, self.run_dir(run.name), ignore=shutil.ignore_patterns(*left_out))
+        self.rows = run.parents[1] / "rows.jsonl"
+        return self.run_dir(run.name)
+
     def train(self, name: str = "run", **changes: Any) -> Path:
         """Train in this process and return the run directory; raise the errors of train.py."""
         return self._run([], name, changes)
@@ -129,8 +153,12 @@ class Workshop:
             ["--config", str(self.write(self.config(name, **changes))), *arguments]
         )
         loop.run(config, check_only, StopFlag())
-        freeze_imports()
+        freeze_imports(len(sys.modules))
         return self.run_dir(name)
+
+    def main(self, name: str = "run", arguments: Sequence[str] = (), **changes: Any) -> int:
+        """Run train.py's main function in this process and return its exit code."""
+        return run_main("--config", self.write(self.config(name, **changes)), *arguments)
 
     def launch(
         self, name: str = "run", processes: int = 1, arguments: Sequence[str] = (), **changes: Any
@@ -154,8 +182,8 @@ def no_config_folder():
 
 
 @functools.cache
-def freeze_imports() -> None:
-    """Freeze imported objects once, so that collecting garbage after each run saves 0.3 s."""
+def freeze_imports(num_modules: int) -> None:
+    """Freeze objects of new imports: runs collect garbage, which would cost 0.3 s in each."""
     gc.collect()
     gc.freeze()
 
@@ -178,6 +206,18 @@ def session(leader: int) -> list[int]:
             if int(number) == leader and state != "Z":
                 found.append(int(stat.parent.name))
     return found
+
+
+def run_main(*arguments: str | Path) -> int:
+    """Run train.py's main function in this process and return its exit code."""
+    import train
+
+    forget_process_state()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+        for stream in ("stdout", "stderr"):  # which it wraps
+            patch.setattr(sys, stream, getattr(sys, stream))
+        return train.main()
 
 
 def forget_process_state() -> None:

@@ -63,14 +63,18 @@ ALLOWED_FIELDS = {
         "completionMode parallelism completions suspend".split()
     ),
 }
+FATES = {
+    "FailJobSet": "ends",
+    "RestartJobSetAndIgnoreMaxRestarts": "again",
+    "RestartJobSet": "counted",
+}
 ANCESTOR = "trainer.kubeflow.org/trainjob-ancestor-step"
 UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
 def render(folder: Path) -> list[Manifest]:
-    done = subprocess.run(
-        ["kubectl", "kustomize", str(folder)], capture_output=True, text=True, check=False
-    )
+    command = ["kubectl", "kustomize", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return [manifest for manifest in yaml.safe_load_all(done.stdout) if manifest]
 
@@ -89,10 +93,8 @@ class Work:
     @property
     def first_node(self) -> str:
         """Return the name of its first pod: by the Job's Service, or in the JobSet's network."""
-        network = (
-            self.pod.get("subdomain") if self.kind == "Job" else self.name.removesuffix("-node-0")
-        )
-        return f"{self.name}-0.{network}"
+        of_set = self.name.removesuffix("-node-0")
+        return f"{self.name}-0.{self.pod.get('subdomain') if self.kind == 'Job' else of_set}"
 
     @property
     def pod(self) -> Manifest:
@@ -100,19 +102,29 @@ class Work:
 
     @property
     def node(self) -> Manifest:
-        return next(
-            container for container in self.pod["containers"] if container["name"] == "node"
-        )
+        return next(each for each in self.pod["containers"] if each["name"] == "node")
 
     @property
     def containers(self) -> list[Manifest]:
         return [*self.pod.get("initContainers", []), *self.pod["containers"]]
 
     @property
+    def limits(self) -> dict[str, str]:
+        return self.node["resources"].get("limits", {})
+
+    @property
+    def variables(self) -> dict[str, str]:
+        return {entry["name"]: entry.get("value", "") for entry in self.node.get("env", [])}
+
+    @property
+    def metadata(self) -> Manifest:
+        """Labels and annotations of its pods."""
+        return self.job["template"].get("metadata", {})
+
+    @property
     def labels(self) -> dict[str, str]:
         """Those that the controllers add, too."""
-        own = self.job["template"].get("metadata", {}).get("labels", {})
-        return {**own, "batch.kubernetes.io/job-name": self.name}
+        return {**self.metadata.get("labels", {}), "batch.kubernetes.io/job-name": self.name}
 
 
 def work(manifests: list[Manifest]) -> Work:
@@ -121,24 +133,21 @@ def work(manifests: list[Manifest]) -> Work:
         spec = job["spec"]
         found = Work("Job", job["metadata"]["name"], spec, [], spec.get("completions", 1), {})
     else:
-        top = (
-            by_kind.get("TrainingRuntime", {}).get("spec", {}).get("template") or by_kind["JobSet"]
-        )
         kind = "TrainJob" if "TrainJob" in by_kind else "JobSet"
-        [child] = top["spec"]["replicatedJobs"]
-        spec, name = child["template"]["spec"], by_kind[kind]["metadata"]["name"]
-        found = Work(
-            kind,
-            f"{name}-{child['name']}-0",
-            spec,
-            [],
-            spec["completions"],
-            top["spec"]["failurePolicy"],
-        )
+        jobs = _job_set(by_kind)
+        [child] = jobs["replicatedJobs"]
+        name = f"{by_kind[kind]['metadata']['name']}-{child['name']}-0"
+        spec = child["template"]["spec"]
+        found = Work(kind, name, spec, [], spec["completions"], jobs["failurePolicy"])
     trainer = by_kind.get("TrainJob", {}).get("spec", {}).get("trainer", {})
-    return replace(
-        found, args=found.node.get("args", []), nodes=trainer.get("numNodes", found.nodes)
-    )
+    nodes = trainer.get("numNodes", found.nodes)
+    return replace(found, args=found.node.get("args", []), nodes=nodes)
+
+
+def _job_set(by_kind: dict[str, Manifest]) -> Manifest:
+    """The spec of the JobSet, perhaps inside the runtime of a TrainJob."""
+    runtime = by_kind.get("TrainingRuntime", {}).get("spec", {}).get("template")
+    return (runtime or by_kind["JobSet"])["spec"]
 
 
 def problems(manifests: list[Manifest], folder: Path) -> list[str]:
@@ -178,117 +187,94 @@ def _references(manifests: list[Manifest], found: Work) -> Iterator[str]:
         secrets += [source["secretRef"] for source in container.get("envFrom", [])]
         if missing := {mount["name"] for mount in container["volumeMounts"]} - set(volumes):
             yield f"container {container['name']} mounts {sorted(missing)}, which are no volumes"
+    if not all(secret.get("optional") for secret in secrets):
+        yield "a Secret is not here, and not optional"
     for manifest in manifests:
         kind, spec = manifest["kind"], manifest.get("spec", {})
         if kind == "ConfigMap" and not manifest.get("immutable"):
             yield f"ConfigMap {manifest['metadata']['name']} may change under a run"
         if kind == "Service":
-            if not spec["selector"].items() <= found.labels.items():
-                yield f"Service {manifest['metadata']['name']} selects no pod"
-            if found.pod.get("subdomain") != manifest["metadata"]["name"]:
-                yield (
-                    f"pods are in the subdomain {found.pod.get('subdomain')}, "
-                    "not in that of the Service"
-                )
-            if (spec.get("clusterIP"), spec.get("publishNotReadyAddresses")) != ("None", True):
-                yield "the Service gives no names to pods that are not ready"
+            yield from _service(manifest["metadata"]["name"], spec, found)
         if kind == "NetworkPolicy":
-            peers = [
-                peer["podSelector"]
-                for rule in spec["ingress"]
-                for peer in rule.get("from", [{"podSelector": {}}])
-            ]
-            for selector in [spec["podSelector"], *peers]:
+            anybody = [{"podSelector": {}}]
+            peers = [peer for rule in spec["ingress"] for peer in rule.get("from", anybody)]
+            for selector in [spec["podSelector"], *(peer["podSelector"] for peer in peers)]:
                 labels = selector.get("matchLabels", {})
                 if not labels or not labels.items() <= found.labels.items():
                     yield "NetworkPolicy selects no pod, or all"
         if kind == "TrainJob":
             needed.append((spec["runtimeRef"]["kind"], spec["runtimeRef"]["name"]))
-    yield from (
-        f"there is no {kind} {name}" for kind, name in needed if (kind, name) not in by_name
-    )
-    if not all(secret.get("optional") for secret in secrets):
-        yield "a Secret is not here, and not optional"
+    for kind, name in needed:
+        if (kind, name) not in by_name:
+            yield f"there is no {kind} {name}"
+
+
+def _service(name: str, spec: Manifest, found: Work) -> Iterator[str]:
+    subdomain = found.pod.get("subdomain")
+    if not spec["selector"].items() <= found.labels.items():
+        yield f"Service {name} selects no pod"
+    if subdomain != name:
+        yield f"pods are in the subdomain {subdomain}, not in that of the Service"
+    if (spec.get("clusterIP"), spec.get("publishNotReadyAddresses")) != ("None", True):
+        yield "the Service gives no names to pods that are not ready"
 
 
 def _mounts(found: Work) -> Iterator[str]:
     for container in found.containers:
         mounts = {
-            mount["mountPath"]: (
-                mount["name"],
-                mount.get("subPath"),
-                not mount.get("readOnly", False),
-            )
+            mount["mountPath"]: (mount["name"], mount.get("subPath"), not mount.get("readOnly"))
             for mount in container["volumeMounts"]
         }
-        needed = (
-            MOUNTS
-            if container is found.node
-            else {path: MOUNTS[path] for path in ("/runs", "/scratch")}
-        )
-        if {path: mounts.get(path) for path in needed} != needed:
+        paths = MOUNTS if container is found.node else ["/runs", "/scratch"]
+        if any(mounts.get(path) != MOUNTS[path] for path in paths):
             yield (
-                f"container {container['name']} has not what it needs among {', '.join(needed)}, "
+                f"container {container['name']} has not what it needs among {', '.join(paths)}, "
                 "or may not write to it"
             )
-    environment = {entry["name"]: entry.get("value", "") for entry in found.node.get("env", [])}
-    if (
-        not environment.get("HF_TOKEN_PATH", "").startswith("/tokens/")
-        or environment.get("HF_HOME") != "/models"
-    ):
+    variables = found.variables
+    tokens_are_there = variables.get("HF_TOKEN_PATH", "").startswith("/tokens/")
+    if not tokens_are_there or variables.get("HF_HOME") != "/models":
         yield "tokens or models are looked for where nothing is mounted"
     [tokens] = [volume["secret"] for volume in found.pod["volumes"] if "secret" in volume]
     if tokens.get("defaultMode") != 0o440:
         yield "user 10001 may not read the tokens, or others may"
-    if (environment.get("FINETUNE_NEEDS_GPU") == "1") != (GPU in found.node["resources"]["limits"]):
+    if (variables.get("FINETUNE_NEEDS_GPU") == "1") != (GPU in found.limits):
         yield "FINETUNE_NEEDS_GPU is not what the limits say"
 
 
 def _spot(found: Work) -> Iterator[str]:
-    environment = {entry["name"]: entry.get("value") for entry in found.node["env"]}
-    if any(name.startswith("rdma/") for name in found.node["resources"]["limits"]) != (
-        environment.get("NCCL_NET") == "IB"
-    ):
+    has_card = any(name.startswith("rdma/") for name in found.limits)
+    if has_card != (found.variables.get("NCCL_NET") == "IB"):
         yield "a network card that NCCL does not insist on, or the other way round"
-    if "karpenter.sh/do-not-disrupt" in found.job["template"].get("metadata", {}).get(
-        "annotations", {}
-    ):
+    if "karpenter.sh/do-not-disrupt" in found.metadata.get("annotations", {}):
         yield "Karpenter would not drain the node after a notice"
+    grace = found.pod["terminationGracePeriodSeconds"]
+    tolerated = {taint["key"] for taint in found.pod.get("tolerations", [])}
     for label, value in found.pod.get("nodeSelector", {}).items():
         wanted, seconds, is_tainted = SPOT.get(label, ("", 0, False))
         if value != wanted:
             yield f"no cloud's spot nodes are labelled {label}: {value}"
-        if found.pod["terminationGracePeriodSeconds"] > seconds:
-            yield (
-                f"{found.pod['terminationGracePeriodSeconds']} s to end, "
-                f"where the cloud gives {seconds}"
-            )
-        if is_tainted and not any(
-            taint["key"] == label for taint in found.pod.get("tolerations", [])
-        ):
+        if grace > seconds:
+            yield f"{grace} s to end, where the cloud gives {seconds}"
+        if is_tainted and label not in tolerated:
             yield f"pods do not tolerate {label}"
 
 
 def _kinds(manifests: list[Manifest], found: Work) -> Iterator[str]:
     """What controllers expect, or would take in another sense."""
     by_kind = {manifest["kind"]: manifest for manifest in manifests}
-    if (
-        "suspend" in by_kind[found.kind]["spec"]
-        and "kueue.x-k8s.io/queue-name" not in by_kind[found.kind]["metadata"]["labels"]
-    ):
+    top = by_kind[found.kind]
+    is_queued = "kueue.x-k8s.io/queue-name" in top["metadata"].get("labels", {})
+    if "suspend" in top["spec"] and not is_queued:
         yield "suspended, and no queue would ever start it"
     if found.kind == "Job":
         return
-    top = (
-        by_kind["TrainingRuntime"]["spec"]["template"]
-        if found.kind == "TrainJob"
-        else by_kind["JobSet"]
-    )
-    [child], policy = top["spec"]["replicatedJobs"], top["spec"]["failurePolicy"]
+    jobs = _job_set(by_kind)
+    [child], policy = jobs["replicatedJobs"], jobs["failurePolicy"]
     if child.get("replicas", 1) != 1 or child["name"] != "node":
         yield "the nodes are those of one Job, which is named node"
     names = {"enableDNSHostnames": True, "publishNotReadyAddresses": True}
-    if top["spec"].get("network", names) != names:
+    if jobs.get("network", names) != names:
         yield "nodes would not find the first one by its name"
     if policy.get("maxRestarts") != 20 or policy.get("restartStrategy") != "BlockingRecreate":
         yield "new pods would start beside old ones, or never"
@@ -296,24 +282,20 @@ def _kinds(manifests: list[Manifest], found: Work) -> Iterator[str]:
         order = [manifest["kind"] for manifest in manifests]
         if order.index("TrainingRuntime") > order.index("TrainJob"):
             yield "the TrainJob comes before its runtime, and would be refused"
-        if (
-            "torch" not in by_kind["TrainingRuntime"]["spec"]["mlPolicy"]
-            or child["template"]["metadata"]["labels"].get(ANCESTOR) != "trainer"
-        ):
+        step = child["template"]["metadata"]["labels"].get(ANCESTOR)
+        if "torch" not in by_kind["TrainingRuntime"]["spec"]["mlPolicy"] or step != "trainer":
             yield "nothing would tell the pods their PET_ variables"
-        if "trainer" not in by_kind["TrainJob"]["spec"]:
+        if "trainer" not in top["spec"]:
             yield "Trainer's torch plugin gives PET_ variables only to a TrainJob with a trainer"
-        if any(entry["name"].startswith("PET_") for entry in found.node["env"]):
+        if any(name.startswith("PET_") for name in found.variables):
             yield "PET_ variables are Trainer's to give"
 
 
 def _nodes(manifests: list[Manifest], found: Work) -> Iterator[str]:
     job = found.job
     if found.nodes > 1:
-        if not (
-            job.get("completionMode") == "Indexed"
-            and job["parallelism"] == job["completions"] == found.nodes
-        ):
+        counts = (job.get("completionMode"), job["parallelism"], job["completions"])
+        if counts != ("Indexed", found.nodes, found.nodes):
             yield (
                 f"{found.nodes} nodes, but completionMode, parallelism and completions say "
                 "something else"
@@ -325,24 +307,15 @@ def _nodes(manifests: list[Manifest], found: Work) -> Iterator[str]:
             yield "several nodes share no volume"
     elif job.get("parallelism", 1) != 1:
         yield "several pods would do the work of one"
-    lasts = any(
-        "persistentVolumeClaim" in volume
-        for volume in found.pod["volumes"]
-        if volume["name"] == "storage"
-    )
-    if not lasts and not any(
-        argument.startswith("--checkpoint.storage") for argument in found.args
-    ):
+    [storage] = [volume for volume in found.pod["volumes"] if volume["name"] == "storage"]
+    is_stored = any(argument.startswith("--checkpoint.storage") for argument in found.args)
+    if "persistentVolumeClaim" not in storage and not is_stored:
         yield "nothing that a run leaves behind outlives its pod"
 
 
 def _said(found: Work) -> Iterator[str]:
-    several = [
-        ("Job", found.job),
-        ("pod", found.pod),
-        *(("container", container) for container in found.containers),
-    ]
-    for what, spec in several:
+    containers = [("container", container) for container in found.containers]
+    for what, spec in [("Job", found.job), ("pod", found.pod), *containers]:
         if unknown := set(spec) - ALLOWED_FIELDS[what]:
             yield f"a {what} says {', '.join(sorted(unknown))}, which was never thought of"
     if len(found.pod["containers"]) != 1:
@@ -353,9 +326,8 @@ def _policies(manifests: list[Manifest], found: Work) -> Iterator[str]:
     pod, job = found.pod, found.job
     if found.kind == "Job" and job.get("backoffLimit") != (3 if found.nodes == 1 else 7):
         yield "a crash is not tried again three times"
-    if found.kind != "TrainJob" and not next(m for m in manifests if m["kind"] == found.kind)[
-        "spec"
-    ].get("ttlSecondsAfterFinished"):
+    [top] = [manifest["spec"] for manifest in manifests if manifest["kind"] == found.kind]
+    if found.kind != "TrainJob" and not top.get("ttlSecondsAfterFinished"):
         yield "nothing removes it when it has ended"
     if pod.get("restartPolicy") != "Never":
         yield "podFailurePolicy needs restartPolicy: Never"
@@ -368,9 +340,8 @@ def _policies(manifests: list[Manifest], found: Work) -> Iterator[str]:
         named = rule.get("onExitCodes", {}).get("containerName")
         if named and named not in {container["name"] for container in found.containers}:
             yield "a rule names a container that is not there"
-        if named and any(
-            container["args"][0] == "launch" for container in pod.get("initContainers", [])
-        ):
+        before = pod.get("initContainers", [])
+        if named and any(container["args"][0] == "launch" for container in before):
             yield "a rule does not see how a run before the last one ends"
     wanted = {
         "a wrong config (2)": (2, False, "ends"), "saved (75)": (75, False, "again"),
@@ -385,32 +356,21 @@ def _policies(manifests: list[Manifest], found: Work) -> Iterator[str]:
 def fate(found: Work, code: int, disrupted: bool) -> str:
     """Return the fate of a run whose pod ended so: it `ends`, starts `again`, or is `counted`."""
     action, message = "Count", ""
-    # matchPodFailurePolicy in pkg/controller/job of Kubernetes 1.31 has the order, and the
-    # messages.
+    # The order and the messages of matchPodFailurePolicy in pkg/controller/job, Kubernetes 1.31.
     for index, rule in enumerate(found.job.get("podFailurePolicy", {}).get("rules", [])):
-        conditions = [
-            (condition["type"], condition["status"])
-            for condition in rule.get("onPodConditions", [])
-        ]
+        conditions = [(each["type"], each["status"]) for each in rule.get("onPodConditions", [])]
         codes = rule.get("onExitCodes", {"operator": "In", "values": []})
         is_other = codes.get("containerName", "node") != "node"
+        is_listed = (code in codes["values"]) == (codes["operator"] == "In")
         if disrupted and ("DisruptionTarget", "True") in conditions:
-            action = rule["action"]
-            message = (
-                f"Pod ns/x has condition DisruptionTarget matching {action} rule at index {index}"
-            )
-            break
-        if (
-            not is_other
-            and codes["values"]
-            and (code in codes["values"]) == (codes["operator"] == "In")
-        ):
-            action = rule["action"]
-            message = (
-                f"Container node for pod ns/x failed with exit code {code} matching {action} rule "
-                f"at index {index}"
-            )
-            break
+            found_in = "Pod ns/x has condition DisruptionTarget"
+        elif not is_other and codes["values"] and is_listed:
+            found_in = f"Container node for pod ns/x failed with exit code {code}"
+        else:
+            continue
+        action = rule["action"]
+        message = f"{found_in} matching {action} rule at index {index}"
+        break
     if found.kind == "Job":
         return {"Ignore": "again", "FailJob": "ends", "Count": "counted"}[action]
     if action == "Ignore" or (action == "Count" and found.job["backoffLimit"] != 0):
@@ -418,36 +378,26 @@ def fate(found: Work, code: int, disrupted: bool) -> str:
     reason = "PodFailurePolicy" if action == "FailJob" else "BackoffLimitExceeded"
     for rule in found.failure_policy["rules"]:
         patterns = rule.get("onJobFailureMessagePatterns", [""])
-        if reason in rule.get("onJobFailureReasons", [reason]) and any(
-            re.search(p, message) for p in patterns
-        ):
-            known = {
-                "FailJobSet": "ends",
-                "RestartJobSetAndIgnoreMaxRestarts": "again",
-                "RestartJobSet": "counted",
-            }
-            return known[rule["action"]]
+        is_matched = any(re.search(pattern, message) for pattern in patterns)
+        if reason in rule.get("onJobFailureReasons", [reason]) and is_matched:
+            return FATES[rule["action"]]
     return "counted"
 
 
 def _profile(manifests: list[Manifest], found: Work) -> Iterator[str]:
     """The Pod Security Standard "restricted"."""
     for namespace in [manifest for manifest in manifests if manifest["kind"] == "Namespace"]:
-        if (
-            namespace["metadata"]["labels"].get("pod-security.kubernetes.io/enforce")
-            != "restricted"
-        ):
+        labels = namespace["metadata"]["labels"]
+        if labels.get("pod-security.kubernetes.io/enforce") != "restricted":
             yield "the namespace does not enforce the restricted profile"
     if found.pod.get("automountServiceAccountToken") is not False:
         yield "pods get a token of the service account, which they do not need"
     if found.pod.get("securityContext") != POD_SECURITY:
         yield f"the pod's securityContext is {found.pod.get('securityContext')}"
     for container in found.containers:
-        if container.get("securityContext") != CONTAINER_SECURITY:
-            yield (
-                f"container {container['name']}: "
-                f"securityContext is {container.get('securityContext')}"
-            )
+        security = container.get("securityContext")
+        if security != CONTAINER_SECURITY:
+            yield f"container {container['name']}: securityContext is {security}"
     for volume in found.pod["volumes"]:
         if not set(volume) - {"name"} <= VOLUMES:
             yield f"volume {volume['name']} is of a kind that is not restricted"
@@ -455,32 +405,24 @@ def _profile(manifests: list[Manifest], found: Work) -> Iterator[str]:
 
 def _resources(found: Work) -> Iterator[str]:
     for container in found.containers:
-        asked = container.get("resources", {})
-        if not all(
-            {"cpu", "memory", "ephemeral-storage"} <= set(asked.get(side, {}))
-            for side in ("requests", "limits")
-        ):
-            yield (
-                f"container {container['name']} asks for no cpu, memory and disk, or has no limits"
-            )
-        elif asked["requests"]["memory"] != asked["limits"]["memory"]:
-            yield f"container {container['name']} may be given less memory than it counts on"
-        if asked.get("requests", {}).get(GPU) != asked.get("limits", {}).get(GPU):
-            yield f"container {container['name']}: GPUs of requests and limits differ"
-    volumes = {volume["name"]: volume.get("emptyDir") for volume in found.pod["volumes"]}
-    for name, folder in volumes.items():
-        if folder is not None and "sizeLimit" not in folder:
+        name, asked = container["name"], container.get("resources", {})
+        requests, limits = asked.get("requests", {}), asked.get("limits", {})
+        if not {"cpu", "memory", "ephemeral-storage"} <= set(requests) & set(limits):
+            yield f"container {name} asks for no cpu, memory and disk, or has no limits"
+        elif requests["memory"] != limits["memory"]:
+            yield f"container {name} may be given less memory than it counts on"
+        if requests.get(GPU) != limits.get(GPU):
+            yield f"container {name}: GPUs of requests and limits differ"
+    folders = {v["name"]: v["emptyDir"] for v in found.pod["volumes"] if "emptyDir" in v}
+    for name, folder in folders.items():
+        if "sizeLimit" not in folder:
             yield f"volume {name} may fill the node's disk"
-    on_disk = sum(
-        amount(folder["sizeLimit"])
-        for folder in volumes.values()
-        if folder and "medium" not in folder and "sizeLimit" in folder
-    )
-    if on_disk > amount(found.node["resources"].get("limits", {}).get("ephemeral-storage", "0")):
+    on_disk = [folder for folder in folders.values() if "medium" not in folder]
+    total = sum(amount(folder.get("sizeLimit", "0")) for folder in on_disk)
+    if total > amount(found.limits.get("ephemeral-storage", "0")):
         yield "folders may hold more than the pod has asked for"
-    shared = volumes.get("shm") or {}
-    memory = found.node["resources"].get("limits", {}).get("memory", "0")
-    if shared.get("medium") != "Memory" or amount(shared["sizeLimit"]) > amount(memory) / 4:
+    shared, memory = folders.get("shm", {}), amount(found.limits.get("memory", "0"))
+    if shared.get("medium") != "Memory" or amount(shared["sizeLimit"]) > memory / 4:
         yield "/dev/shm is not memory, or more than a quarter of the limit, which it counts against"
 
 
@@ -503,11 +445,9 @@ def _commands(manifests: list[Manifest], found: Work, folder: Path) -> Iterator[
     """Parse every command line with the real parsers: the launcher's per node, train.py's else."""
     processes: set[str] = set()
     grace = found.pod["terminationGracePeriodSeconds"]
-    given_gpus = int(found.node["resources"]["limits"].get(GPU, 0))
-    for container, nodes in [
-        *((c, 1) for c in found.pod.get("initContainers", [])),
-        (found.node, found.nodes),
-    ]:
+    given_gpus = int(found.limits.get(GPU, 0))
+    before = [(container, 1) for container in found.pod.get("initContainers", [])]
+    for container, nodes in [*before, (found.node, found.nodes)]:
         for rank in range(nodes):
             args = found.args if container is found.node else container["args"]
             try:
@@ -530,11 +470,9 @@ def _commands(manifests: list[Manifest], found: Work, folder: Path) -> Iterator[
                 return
             if container is found.node:
                 processes |= {environment.get("RANK", "0") for environment in environments}
-                if nodes > 1 and environments[0]["MASTER_ADDR"] != found.first_node:
-                    yield (
-                        f"nodes look for {environments[0]['MASTER_ADDR']}, "
-                        f"the first one is {found.first_node}"
-                    )
+                first = environments[0].get("MASTER_ADDR")
+                if nodes > 1 and first != found.first_node:
+                    yield f"nodes look for {first}, the first one is {found.first_node}"
                 if len(environments) != max(given_gpus, 1):
                     yield f"{len(environments)} processes on a node of {given_gpus} GPUs"
     world = found.nodes * max(given_gpus, 1)
@@ -554,9 +492,8 @@ def _commands(manifests: list[Manifest], found: Work, folder: Path) -> Iterator[
 def environment(found: Work, container: Manifest, rank: int) -> dict[str, str]:
     """What a container of the node `rank` finds, as far as command lines ask for it."""
     own = {entry["name"]: entry["value"] for entry in container.get("env", []) if "value" in entry}
-    if any(
-        source["secretRef"]["name"] == "object-store" for source in container.get("envFrom", [])
-    ):
+    secrets = [source["secretRef"]["name"] for source in container.get("envFrom", [])]
+    if "object-store" in secrets:
         own["STORAGE"] = "s3://bucket/runs"
     if found.job.get("completionMode") == "Indexed":
         own["JOB_COMPLETION_INDEX"] = str(rank)
@@ -578,12 +515,10 @@ def _with_files(
     words: list[str], manifests: list[Manifest], found: Work, folder: Path
 ) -> list[str]:
     """/config/x becomes a file with what the ConfigMap has under x."""
-    name = next(
-        volume["configMap"]["name"] for volume in found.pod["volumes"] if "configMap" in volume
-    )
-    [files] = [
-        m["data"] for m in manifests if (m["kind"], m["metadata"]["name"]) == ("ConfigMap", name)
-    ] or [{}]
-    for file, text in files.items():
+    [name] = [each["configMap"]["name"] for each in found.pod["volumes"] if "configMap" in each]
+    of_name = [
+        m["data"] for m in manifests if m["kind"] == "ConfigMap" and m["metadata"]["name"] == name
+    ]
+    for file, text in (of_name or [{}])[0].items():
         (folder / file).write_text(text)
     return [re.sub(r"(^|=)/config/", rf"\g<1>{folder}/", word) for word in words]

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import losses
+from conftest import Workshop, losses
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from finetune import config as configs
-from finetune.config import base
+from finetune.config import model_files
 from finetune.config.base import config_of
 from finetune.errors import ConfigError, ModelError, OutOfMemory
 from finetune.export.load import load
@@ -30,20 +30,35 @@ QUANTIZATIONS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    """A saved model of two layers, with its tokenizer."""
-    from conftest import Workshop, forget_process_state
-
-    folder = tmp_path_factory.mktemp("bases")
-    forget_process_state()
-    return Workshop(folder).train("base", train__max_steps=1, model__config=WIDE) / "model"
-
-
 WIDE = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
 }  # fmt: skip
+ONE_STEP = {"train__max_steps": 1, "train__micro_batch_size": 8}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A saved model of two layers, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("bases")
+    return Workshop(folder).train("base", **ONE_STEP, model__config=WIDE) / "model"
+
+
+@pytest.fixture
+def copied(plain, tmp_path):
+    """A copy of it that a test may change."""
+    return shutil.copytree(plain, tmp_path / "base")
+
+
+def save(tensors, path):
+    save_file(tensors, path, {"format": "pt"})
+
+
+def rewrite(folder, **changes):
+    """Change keys of config.json; None: without that key."""
+    written = json.loads((folder / "config.json").read_text()) | changes
+    left = {key: value for key, value in written.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(left))
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +69,8 @@ def quantized(plain):
         folder = plain.parent / form
         if not folder.exists():
             wanted = BitsAndBytesConfig(**QUANTIZATIONS[form])
-            AutoModelForCausalLM.from_pretrained(plain, quantization_config=wanted).save_pretrained(
-                folder
-            )
+            model = AutoModelForCausalLM.from_pretrained(plain, quantization_config=wanted)
+            model.save_pretrained(folder)
             for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
                 shutil.copy(plain / name, folder)
         return folder
@@ -76,11 +90,10 @@ def on(base, **changes):
 def test_qlora_trains_on_a_quantised_base_as_it_is(
     workshop, quantized, capsys, caplog, form, double
 ):
-    run = workshop.train("run", **on(quantized(form), adapter__kind="qlora"))
-    assert (
-        f"method      {form}{', doubly quantised' if form == 'nf4' else ''} (the base is saved so)"
-        in capsys.readouterr().out
-    )
+    own = {"adapter__kind": "qlora", "train__micro_batch_size": 8}
+    run = workshop.train("run", **on(quantized(form), **own))
+    doubly = ", doubly quantised" if form == "nf4" else ""
+    assert f"method      {form}{doubly} (the base is saved so)" in capsys.readouterr().out
     saved = configs.read_yaml(run / "config.yaml")["adapter"]
     assert (saved["quantization"], saved["double_quantization"]) == (form, double)
     record = json.loads((run / "model/base_weights.json").read_text())["quantization"]
@@ -91,7 +104,7 @@ def test_qlora_trains_on_a_quantised_base_as_it_is(
 
 
 def test_an_adapter_merges_into_the_dequantised_weights_of_its_base(workshop, quantized, tmp_path):
-    run = workshop.train("run", **on(quantized("nf4"), adapter__kind="qlora"))
+    run = workshop.train("run", **on(quantized("nf4"), adapter__kind="qlora", **ONE_STEP))
     merged = merge([run / "model"], tmp_path / "merged")
     assert merged.rounding < 1e-2
     assert "quantization_config" not in json.loads((tmp_path / "merged/config.json").read_text())
@@ -133,12 +146,10 @@ def test_unsupported_settings_of_a_quantised_base_are_config_errors(
 
 def test_an_explicit_setting_is_not_mistaken_for_its_default(workshop, quantized):
     """nf4 is the default, and written of a base in 8 bits it is still wrong."""
-    with pytest.raises(
-        ConfigError, match="adapter.quantization: nf4, but the base is quantised already"
-    ):
-        workshop.check(
-            "run", **on(quantized("int8"), adapter__kind="qlora", adapter__quantization="nf4")
-        )
+    own = {"adapter__kind": "qlora", "adapter__quantization": "nf4"}
+    refused = "adapter.quantization: nf4, but the base is quantised already"
+    with pytest.raises(ConfigError, match=refused):
+        workshop.check("run", **on(quantized("int8"), **own))
 
 
 def folder_with(tmp_path, config=None, files=()):
@@ -158,15 +169,9 @@ def test_a_config_nested_too_deeply_is_an_error_of_the_model(tmp_path):
 
 
 def refusal(base, **adapter):
+    values = {"run": {"name": "a"}, "model": {"path": str(base)}, "data": {"train": "x"}}
     with pytest.raises(ConfigError) as caught:
-        configs.from_dict(
-            {
-                "run": {"name": "a"},
-                "model": {"path": str(base)},
-                "data": {"train": "x"},
-                "adapter": adapter,
-            }
-        )
+        configs.from_dict({**values, "adapter": adapter})
     return str(caught.value)
 
 
@@ -255,20 +260,15 @@ INDEX = "model.safetensors.index.json"
 
 
 @pytest.fixture
-def parts(plain, tmp_path):
+def parts(copied):
     """A copy of the model in two parts, with their index."""
-    folder = tmp_path / "parts"
-    shutil.copytree(plain, folder)
+    folder = copied
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = sorted(tensors)
     where = {name: f"model-0000{1 + (name > names[5])}-of-00002.safetensors" for name in names}
     for part in set(where.values()):
-        save_file(
-            {name: tensors[name] for name in names if where[name] == part},
-            folder / part,
-            {"format": "pt"},
-        )
+        save({name: tensors[name] for name in names if where[name] == part}, folder / part)
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
     return folder
 
@@ -280,7 +280,7 @@ def cut(path: Path, size: int) -> None:
 def drop_one(path: Path) -> None:
     tensors = load_file(path)
     del tensors[sorted(tensors)[0]]
-    save_file(tensors, path, {"format": "pt"})
+    save(tensors, path)
 
 
 FIRST = "model-00001-of-00002.safetensors"
@@ -344,57 +344,32 @@ def test_incomplete_weights_of_other_formats_are_refused(plain, tmp_path, name, 
 
 def test_complete_shards_are_accepted(workshop, plain, parts):
     workshop.check(**on(parts))
-    assert base.shapes(str(parts)) == base.shapes(str(plain))
+    assert model_files.shapes(str(parts)) == model_files.shapes(str(plain))
 
 
 def test_random_weights_need_no_saved_ones(workshop, parts):
     (parts / FIRST).unlink()
-    settings = {
-        "model__path": str(parts),
-        "model__config": None,
-        "model__tokenizer": None,
-        "train__max_steps": 1,
-    }
-    run = workshop.train(model__init="random", **settings)
-    assert (
-        base.shapes(str(run / "model")).keys()
-        == json.loads((parts / INDEX).read_text())["weight_map"].keys()
-    )
+    run = workshop.train(**on(parts, **ONE_STEP) | {"model__init": "random"})
+    weights = json.loads((parts / INDEX).read_text())["weight_map"]
+    assert model_files.shapes(str(run / "model")).keys() == weights.keys()
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_missing_weight_is_reported_before_loading(workshop, plain, tmp_path, tied):
+def test_a_missing_weight_is_reported_before_loading(workshop, copied, tied):
     """The file is whole; only the architecture says what should be in it."""
-    base = tmp_path / "base"
-    shutil.copytree(plain, base)
-    tensors = load_file(base / "model.safetensors")
-    written = json.loads((base / "config.json").read_text())
+    path, name = copied / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(path)
     if tied:
-        (base / "config.json").write_text(json.dumps({**written, "tie_word_embeddings": True}))
-        save_file(
-            {name: t for name, t in tensors.items() if name != "lm_head.weight"},
-            base / "model.safetensors",
-            {"format": "pt"},
-        )
-        workshop.check(**on(base))
-        tensors.pop("lm_head.weight")
-    name = "model.layers.1.mlp.up_proj.weight"
-    save_file(
-        {key: t for key, t in tensors.items() if key != name},
-        base / "model.safetensors",
-        {"format": "pt"},
-    )
-    with pytest.raises(
-        ModelError, match=f"1 weights are missing or of another shape, such as {name}"
-    ):
-        workshop.check(**on(base))
-    save_file(
-        {**tensors, name: tensors[name][:5].clone()}, base / "model.safetensors", {"format": "pt"}
-    )
-    with pytest.raises(
-        ModelError, match=f"1 weights are missing or of another shape, such as {name}"
-    ):
-        workshop.check(**on(base))
+        rewrite(copied, tie_word_embeddings=True)
+        del tensors["lm_head.weight"]
+        save(tensors, path)
+        workshop.check(**on(copied))
+    refused = f"1 weights are missing or of another shape, such as {name}"
+    weight = tensors.pop(name)
+    for other in ({}, {name: weight[:5].clone()}):
+        save({**tensors, **other}, path)
+        with pytest.raises(ModelError, match=refused):
+            workshop.check(**on(copied))
 
 
 @pytest.mark.parametrize(
@@ -404,21 +379,16 @@ def test_a_missing_weight_is_reported_before_loading(workshop, plain, tmp_path, 
         (POINTER, "is a pointer of Git LFS"), ("", "is empty"), ("{", "broken JSON"),
     ]
 )  # fmt: skip
-def test_an_incomplete_tokenizer_is_refused(workshop, plain, tmp_path, content, says):
-    base = tmp_path / "base"
-    shutil.copytree(plain, base)
-    (base / "tokenizer.json").write_text(content)
-    with pytest.raises(ModelError, match=f"model.tokenizer: {base}/tokenizer.json:? {says}"):
-        workshop.check(**on(base))
+def test_an_incomplete_tokenizer_is_refused(workshop, copied, content, says):
+    (copied / "tokenizer.json").write_text(content)
+    with pytest.raises(ModelError, match=f"model.tokenizer: {copied}/tokenizer.json:? {says}"):
+        workshop.check(**on(copied))
 
 
-def test_disabled_quantisation_flags_do_not_make_a_model_quantised(workshop, plain, tmp_path):
-    base = tmp_path / "base"
-    shutil.copytree(plain, base)
-    written = json.loads((base / "config.json").read_text())
+def test_disabled_quantisation_flags_do_not_make_a_model_quantised(workshop, copied):
     off = {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": False}
-    (base / "config.json").write_text(json.dumps({**written, "quantization_config": off}))
-    run = workshop.train(**on(base, train__max_steps=2))
+    rewrite(copied, quantization_config=off)
+    run = workshop.train(**on(copied, **ONE_STEP))
     assert "quantization_config" not in json.loads((run / "model/config.json").read_text())
 
 
@@ -427,10 +397,8 @@ def test_the_error_for_a_folder_of_runs_lists_their_models(tmp_path):
         (tmp_path / "runs" / run / "model").mkdir(parents=True)
         (tmp_path / "runs" / run / "model/config.json").write_text("{}")
     runs = tmp_path / "runs"
-    assert (
-        f"{runs} is a folder of runs; name the model of one: {runs}/a/model, {runs}/b/model"
-        in refusal(runs)
-    )
+    models = f"{runs}/a/model, {runs}/b/model"
+    assert f"{runs} is a folder of runs; name the model of one: {models}" in refusal(runs)
 
 
 def test_a_missing_tokenizer_and_a_missing_local_path_are_reported(
@@ -450,40 +418,33 @@ def test_a_missing_tokenizer_and_a_missing_local_path_are_reported(
         workshop.check(**on(""))
 
 
-def test_weights_in_pytorchs_own_format_are_taken(workshop, plain, tmp_path):
+def test_weights_in_pytorchs_own_format_are_taken(workshop, copied):
     """transformers reads them without executing anything."""
-    model = AutoModelForCausalLM.from_pretrained(plain)
-    base = tmp_path / "bin"
-    shutil.copytree(plain, base)
-    (base / "model.safetensors").unlink()
-    torch.save(model.state_dict(), base / "pytorch_model.bin")
-    run = workshop.train(**on(base, train__max_steps=1))
+    torch.save(load_file(copied / "model.safetensors"), copied / "pytorch_model.bin")
+    (copied / "model.safetensors").unlink()
+    run = workshop.train(**on(copied, **ONE_STEP))
     assert (run / "model/model.safetensors").exists()
 
 
 def test_random_weights_of_a_quantised_models_shape_are_not_quantised(workshop, quantized):
-    run = workshop.train(
-        "run", model__init="random", model__path=str(quantized("nf4")), model__config=None,
-        model__tokenizer=None, train__max_steps=1
-    )  # fmt: skip
+    run = workshop.train(**on(quantized("nf4"), **ONE_STEP) | {"model__init": "random"})
     assert "quantization_config" not in json.loads((run / "model/config.json").read_text())
 
 
 def test_errors_for_run_directories_and_adapters_say_what_to_write(workshop, plain):
-    run = workshop.train("lora", **on(plain, adapter__kind="lora", train__max_steps=1))
-    assert f"{run} is a run directory; its model is in {run}/model: give that folder" in refusal(
-        run
-    )
+    run = workshop.train("lora", **on(plain, adapter__kind="lora", **ONE_STEP))
+    model = run / "model"
+    given = "is a run directory; its model is in"
+    assert f"{run} {given} {model}: give that folder" in refusal(run)
+    message = refusal(model)
     assert (
-        f"{run}/model is an adapter, not a model; to train it further give model.path: "
-        f"{plain} and adapter.path: {run}/model" in refusal(run / "model")
-    )
-    assert "give the causal language model" not in refusal(run / "model")
+        f"{model} is an adapter, not a model; to train it further give model.path: {plain} and "
+        f"adapter.path: {model}"
+    ) in message
+    assert "give the causal language model" not in message
     message = refusal(plain, kind="lora", path=str(run))
-    assert (
-        f"adapter.path: {run} is a run directory; its adapter is in {run}/model: give that folder"
-        in message
-    )
+    given = "is a run directory; its adapter is in"
+    assert f"adapter.path: {run} {given} {model}: give that folder" in message
     message = refusal(plain, kind="lora", path=str(plain))
     assert f"adapter.path: {plain} is a whole model, not an adapter" in message
 
@@ -509,18 +470,15 @@ def test_an_export_on_a_quantised_base_that_fills_the_gpu_is_verified_on_the_cpu
             raise torch.OutOfMemoryError("CUDA out of memory")
         return probe_logits(model, *device)
 
-    for name, instead in (
-        ("publish.verify", on_a_gpu),
-        ("verify.load", loaded),
-        ("verify.probe_logits", passed),
-    ):
-        monkeypatch.setattr(f"finetune.export.{name}", instead)
-    workshop.train("run", **on(plain, adapter__kind="qlora"))
+    monkeypatch.setattr("finetune.export.publish.verify", on_a_gpu)
+    monkeypatch.setattr("finetune.export.verify.load", loaded)
+    monkeypatch.setattr("finetune.export.verify.probe_logits", passed)
+    workshop.train("run", **on(plain, adapter__kind="qlora", **ONE_STEP))
     assert devices == ["cuda", "cpu"]
 
 
 @pytest.mark.parametrize("form", ["nf4", "int8"])
-def test_identity_depends_on_packed_values_but_not_on_the_device(plain, tmp_path, form):
+def test_identity_depends_on_packed_values_but_not_on_the_device(plain, copied, form):
     def loaded(folder):
         return AutoModelForCausalLM.from_pretrained(
             folder, quantization_config=BitsAndBytesConfig(**QUANTIZATIONS[form])
@@ -531,14 +489,11 @@ def test_identity_depends_on_packed_values_but_not_on_the_device(plain, tmp_path
     packed = model.model.layers[1].mlp.up_proj.weight
     packed.data.view(-1)[7] ^= 1  # as another device might
     assert base_identity.fingerprints(model) == before
-    shutil.copytree(plain, tmp_path / "other")
     weights = load_file(plain / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][3, 3] *= 1.001  # too little for another code
-    save_file(weights, tmp_path / "other/model.safetensors", {"format": "pt"})
-    assert all(
-        one != other
-        for one, other in zip(base_identity.fingerprints(loaded(tmp_path / "other")), before)
-    )
+    save(weights, copied / "model.safetensors")
+    found = base_identity.fingerprints(loaded(copied))
+    assert all(one != other for one, other in zip(found, before))
 
 
 def test_the_bytes_of_a_base_that_was_saved_quantised_are_its_identity(quantized):
@@ -587,16 +542,6 @@ def test_an_impossible_quantisation_is_refused_by_its_key(tmp_path, found, says,
     assert says in refusal(folder, kind=kind)
 
 
-def with_config(base, target, **changes):
-    """A copy of a base whose config.json has changed; None: without that key."""
-    shutil.copytree(base, target)
-    written = json.loads((target / "config.json").read_text()) | changes
-    (target / "config.json").write_text(
-        json.dumps({key: value for key, value in written.items() if value is not None})
-    )
-    return target
-
-
 @pytest.mark.parametrize(
     ("form", "found", "says"),
     [
@@ -619,18 +564,16 @@ def with_config(base, target, **changes):
 def test_weights_quantised_unlike_the_config_are_refused(
     plain, quantized, tmp_path, form, found, says
 ):
-    folder = with_config(
-        quantized(form) if form else plain, tmp_path / "base", quantization_config=found
-    )
+    folder = shutil.copytree(quantized(form) if form else plain, tmp_path / "base")
+    rewrite(folder, quantization_config=found)
     assert says in refusal(folder, kind="qlora" if found else "lora")
 
 
 @pytest.mark.parametrize("number", [-1, 0])
-def test_a_model_without_layers_is_refused(workshop, plain, tmp_path, number):
-    folder = with_config(plain, tmp_path / "base", num_hidden_layers=number)
-    assert f"{folder}/config.json: num_hidden_layers should be at least 1, got {number}" in refusal(
-        folder
-    )
+def test_a_model_without_layers_is_refused(workshop, copied, number):
+    rewrite(copied, num_hidden_layers=number)
+    refused = f"{copied}/config.json: num_hidden_layers should be at least 1, got {number}"
+    assert refused in refusal(copied)
     with pytest.raises(ModelError, match="model.config: num_hidden_layers should be at least 1"):
         workshop.check(model__config={**WIDE, "num_hidden_layers": number})
 
@@ -644,11 +587,11 @@ def test_a_model_without_layers_is_refused(workshop, plain, tmp_path, number):
     ],
 )
 def test_sizes_that_do_not_fit_the_weights_are_refused_by_the_check(
-    workshop, plain, tmp_path, changes, new_tokens, says
+    workshop, copied, changes, new_tokens, says
 ):
-    folder = with_config(plain, tmp_path / "base", **changes)
+    rewrite(copied, **changes)
     with pytest.raises(ModelError, match=says):
-        workshop.check(**on(folder, model__new_tokens=new_tokens))
+        workshop.check(**on(copied, model__new_tokens=new_tokens))
 
 
 @pytest.mark.parametrize(
@@ -675,10 +618,10 @@ def test_sizes_that_do_not_fit_the_weights_are_refused_by_the_check(
         ({"vocab_size": 10}, "the tokenizer has ids up to 260, but the embedding has 10 rows"),
     ],
 )  # fmt: skip
-def test_a_wrong_value_in_a_models_config_is_reported(workshop, plain, tmp_path, changes, says):
-    folder = with_config(plain, tmp_path / "base", **changes)
+def test_a_wrong_value_in_a_models_config_is_reported(workshop, copied, changes, says):
+    rewrite(copied, **changes)
     with pytest.raises(ModelError, match=says):
-        workshop.check(**on(folder))
+        workshop.check(**on(copied))
 
 
 class Hostile:
@@ -688,42 +631,35 @@ class Hostile:
 
 @pytest.mark.parametrize("content", ["hostile", "garbage"])
 def test_weights_that_hold_code_are_refused_without_advice_to_run_it(
-    workshop, plain, tmp_path, capsys, content
+    workshop, copied, capsys, content
 ):
-    folder = tmp_path / "base"
-    shutil.copytree(plain, folder)
-    (folder / "model.safetensors").unlink()
+    (copied / "model.safetensors").unlink()
+    path = copied / "pytorch_model.bin"
     if content == "hostile":
-        torch.save({"a": Hostile()}, folder / "pytorch_model.bin")
+        torch.save({"a": Hostile()}, path)
     else:
-        (folder / "pytorch_model.bin").write_text("garbage")
-    with pytest.raises((ConfigError, ModelError), match=f"{folder}/pytorch_model.bin") as caught:
-        workshop.check(**on(folder))
+        path.write_text("garbage")
+    with pytest.raises((ConfigError, ModelError), match=str(path)) as caught:
+        workshop.check(**on(copied))
     assert "weights_only" not in str(caught.value)
     assert "executed" not in capsys.readouterr().out
 
 
-def test_a_chat_template_that_is_not_utf8_is_named(workshop, plain, tmp_path):
-    folder = tmp_path / "base"
-    shutil.copytree(plain, folder)
-    (folder / "chat_template.jinja").write_bytes(b"\xff\xfe{{ x }}")
-    with pytest.raises(ModelError, match=f"{folder}/chat_template.jinja: is not UTF-8 at byte 0"):
-        workshop.check(**on(folder))
+def test_a_chat_template_that_is_not_utf8_is_named(workshop, copied):
+    (copied / "chat_template.jinja").write_bytes(b"\xff\xfe{{ x }}")
+    with pytest.raises(ModelError, match=f"{copied}/chat_template.jinja: is not UTF-8 at byte 0"):
+        workshop.check(**on(copied))
 
 
-def test_a_base_of_zeros_is_reported(workshop, plain, tmp_path):
-    folder = tmp_path / "base"
-    shutil.copytree(plain, folder)
-    tensors = load_file(folder / "model.safetensors")
-    save_file(
-        {name: t * 0 for name, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
-    )
+def test_a_base_of_zeros_is_reported(workshop, copied):
+    path = copied / "model.safetensors"
+    save({name: tensor * 0 for name, tensor in load_file(path).items()}, path)
     with pytest.raises(ModelError, match="its embedding holds only zeros"):
-        workshop.train(**on(folder))
+        workshop.train(**on(copied))
 
 
-def test_a_config_with_fewer_layers_than_the_weights_is_refused(plain, tmp_path):
+def test_a_config_with_fewer_layers_than_the_weights_is_refused(copied):
     """As chat and evaluate open it."""
-    folder = with_config(plain, tmp_path / "base", num_hidden_layers=1)
+    rewrite(copied, num_hidden_layers=1)
     with pytest.raises(ModelError, match="fewer layers than its weights"):
-        load(folder)
+        load(copied)

@@ -12,7 +12,7 @@ from conftest import read_jsonl
 
 from finetune.engine.checkpoint import folder, resume, unpickling
 from finetune.engine.progress import Progress
-from finetune.errors import CheckpointError, DamagedCheckpoint
+from finetune.errors import CheckpointError, DamagedCheckpoint, RunDirectoryError
 
 
 def manifest_of(step: int) -> dict:
@@ -69,7 +69,7 @@ WRONG = [
     *(wrong(
         "files", {name: {"bytes": 1, "sha256": "a"}},
     ) for name in ("../data", "/data", "a\0b", ".", "gone")),
-    wrong("config.optimizer", None), wrong("config.optimizer", []),
+    wrong("progress.step", 2), wrong("config.optimizer", None), wrong("config.optimizer", []),
     wrong("config.optimizer.kind", 5), wrong("config.train", 5), lambda manifest: [manifest],
     lambda manifest: "a", lambda manifest: 5, lambda manifest: None, lambda manifest: {},
 ]  # fmt: skip
@@ -108,6 +108,16 @@ def test_damaged_manifest_is_skipped(tmp_path, content):
     found, damaged = resume.find(tmp_path, None)
     assert found.path == older
     assert "manifest.json is damaged" in damaged[newest]
+
+
+def test_checkpoint_of_another_version_is_named_and_stays(tmp_path):
+    path = checkpoint(tmp_path, 5) / "manifest.json"
+    path.write_text(rehash({**json.loads(path.read_text()), "format": 2}))
+    with pytest.raises(
+        RunDirectoryError, match=r"step-00000005 was written by another version .*format 2"
+    ):
+        resume.find(tmp_path, None)
+    assert path.exists()
 
 
 def test_checkpoint_of_a_step_beyond_the_end_is_skipped(tmp_path):

@@ -43,12 +43,10 @@ def test_paths_beside_the_config_are_found(project, name):
     folder, parse = project
     rows(folder / "project")
     rows(folder / "project/sub")
-    assert os.path.normpath(parse(name).data.train) == os.path.join(
-        "..", "project", os.path.normpath(name)
-    )
-    both = parse([name, "/tmp/x.jsonl"]).data.train
-    assert os.path.normpath(both[0]) == os.path.join("..", "project", os.path.normpath(name))
-    assert both[1] == "/tmp/x.jsonl"
+    expected = os.path.join("..", "project", os.path.normpath(name))
+    assert os.path.normpath(parse(name).data.train) == expected
+    first, second = parse([name, "/tmp/x.jsonl"]).data.train
+    assert (os.path.normpath(first), second) == (expected, "/tmp/x.jsonl")
 
 
 def test_paths_in_the_working_directory_are_found(project):
@@ -61,13 +59,9 @@ def test_two_files_of_one_name_are_an_error(project):
     folder, parse = project
     rows(folder / "here")
     rows(folder / "project")
-    with pytest.raises(
-        ConfigError,
-        match=(
-            f"data.train: rows.jsonl is in {re.escape(str(folder))}/here and in .*project; "
-            "write the full path"
-        ),
-    ):
+    here = re.escape(f"{folder}/here")
+    says = f"data.train: rows.jsonl is in {here} and in .*project; write the full path"
+    with pytest.raises(ConfigError, match=says):
         parse()
     os.remove(folder / "project/rows.jsonl")
     os.link(folder / "here/rows.jsonl", folder / "project/other.jsonl")
@@ -87,23 +81,18 @@ def test_names_of_the_hub_and_full_paths_stay(project):
 
 
 def test_an_error_names_both_folders(project):
-    from finetune.data import readers
+    from finetune.data import source_files
 
     folder, parse = project
     config = parse("missing.jsonl")
-    with pytest.raises(
-        DataError,
-        match=rf"missing.jsonl: no such file in {re.escape(str(folder))}/here and .*project",
-    ):
-        readers.sources(config.data.train, None)
+    here = re.escape(f"{folder}/here")
+    with pytest.raises(DataError, match=f"missing.jsonl: no such file in {here} and .*project"):
+        source_files.sources(config.data.train, None)
 
 
 def test_models_templates_and_evaluation_rows_are_found_the_same_way(project):
     folder, parse = project
     rows(folder / "project")
     (folder / "project/chat.jinja").write_text("{{ messages }}")
-    config = parse(eval="rows.jsonl", template="chat.jinja")
-    assert (config.data.eval, config.data.template) == (
-        "../project/rows.jsonl",
-        "../project/chat.jinja",
-    )
+    data = parse(eval="rows.jsonl", template="chat.jinja").data
+    assert (data.eval, data.template) == ("../project/rows.jsonl", "../project/chat.jinja")

@@ -4,16 +4,22 @@ import math
 import struct
 
 import pytest
-from conftest import pairs, write_jsonl
+from conftest import Workshop, pairs, write_jsonl
 
 from finetune import curves
 from finetune.__main__ import main
 from finetune.errors import RunDirectoryError
 
 
-@pytest.fixture
-def run(workshop):
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    workshop = Workshop(tmp_path_factory.mktemp("original"))
     return workshop.train(data__eval_fraction=0.2, evaluation__every_steps=2)
+
+
+@pytest.fixture
+def run(workshop, original):
+    return workshop.copy_of(original)
 
 
 def is_picture(path):

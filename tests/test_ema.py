@@ -2,13 +2,16 @@
 
 import pytest
 import torch
-from conftest import losses, read_jsonl
+from conftest import Workshop, losses, pretrained, read_jsonl
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from finetune.errors import ExportError
 
-EVERY = {"checkpoint__every_steps": 1, "checkpoint__keep_last": 99}
+EVERY = {
+    "checkpoint__every_steps": 1, "checkpoint__keep_last": 99, "data__eval_fraction": 0.2,
+    "train__micro_batch_size": 8,
+}  # fmt: skip
 
 
 def weights_of_step(run, step, kind="model"):
@@ -23,15 +26,13 @@ def exported(run):
 
 @pytest.mark.slow
 def test_the_exported_average_follows_its_formula_and_leaves_training_unchanged(workshop):
-    plain = workshop.train("plain", **EVERY, data__eval_fraction=0.2)
-    run = workshop.train(train__ema_decay=0.25, data__eval_fraction=0.2)
+    plain = workshop.train("plain", **EVERY)
+    run = workshop.train(**EVERY, train__ema_decay=0.25)
     assert losses(run) == losses(plain)
     with pytest.raises(
         ExportError, match="no weight changed"
     ):  # so its checkpoint holds what all began with
-        workshop.train(
-            "start", optimizer__lr=1e-30, train__max_steps=1, data__eval_fraction=0.2, **EVERY
-        )
+        workshop.train("start", **EVERY, optimizer__lr=1e-30, train__max_steps=1)
     average = {
         name: tensor.clone()
         for name, tensor in weights_of_step(workshop.run_dir("start"), 1).items()
@@ -49,19 +50,13 @@ def test_the_exported_average_follows_its_formula_and_leaves_training_unchanged(
 
 
 @pytest.mark.slow
-def test_resumed_averages_are_uninterrupted_averages(workshop):
-    settings = {
-        **EVERY,
-        "train__ema_decay": 0.9,
-        "data__eval_fraction": 0.2,
-        "evaluation__every_steps": 2,
-    }
-    whole = workshop.train("whole", **settings)
-    run = workshop.train(**settings)
-    for folder in sorted((run / "checkpoints").iterdir())[2:]:
-        folder.rename(run / folder.name)
-    (run / "outcome.json").unlink()
-    workshop.train(**settings)
+def test_resumed_averages_are_uninterrupted_averages(workshop, tmp_path):
+    settings = {**EVERY, "train__ema_decay": 0.9, "evaluation__every_steps": 2}
+    whole = workshop.train("run", **settings)
+    (tmp_path / "other").mkdir()
+    other = Workshop(tmp_path / "other")
+    run = other.copy_of(whole, left_out=("outcome.json", "model", "step-00000003", "step-00000004"))
+    other.train(**settings)
     assert losses(run) == losses(whole)
     assert read_jsonl(run / "eval.jsonl") == read_jsonl(whole / "eval.jsonl")
     assert all(torch.equal(tensor, exported(whole)[name]) for name, tensor in exported(run).items())
@@ -83,11 +78,10 @@ def test_the_best_averages_are_exported(workshop):
 
 @pytest.mark.slow
 def test_averages_of_an_adapter(workshop):
-    base = workshop.train("base") / "model"
+    base = workshop.train("base", train__max_steps=1) / "model"
     run = workshop.train(
-        model__path=str(base), model__init="pretrained", model__config=None, model__tokenizer=None,
-        adapter__kind="lora", adapter__dropout=0.1, train__ema_decay=0.9,
-    )  # fmt: skip
+        **pretrained(base), adapter__kind="lora", adapter__dropout=0.1, train__ema_decay=0.9
+    )
     averages = weights_of_step(run, 5, "ema")
     saved = load_file(run / "model/adapter_model.safetensors")
     for name, tensor in saved.items():

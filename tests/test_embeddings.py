@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TINY_LLAMA, losses
+from conftest import TINY_LLAMA, losses, pretrained, short, tiny_llama
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -29,15 +29,11 @@ def plain(workshop, bytes_tokenizer):
         )
         bare.save_pretrained(workshop.folder / "tokenizer")
         config = TINY_LLAMA | {"tie_word_embeddings": tied}
+        tokenizer = str(workshop.folder / "tokenizer")
         base = workshop.train(
-            "base", model__config=config, model__tokenizer=str(workshop.folder / "tokenizer")
+            "base", model__config=config, model__tokenizer=tokenizer, train__max_steps=1
         )
-        return {
-            "model__init": "pretrained",
-            "model__path": str(base / "model"),
-            "model__config": None,
-            "model__tokenizer": None,
-        }
+        return pretrained(base / "model")
 
     return make
 
@@ -54,15 +50,11 @@ def without_chatml(tokenizer) -> str:
 
 @pytest.mark.parametrize(
     ("kind", "tied"),
-    [
-        ("full", True),
-        ("lora", False),
-        *(
-            pytest.param(*each, marks=pytest.mark.proof)
-            for each in (("full", False), ("lora", True), ("qlora", False), ("qlora", True))
-        ),
-    ],
-)
+    short(
+        [(kind, tied) for kind in ("full", "lora", "qlora") for tied in (True, False)],
+        ("full", True), ("lora", False),
+    ),
+)  # fmt: skip
 @pytest.mark.slow
 def test_chatml_on_a_model_without_it(workshop, plain, kind, tied):
     settings = {**plain(tied), "adapter__kind": kind, "data__template": "chatml"}
@@ -74,7 +66,8 @@ def test_chatml_on_a_model_without_it(workshop, plain, kind, tied):
         "chat",
         **settings,
         model__new_tokens=["<|im_start|>", "<|im_end|>"],
-        train__max_steps=30,
+        train__max_steps=8,
+        train__micro_batch_size=8,
         train__epochs=9,
     )
     assert losses(run)[-1] < losses(run)[0]
@@ -90,8 +83,8 @@ def test_chatml_on_a_model_without_it(workshop, plain, kind, tied):
         assert plainly.get_output_embeddings().weight.shape[0] == 261
 
 
-def test_new_rows_start_from_the_mean_of_the_old(workshop):
-    model = AutoModelForCausalLM.from_pretrained(workshop.train("base") / "model")
+def test_new_rows_start_from_the_mean_of_the_old():
+    model = AutoModelForCausalLM.from_config(tiny_llama(vocab_size=261))
     old = [
         module.weight.detach().clone()
         for module in (model.get_input_embeddings(), model.get_output_embeddings())
@@ -120,13 +113,7 @@ def test_a_pad_token_of_the_vocabulary_is_taken_before_eos(workshop, bytes_token
 
 def test_noise_reaches_models_in_16_bits():
     """length x width, 64 x 4,096, is more than float16 can hold."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.for_model(
-        "llama",
-        **{k: v for k, v in TINY_LLAMA.items() if k != "model_type"} | {"hidden_size": 4096},
-        vocab_size=9,
-    )
+    config = tiny_llama(hidden_size=4096, num_hidden_layers=1, intermediate_size=8, vocab_size=9)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
     embeddings.add_noise(model, alpha=5.0)
     ids, embedding = torch.ones(1, 64, dtype=torch.long), model.get_input_embeddings()
@@ -135,10 +122,7 @@ def test_noise_reaches_models_in_16_bits():
     assert float(noise.max()) == pytest.approx(5.0 / (64 * 4096) ** 0.5, rel=0.02)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["gpt2", *(pytest.param(kind, marks=pytest.mark.proof) for kind in ("bloom", "gpt_neox"))],
-)
+@pytest.mark.parametrize("kind", short(["gpt2", "bloom", "gpt_neox"], "gpt2"))
 @pytest.mark.slow
 def test_new_tokens_beside_an_adapter_with_unusual_embedding_names(workshop, kind):
     """peft knows tied modules by name, but these have others; the run verifies its own export."""
@@ -150,11 +134,13 @@ def test_new_tokens_beside_an_adapter_with_unusual_embedding_names(workshop, kin
             "intermediate_size": 64, "tie_word_embeddings": True,
         },
     }  # fmt: skip
-    base = workshop.train("base", model__config={"model_type": kind, **sizes[kind]}) / "model"
-    run = workshop.train(
-        model__init="pretrained", model__path=str(base), model__config=None, model__tokenizer=None,
-        adapter__kind="lora", model__new_tokens=["<a>"],
-    )  # fmt: skip
+    base = (
+        workshop.train(
+            "base", model__config={"model_type": kind, **sizes[kind]}, train__max_steps=1
+        )
+        / "model"
+    )
+    run = workshop.train(**pretrained(base), adapter__kind="lora", model__new_tokens=["<a>"])
     model = load(run / "model")
     assert torch.equal(model.get_input_embeddings().weight, model.get_output_embeddings().weight)
     assert merge([run / "model"], workshop.folder / "merged").rounding < 1e-5
@@ -162,12 +148,7 @@ def test_new_tokens_beside_an_adapter_with_unusual_embedding_names(workshop, kin
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 def test_noise_is_as_large_as_its_formula_by_the_length_of_each_document(packed):
-    from transformers import AutoConfig
-
-    config = AutoConfig.for_model(
-        "llama", **{k: v for k, v in TINY_LLAMA.items() if k != "model_type"}, vocab_size=99
-    )
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(tiny_llama(vocab_size=99))
     embeddings.add_noise(model, alpha=5.0)
     seen = []
     model.get_input_embeddings().register_forward_hook(

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import pairs, read_jsonl, write_jsonl
+from conftest import Workshop, pairs, read_jsonl, write_jsonl
 from safetensors.torch import save_file
 
 from finetune import files
@@ -47,13 +47,10 @@ def test_the_interval_holds_the_gain_and_is_narrower_with_more_rows():
 @pytest.mark.parametrize(
     ("before", "after", "low", "high"),
     [
-        (
-            [0] * 4,
-            [1] * 4,
-            0.0202,
-            1.0,
-        ),  # ((1 - d) / (1 + d)) 4 = 1.96^2, of Tango's formula where all rows go up
-        ([1, 1, 0, 0], [1, 1, 0, 0], -0.4899, 0.4899),  # Wilson's for 0 of 4: 1.96^2 / (4 + 1.96^2)
+        # ((1 - d) / (1 + d)) 4 = 1.96^2, of Tango's formula where all rows go up
+        ([0] * 4, [1] * 4, 0.0202, 1.0),
+        # Wilson's for 0 of 4: 1.96^2 / (4 + 1.96^2)
+        ([1, 1, 0, 0], [1, 1, 0, 0], -0.4899, 0.4899),
         ([1] * 1, [1] * 1, -0.7935, 0.7935),
         ([0] * 1000, [1] * 1000, 0.9923, 1.0),
     ],
@@ -67,62 +64,68 @@ def test_few_rows_of_graded_scores_have_no_interval():
     assert scores.paired_interval([0.5] * 30, [0.7, 0.8] * 15) is not None
 
 
-@pytest.fixture
-def base_and_tuned(workshop):
+QUICK = {"train__max_steps": 1, "train__micro_batch_size": 8}
+
+
+def on(base, **changes):
+    return {
+        "model__init": "pretrained", "model__path": str(base), "model__config": None,
+        "model__tokenizer": None, **changes,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base_and_tuned(tmp_path_factory):
     """A base of untrained weights, and the same tuned until it knows four answers by heart."""
+    shared = Workshop(tmp_path_factory.mktemp("shared"))
     rows = write_jsonl(
-        workshop.rows, [{"question": q, "answer": q.upper()} for q in ("ab", "cd", "ef", "gh")]
+        shared.rows, [{"question": q, "answer": q.upper()} for q in ("ab", "cd", "ef", "gh")]
     )
-    base = workshop.train(
-        "base",
-        optimizer__lr=1e-12,
-        train__max_steps=1,
-        train__global_batch_size=4,
-        train__micro_batch_size=4,
-    )
-    tuned = workshop.train(
-        "tuned", model__init="pretrained", model__path=str(base / "model"), model__config=None,
-        model__tokenizer=None, train__global_batch_size=4, train__micro_batch_size=4,
-        train__epochs=120, train__max_steps=120,
-    )  # fmt: skip
-    return base / "model", tuned / "model", rows
+    sizes = {"train__global_batch_size": 4, "train__micro_batch_size": 4}
+    base = shared.train("base", optimizer__lr=1e-12, train__max_steps=1, **sizes) / "model"
+    tuned = shared.train("tuned", **on(base), **sizes, train__epochs=120, train__max_steps=120)
+    return base, tuned / "model", rows
+
+
+@pytest.fixture
+def model(base_and_tuned, tmp_path):
+    """A copy of the base that a test may change."""
+    return shutil.copytree(base_and_tuned[0], tmp_path / "base")
+
+
+def evaluate(*arguments, base="a", tuned="b", data="c"):
+    """Return the exit code of `finetune evaluate`."""
+    given = ["--base", base, "--tuned", tuned, "--data", data, *arguments]
+    return main(["evaluate", *map(str, given)])
+
+
+ONE_WORD = ("--limit", 1, "--max-new-tokens", 1)
 
 
 @pytest.mark.slow
 def test_base_and_tuned_are_compared_on_the_same_rows(base_and_tuned, tmp_path, capsys):
     base, tuned, rows = base_and_tuned
     output = tmp_path / "answers.jsonl"
-    arguments = [
-        "evaluate",
-        "--base",
-        str(base),
-        "--tuned",
-        str(tuned),
-        "--data",
-        str(rows),
-        "--max-new-tokens",
-        "8",
-    ]
-    assert main([*arguments, "--batch-size", "3", "--output", str(output)]) == 0
+
+    def compared(*arguments):
+        asked = ("--max-new-tokens", 8, "--output", output, *arguments)
+        return evaluate(*asked, base=base, tuned=tuned, data=rows)
+
+    assert compared("--batch-size", 3) == 0
     table = capsys.readouterr().out
     assert "4 held-out rows" in table
     assert "exact match         0.0%  100.0%   +100.0 (+2.0 to +100.0)" in table
     assert "cut                    4       0   answers not ended after 8 tokens" in table
     assert "tuned   AB" in table
-    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    lines = read_jsonl(output)
     assert [line["tuned"] for line in lines] == ["AB", "CD", "EF", "GH"]
     assert lines[0]["row"] == f"{rows}:1"
     assert lines[0]["prompt"] == [{"role": "user", "content": "ab"}]
     assert [(line["base_cut"], line["tuned_cut"]) for line in lines] == [(True, False)] * 4
     assert list(lines[0])[-4:] == [
-        "exact_match_base",
-        "exact_match_tuned",
-        "word_accuracy_base",
-        "word_accuracy_tuned",
+        f"{score}_{of}" for score in ("exact_match", "word_accuracy") for of in ("base", "tuned")
     ]
-    assert main([*arguments, "--output", str(output), "--limit", "1"]) == 0, (
-        "what evaluate wrote it may replace"
-    )
+    assert compared("--limit", 1) == 0, "what evaluate wrote it may replace"
     assert len(read_jsonl(output)) == 1
     assert [path.name for path in tmp_path.glob(".writing*")] == []
 
@@ -130,22 +133,10 @@ def test_base_and_tuned_are_compared_on_the_same_rows(base_and_tuned, tmp_path, 
 @pytest.mark.slow
 def test_run_directories_stand_for_their_models_and_duplicates_are_refused(base_and_tuned, capsys):
     base, _, rows = base_and_tuned
-    asked = [
-        "evaluate",
-        "--base",
-        str(base.parent),
-        "--tuned",
-        str(base),
-        "--data",
-        str(rows),
-        "--max-new-tokens",
-        "1",
-    ]
-    assert main(asked) == 0
+    assert evaluate("--max-new-tokens", 1, base=base.parent, tuned=base, data=rows) == 0
     assert "note: --base and --tuned are the same model" in capsys.readouterr().err
-    assert (
-        main(["chat", "--model", str(base.parent), "--prompt", "ab", "--max-new-tokens", "1"]) == 0
-    )
+    chat = ["chat", "--model", str(base.parent), "--prompt", "ab", "--max-new-tokens", "1"]
+    assert main(chat) == 0
 
 
 def test_held_out_rows_may_be_a_folder_and_every_error_is_reported(tmp_path, capsys):
@@ -177,12 +168,13 @@ def test_unread_columns_are_reported_including_scores(tmp_path, capsys):
 
 def test_skipped_rows_are_counted_as_in_training(tmp_path, capsys):
     path = tmp_path / "rows.csv"
-    path.write_text("question,answer\nq,a\n,\n,\nr,b\n")
-    assert len(compare.read(str(path), "auto", {}, None)) == 2
-    assert capsys.readouterr().err == "note: 2 empty rows skipped\n"
-    path.write_text("question,answer\n,\nr,b\n")
-    assert len(compare.read(str(path), "auto", {}, None)) == 1
-    assert capsys.readouterr().err == "note: 1 empty row skipped\n"
+    for rows, number, skipped in (
+        ("q,a\n,\n,\nr,b\n", 2, "2 empty rows"),
+        (",\nr,b\n", 1, "1 empty row"),
+    ):
+        path.write_text(f"question,answer\n{rows}")
+        assert len(compare.read(str(path), "auto", {}, None)) == number
+        assert capsys.readouterr().err == f"note: {skipped} skipped\n"
 
 
 def test_row_errors_use_the_options_of_the_command(tmp_path):
@@ -194,39 +186,22 @@ def test_row_errors_use_the_options_of_the_command(tmp_path):
         compare.read(str(path), "auto", {}, None)
 
 
-def test_control_tokens_are_refused_as_in_training(base_and_its_rows, capsys):
-    model, _ = base_and_its_rows
-    rows = write_jsonl(
-        model.parent / "forged.jsonl", [*pairs(1), {"question": "x<|eos|>", "answer": "y"}]
-    )
-    assert main(["evaluate", "--base", str(model), "--tuned", str(model), "--data", str(rows)]) == 2
+def test_control_tokens_are_refused_as_in_training(model, tmp_path, capsys):
+    forged = [*pairs(1), {"question": "x<|eos|>", "answer": "y"}]
+    rows = write_jsonl(tmp_path / "forged.jsonl", forged)
+    assert evaluate(base=model, tuned=model, data=rows) == 2
     assert f"{rows}:2: the text contains '<|eos|>', a control token" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "qlora"])
-def test_an_adapter_of_another_base_is_reported(workshop, capsys, kind):
-    base = workshop.train("base", train__max_steps=1) / "model"
-    other = workshop.train("other", train__max_steps=1, run__seed=1) / "model"
-    tuned = workshop.train(
-        "tuned", model__init="pretrained", model__path=str(base), model__config=None,
-        model__tokenizer=None,
-        adapter__kind=kind, train__max_steps=1,
-    )  # fmt: skip
-    shutil.copytree(base, workshop.folder / "copy")
-    for given, is_other in ((workshop.folder / "copy", False), (other, True)):
-        asked = [
-            "evaluate",
-            "--base",
-            str(given),
-            "--tuned",
-            str(tuned),
-            "--data",
-            str(workshop.rows),
-            "--limit",
-            "1",
-        ]
-        assert main([*asked, "--max-new-tokens", "1"]) == 0
+def test_an_adapter_of_another_base_is_reported(
+    workshop, base_and_tuned, model, tmp_path, capsys, kind
+):
+    base, other, _ = base_and_tuned
+    tuned = workshop.train("tuned", **on(base, adapter__kind=kind, **QUICK))
+    for given, is_other in ((model, False), (other, True)):
+        assert evaluate(*ONE_WORD, base=given, tuned=tuned, data=workshop.rows) == 0
         assert (f"was trained on another base ({base})" in capsys.readouterr().err) == is_other
 
 
@@ -240,21 +215,19 @@ def small_adapter(folder):
 
 
 @pytest.mark.parametrize("command", ["chat", "export"])
-def test_a_base_is_checked_as_a_model_is(workshop, capsys, command):
-    base = workshop.train("base", train__max_steps=1) / "model"
-    adapter = small_adapter(workshop.folder / "adapter")
-    whole = (
-        ["chat", "--prompt", "a"]
-        if command == "chat"
-        else ["export", "--merge", "--output", str(workshop.folder / "m")]
-    )
-    for model, given, says in (
+def test_a_base_is_checked_as_a_model_is(model, tmp_path, capsys, command):
+    adapter = small_adapter(tmp_path / "adapter")
+    whole = {
+        "chat": ["chat", "--prompt", "a"],
+        "export": ["export", "--merge", "--output", str(tmp_path / "m")],
+    }[command]
+    for opened, given, says in (
         (adapter, "./zz", "error: --base: ./zz: no such folder"),
-        (adapter, workshop.folder, "error: --base: "),
+        (adapter, tmp_path, "error: --base: "),
         (adapter, adapter, "is itself an adapter"),
-        (base, base, "remove --base" if command == "chat" else "nothing to merge"),
+        (model, model, "remove --base" if command == "chat" else "nothing to merge"),
     ):  # fmt: skip
-        assert main([*whole, "--model", str(model), "--base", str(given)]) == 2
+        assert main([*whole, "--model", str(opened), "--base", str(given)]) == 2
         assert says in capsys.readouterr().err
 
 
@@ -284,11 +257,11 @@ def test_answers_do_not_depend_on_the_batch(base_and_tuned):
     assert alone[0] == generate.Answer("AB", is_cut=False)
 
 
-def test_a_long_prompt_is_cut_between_bos_and_end_with_a_note(workshop):
+def test_a_long_prompt_is_cut_between_bos_and_end_with_a_note(base_and_tuned):
     from finetune.export.load import load, load_tokenizer
 
-    model = load(workshop.train(train__max_steps=1) / "model")
-    tokenizer = load_tokenizer(workshop.run_dir() / "model")
+    base = base_and_tuned[0]
+    model, tokenizer = load(base), load_tokenizer(base)
     seen, printed = [], []
     model.generate = lambda input_ids, **_: seen.append(input_ids) or input_ids
     prompts = ["<|bos|>" + "x" * 300 + "end", "short", "y" * 300]
@@ -310,32 +283,18 @@ def test_text_of_the_template_before_an_answer_is_not_scored(bytes_tokenizer):
         "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
     )
     answers = ["<think>\n\n</think>\n\nParis", "Rome", "<think>hm</think>Oslo"]
-    assert [a.strip() for a in generate.without_opening(bytes_tokenizer, answers)] == [
-        "Paris",
-        "Rome",
-        answers[2],
-    ]
+    found = generate.without_opening(bytes_tokenizer, answers)
+    assert [answer.strip() for answer in found] == ["Paris", "Rome", answers[2]]
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["chat", "--prompt", "hi", "--model"],
-        ["evaluate", "--data", "ROWS", "--base", "m", "--tuned"],
-    ],
-)
-def test_a_chat_template_that_fails_is_exit_2(base_and_its_rows, capsys, arguments):
-    model, rows = base_and_its_rows
+def test_a_chat_template_that_fails_is_exit_2(model, base_and_tuned, capsys):
+    rows = base_and_tuned[2]
     (model / "chat_template.jinja").write_text("{{ raise_exception('never') }}")
-    arguments = [
-        str(rows) if word == "ROWS" else str(model) if word == "m" else word for word in arguments
-    ]
-    assert main([*arguments, str(model)]) == 2
-    assert (
-        f"{rows}:1: " * (arguments[0] == "evaluate")
-        + "data.template 'chat' fails: TemplateError: never"
-        in capsys.readouterr().err
-    )
+    fails = "data.template 'chat' fails: TemplateError: never"
+    assert main(["chat", "--prompt", "hi", "--model", str(model)]) == 2
+    assert fails in capsys.readouterr().err
+    assert evaluate(base=model, tuned=model, data=rows) == 2
+    assert f"{rows}:1: {fails}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -349,9 +308,8 @@ def test_a_chat_template_that_fails_is_exit_2(base_and_its_rows, capsys, argumen
     ],
 )  # fmt: skip
 def test_chat_names_the_option_where_a_template_does_not_take_the_system_message(
-    base_and_its_rows, capsys, refused, arguments, says
+    model, capsys, refused, arguments, says
 ):
-    model, _ = base_and_its_rows
     (model / "chat_template.jinja").write_text(
         "{% if messages[0].role "
         + refused
@@ -363,35 +321,12 @@ def test_chat_names_the_option_where_a_template_does_not_take_the_system_message
     assert "TemplateError: not so" in printed
 
 
-def test_the_default_of_several_chat_templates_is_used(base_and_its_rows, capsys):
-    model, rows = base_and_its_rows
+def test_the_default_of_several_chat_templates_is_used(model, base_and_tuned):
     more = model / "additional_chat_templates"
     more.mkdir()
     (more / "tool_use.jinja").write_text("{{ raise_exception('never') }}")
     assert main(["chat", "--prompt", "hi", "--max-new-tokens", "1", "--model", str(model)]) == 0
-    assert (
-        main(
-            [
-                "evaluate",
-                "--data",
-                str(rows),
-                "--base",
-                str(model),
-                "--tuned",
-                str(model),
-                "--limit",
-                "1",
-                "--max-new-tokens",
-                "1",
-            ]
-        )
-        == 0
-    )
-
-
-@pytest.fixture
-def base_and_its_rows(workshop):
-    return workshop.train("base", train__max_steps=1) / "model", workshop.rows
+    assert evaluate(*ONE_WORD, base=model, tuned=model, data=base_and_tuned[2]) == 0
 
 
 @pytest.mark.slow
@@ -414,20 +349,10 @@ def test_chat_talks_until_the_input_ends(base_and_tuned, capsys, monkeypatch):
 def test_a_model_without_chat_template_cannot_be_asked(workshop, capsys):
     text = workshop.folder / "text.txt"
     text.write_text("a line\n" * 9 + "another\n")
-    run = workshop.train("plain", data__train=str(text), objective__kind="clm", train__max_steps=1)
-    assert main(["chat", "--model", str(run / "model"), "--prompt", "hi"]) == 2
+    run = workshop.train("plain", data__train=str(text), objective__kind="clm", **QUICK) / "model"
+    assert main(["chat", "--model", str(run), "--prompt", "hi"]) == 2
     assert "no chat template" in capsys.readouterr().err
-    rows = write_jsonl(workshop.folder / "pairs.jsonl", pairs(2))
-    arguments = [
-        "evaluate",
-        "--base",
-        str(run / "model"),
-        "--tuned",
-        str(run / "model"),
-        "--data",
-        str(rows),
-    ]
-    assert main(arguments) == 2
+    assert evaluate(base=run, tuned=run, data=workshop.rows) == 2
 
 
 def test_a_model_that_is_not_there_is_exit_2(capsys):
@@ -448,11 +373,9 @@ def test_a_model_that_is_not_there_is_exit_2(capsys):
     ids=" ".join,
 )  # fmt: skip
 def test_a_wrong_number_on_the_command_line_is_exit_2(arguments, capsys):
-    needed = {"evaluate": ["--base", "a", "--tuned", "b", "--data", "c"], "chat": ["--model", "a"]}[
-        arguments[0]
-    ]
+    needed = {"evaluate": ["--base", "a", "--tuned", "b", "--data", "c"], "chat": ["--model", "a"]}
     with pytest.raises(SystemExit) as caught:
-        main([*arguments, *needed])
+        main([*arguments, *needed[arguments[0]]])
     assert caught.value.code == 2
     printed = capsys.readouterr().err
     assert f"argument {arguments[1]}" in printed
@@ -469,22 +392,7 @@ def test_held_out_rows_are_never_the_output(tmp_path, capsys, link, data):
     before, output = rows.read_bytes(), rows if link is None else tmp_path / "other"
     if link:
         getattr(output, link)(rows)
-    assert (
-        main(
-            [
-                "evaluate",
-                "--base",
-                "a",
-                "--tuned",
-                "b",
-                "--data",
-                str(tmp_path / "data" / data),
-                "--output",
-                str(output),
-            ]
-        )
-        == 2
-    )
+    assert evaluate("--output", output, data=tmp_path / "data" / data) == 2
     assert f"--output: {output} is a part of --data" in capsys.readouterr().err
     assert rows.read_bytes() == before
 
@@ -496,32 +404,22 @@ def test_an_output_that_evaluate_did_not_write_is_kept(tmp_path, capsys, held):
     """A file of a model, a log of a run, other rows."""
     rows, output = write_jsonl(tmp_path / "rows.jsonl", pairs(1)), tmp_path / "config.json"
     output.write_bytes(held)
-    assert (
-        main(
-            [
-                "evaluate",
-                "--base",
-                "a",
-                "--tuned",
-                "b",
-                "--data",
-                str(rows),
-                "--output",
-                str(output),
-            ]
-        )
-        == 2
-    )
+    assert evaluate("--output", output, data=rows) == 2
     assert f"--output: {output} exists, and evaluate did not write it" in capsys.readouterr().err
     assert output.read_bytes() == held
 
 
-def test_an_output_that_is_a_folder_is_refused_before_the_work(tmp_path, capsys):
-    assert (
-        main(["evaluate", "--base", "a", "--tuned", "b", "--data", "c", "--output", str(tmp_path)])
-        == 2
-    )
-    assert f"--output: {tmp_path} is a folder; name a file" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("output", "says"),
+    [
+        (".", "{output} is a folder; name a file"),
+        ("no/such/folder/x", "{output}: its folder does not exist"),
+    ],
+)
+def test_an_unwritable_output_is_refused_before_the_work(tmp_path, capsys, output, says):
+    path = tmp_path / output
+    assert evaluate("--output", path) == 2
+    assert f"--output: {says.format(output=path)}" in capsys.readouterr().err
 
 
 def test_a_read_only_output_folder_is_refused_before_the_work(tmp_path, capsys, monkeypatch):
@@ -531,19 +429,15 @@ def test_a_read_only_output_folder_is_refused_before_the_work(tmp_path, capsys, 
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr("tempfile.mkstemp", refused)
-    rows = write_jsonl(tmp_path / "rows.jsonl", pairs(1))
-    output = str(tmp_path / "answers.jsonl")
-    assert (
-        main(["evaluate", "--base", "a", "--tuned", "b", "--data", str(rows), "--output", output])
-        == 2
-    )
+    rows, output = write_jsonl(tmp_path / "rows.jsonl", pairs(1)), tmp_path / "answers.jsonl"
+    assert evaluate("--output", output, data=rows) == 2
     assert f"--output: {output}: cannot be written: Permission denied" in capsys.readouterr().err
 
 
 def test_a_full_disk_keeps_the_table_and_the_old_output(
-    base_and_its_rows, capsys, monkeypatch, tmp_path
+    base_and_tuned, capsys, monkeypatch, tmp_path
 ):
-    model, rows = base_and_its_rows
+    base, _, rows = base_and_tuned
     output = tmp_path / "answers.jsonl"
     output.write_text('{"row": "a:1", "prompt": []}\n')
 
@@ -551,18 +445,7 @@ def test_a_full_disk_keeps_the_table_and_the_old_output(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("finetune.files.os.fsync", full)
-    asked = [
-        "evaluate",
-        "--base",
-        str(model),
-        "--tuned",
-        str(model),
-        "--data",
-        str(rows),
-        "--limit",
-        "1",
-    ]
-    assert main([*asked, "--max-new-tokens", "1", "--output", str(output)]) == 1
+    assert evaluate(*ONE_WORD, "--output", output, base=base, tuned=base, data=rows) == 1
     printed = capsys.readouterr()
     assert "exact match" in printed.out
     assert f"failed: --output: {output}: cannot be written: No space left on device" in printed.err
@@ -588,44 +471,26 @@ def test_a_file_is_written_whole_through_a_link_and_keeps_its_mode(tmp_path):
     assert pipe.is_fifo()
 
 
-def test_an_unwritable_output_is_refused_before_the_work(capsys):
-    assert (
-        main(
-            [
-                "evaluate",
-                "--base",
-                "a",
-                "--tuned",
-                "b",
-                "--data",
-                "c",
-                "--output",
-                "/no/such/folder/x",
-            ]
-        )
-        == 2
-    )
-    assert "--output: /no/such/folder/x: its folder does not exist" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("command", ["chat", "evaluate", "export"])
+@pytest.mark.parametrize("command", ["chat", "evaluate", "export", "merge"])
 def test_an_invalid_model_is_refused_at_once(tmp_path, capsys, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
     (tmp_path / "empty").mkdir()
     for name, says in (
         ("models/x", "no such folder"), ("./x", "no such folder"), ("x/", "no such folder"),
-        ("~/no/such", "no such folder"),
+        ("~/no/such", "no such folder"), ("runs/x", "no such folder"), ("my run", "no such folder"),
+        ("./emty", "no such folder (looked for in {}); did you mean ./empty?"),
         ("empty", "is an empty folder"), ("", "is empty"),
     ):  # fmt: skip
         needed = {
             "chat": ["--model", name, "--prompt", "a"],
             "export": ["--merge", "--model", name, "--output", "m"],
+            "merge": [name, "--output", "m"],
             "evaluate": ["--tuned", name, "--base", name, "--data", "rows.jsonl"],
         }  # fmt: skip
         assert main([command, *needed[command]]) == 2
         error = capsys.readouterr().err
-        assert says in error
+        assert says.format(tmp_path) in error
         assert error.startswith("error: --")
 
 

@@ -1,15 +1,19 @@
 """What a run exports opens elsewhere, and a folder that does not match is never called complete."""
 
+import copy
 import errno
 import itertools
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_LLAMA, short
+from conftest import TINY_LLAMA, Workshop, short
 from safetensors.torch import load_file, save_file
 
+from finetune.__main__ import main
 from finetune.errors import ExportError, ModelError, Outage
 from finetune.export.load import load, load_tokenizer
 from finetune.export.merge import _relative_difference, merge
@@ -20,21 +24,80 @@ from finetune.models import attention_probe
 pytestmark = pytest.mark.slow
 
 
-def as_adapter(base):
+QUICK = {"train__max_steps": 1, "train__micro_batch_size": 8}
+TIED = {**TINY_LLAMA, "tie_word_embeddings": True}
+
+
+def on(base, **changes):
     return {
-        "model__init": "pretrained", "model__path": str(base / "model"), "model__config": None,
-        "model__tokenizer": None,
-        "adapter__kind": "lora",
+        "model__init": "pretrained", "model__path": str(base), "model__config": None,
+        "model__tokenizer": None, **QUICK, **changes,
     }  # fmt: skip
 
 
-def test_full_weights_open_with_plain_transformers(workshop):
+def as_adapter(base, **changes):
+    return on(base, adapter__kind="lora", **changes)
+
+
+def written(path):
+    return json.loads(path.read_text())
+
+
+def rewrite(path, **changes):
+    path.write_text(json.dumps(written(path) | changes))
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """Runs that tests only read."""
+    return Workshop(tmp_path_factory.mktemp("shared"))
+
+
+@pytest.fixture(scope="module")
+def base(shared):
+    return shared.train("base") / "model"
+
+
+@pytest.fixture(scope="module")
+def other(shared):
+    """Other weights of the same shape."""
+    return shared.train("other", **QUICK, run__seed=1) / "model"
+
+
+@pytest.fixture(scope="module")
+def tied(shared):
+    return shared.train("tied", **QUICK, model__config=TIED) / "model"
+
+
+@pytest.fixture(scope="module")
+def lora(shared, base):
+    return shared.train("lora", **as_adapter(base)) / "model"
+
+
+@pytest.fixture(scope="module")
+def merged(shared, lora):
+    merge([lora], shared.folder / "merged")
+    return shared.folder / "merged"
+
+
+@pytest.fixture
+def own_base(base, tmp_path):
+    """A copy of the base that a test may change."""
+    return shutil.copytree(base, tmp_path / "own_base")
+
+
+@pytest.fixture
+def own_lora(lora, own_base, tmp_path):
+    """A copy of the adapter, on that base."""
+    folder = shutil.copytree(lora, tmp_path / "own_lora")
+    rewrite(folder / "adapter_config.json", base_model_name_or_path=str(own_base))
+    return folder
+
+
+def test_full_weights_open_with_plain_transformers(base):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    run = workshop.train()
-    model, tokenizer = (
-        c.from_pretrained(run / "model") for c in (AutoModelForCausalLM, AutoTokenizer)
-    )
+    model, tokenizer = (c.from_pretrained(base) for c in (AutoModelForCausalLM, AutoTokenizer))
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
     )
@@ -46,27 +109,22 @@ def test_full_weights_open_with_plain_transformers(workshop):
     assert torch.isfinite(model(**tokenizer(text, return_tensors="pt")).logits).all()
 
 
-def test_an_adapter_opens_with_plain_peft(workshop):
+def test_an_adapter_opens_with_plain_peft(lora, base):
     from peft import AutoPeftModelForCausalLM
 
-    run = workshop.train("lora", **as_adapter(workshop.train("base")))
-    model = AutoPeftModelForCausalLM.from_pretrained(run / "model")
-    assert not (run / "model/model.safetensors").exists()
-    assert json.loads((run / "model/adapter_config.json").read_text())[
-        "base_model_name_or_path"
-    ] == str(workshop.run_dir("base") / "model")
-    assert load_tokenizer(run / "model").chat_template
+    model = AutoPeftModelForCausalLM.from_pretrained(lora)
+    assert not (lora / "model.safetensors").exists()
+    assert written(lora / "adapter_config.json")["base_model_name_or_path"] == str(base)
+    assert load_tokenizer(lora).chat_template
     assert torch.isfinite(model(input_ids=torch.tensor([[1, 2]])).logits).all()
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("shape", [TINY_LLAMA, TIED], ids=["untied", "tied"])
 @pytest.mark.parametrize("dtype", short(["float32", "bfloat16"], "bfloat16"))
-def test_tied_and_untied_models_of_each_dtype_are_saved_whole(workshop, tied, dtype):
-    run = workshop.train(
-        model__config={**TINY_LLAMA, "tie_word_embeddings": tied}, model__dtype=dtype
-    )
+def test_tied_and_untied_models_of_each_dtype_are_saved_whole(workshop, shape, dtype):
+    run = workshop.train(model__config=shape, model__dtype=dtype, **QUICK)
     saved = load_file(run / "model/model.safetensors")
-    assert ("lm_head.weight" in saved) != tied
+    assert ("lm_head.weight" in saved) == (shape is TINY_LLAMA)
     assert {str(t.dtype) for t in saved.values()} == {f"torch.{dtype}"}
 
 
@@ -83,39 +141,38 @@ def tamper(change):
     return broken
 
 
-def test_half_a_saved_model_is_never_complete(workshop, monkeypatch):
-    def half(tensors):
-        name = "model.layers.0.mlp.up_proj.weight"
-        tensors[name] = tensors[name].clone()
-        tensors[name][tensors[name].shape[0] // 2 :] = 0  # as if one process's shard had been saved
-
-    monkeypatch.setattr("finetune.export.publish.save", tamper(half))
-    with pytest.raises(
-        ExportError, match="weight model.layers.0.mlp.up_proj.weight differs from training"
-    ):
-        workshop.train()
-    assert json.loads((workshop.run_dir() / "outcome.json").read_text())["state"] == "failed"
+UP = "model.layers.0.mlp.up_proj.weight"
 
 
-def test_a_missing_weight_is_never_complete(workshop, monkeypatch):
-    monkeypatch.setattr(
-        "finetune.export.publish.save", tamper(lambda tensors: tensors.pop("model.norm.weight"))
-    )
-    with pytest.raises(ExportError, match="model.norm.weight"):
-        workshop.train()
+def zero_half(tensors):
+    """As if one process's shard had been saved."""
+    tensors[UP] = tensors[UP].clone()
+    tensors[UP][tensors[UP].shape[0] // 2 :] = 0
 
 
-def test_an_adapter_that_did_not_train_is_never_complete(workshop, monkeypatch):
-    settings = as_adapter(workshop.train("base"))
+def drop_norm(tensors):
+    del tensors["model.norm.weight"]
 
-    def nothing(tensors):
-        for name in tensors:
-            if "lora_B" in name:
-                tensors[name] = torch.zeros_like(tensors[name])
 
-    monkeypatch.setattr("finetune.export.publish.save", tamper(nothing))
-    with pytest.raises(ExportError, match="14 adapters are zero"):
-        workshop.train("lora", **settings)
+def zero_adapters(tensors):
+    for name in tensors:
+        if "lora_B" in name:
+            tensors[name] = torch.zeros_like(tensors[name])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (zero_half, f"weight {UP} differs from training"),
+        (drop_norm, "model.norm.weight"),
+        (zero_adapters, "14 adapters are zero"),
+    ],
+)
+def test_what_differs_from_training_is_never_complete(workshop, base, monkeypatch, change, says):
+    monkeypatch.setattr("finetune.export.publish.save", tamper(change))
+    with pytest.raises(ExportError, match=says):
+        workshop.train(**(as_adapter(base) if change is zero_adapters else QUICK))
+    assert workshop.outcome()["state"] == "failed"
 
 
 def test_a_run_that_moved_no_weight_is_never_complete(workshop):
@@ -126,10 +183,8 @@ def test_a_run_that_moved_no_weight_is_never_complete(workshop):
         workshop.train(model__dtype="bfloat16", optimizer__lr=1e-60)
 
 
-def test_factors_that_cannot_move_in_the_first_step_are_not_reported(workshop, capsys):
-    settings = as_adapter(workshop.train("base"))
-    capsys.readouterr()
-    workshop.train("lora", **settings, train__max_steps=1)
+def test_factors_that_cannot_move_in_the_first_step_are_not_reported(workshop, base, capsys):
+    workshop.train("lora", **as_adapter(base))
     assert "did not change" not in capsys.readouterr().out
 
 
@@ -151,30 +206,22 @@ def test_a_failed_export_is_repeated_from_the_last_checkpoint(workshop, monkeypa
         with pytest.raises(ExportError):
             workshop.train()
     run = workshop.train()
-    outcome = json.loads((run / "outcome.json").read_text())
-    assert (outcome["state"], outcome["step"], outcome["reason"]) == (
-        "complete",
-        5,
-        "the last weights, of step 5, exported and verified",
-    )
-    assert (
-        outcome["model"]["model.safetensors"]["bytes"]
-        == (run / "model/model.safetensors").stat().st_size
-    )
+    outcome = workshop.outcome()
+    assert (outcome["state"], outcome["step"]) == ("complete", 5)
+    assert outcome["reason"] == "the last weights, of step 5, exported and verified"
+    size = (run / "model/model.safetensors").stat().st_size
+    assert outcome["model"]["model.safetensors"]["bytes"] == size
 
 
-def test_merge_command_writes_full_weights(workshop, capsys):
-    from finetune.__main__ import main
-
-    run = workshop.train("lora", **as_adapter(workshop.train("base")))
-    target = workshop.folder / "merged"
-    assert main(["export", "--merge", "--model", str(run / "model"), "--output", str(target)]) == 0
+def test_merge_command_writes_full_weights(lora, tmp_path, capsys):
+    target = tmp_path / "merged"
+    command = ["export", "--merge", "--model", str(lora), "--output", str(target)]
+    assert main(command) == 0
     assert "merged; logits differ from base plus adapter by at most" in capsys.readouterr().out
     assert (target / "model.safetensors").exists()
-    assert (target / "chat_template.jinja").read_text() == (
-        run / "model/chat_template.jinja"
-    ).read_text()
-    assert main(["export", "--merge", "--model", str(run / "model"), "--output", str(target)]) == 2
+    template = "chat_template.jinja"
+    assert (target / template).read_text() == (lora / template).read_text()
+    assert main(command) == 2
     assert "exists; choose another --output" in capsys.readouterr().err
 
 
@@ -189,32 +236,14 @@ def test_an_unwritable_destination_is_refused_before_loading(tmp_path):
             merge([tmp_path], Path(target))
 
 
-@pytest.mark.slow
-def test_a_merge_that_fills_the_disk_is_reported_and_cleaned_up(workshop, monkeypatch):
-    run, target = (
-        workshop.train("lora", **as_adapter(workshop.train("base"))),
-        workshop.folder / "merged",
-    )
-
-    def full(*_, **__):
-        target.with_name(".writing-merged").mkdir()
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("finetune.export.merge.save", full)
-    with pytest.raises(Outage, match=f"{target} cannot be written now: the disk is full"):
-        merge([run / "model"], target)
-    assert not list(workshop.folder.glob("*merged*"))
-
-
-def test_merging_full_weights_is_an_error(workshop):
-    run = workshop.train()
+def test_merging_full_weights_is_an_error(base, tmp_path):
     with pytest.raises(ModelError, match="nothing to merge"):
-        merge([run / "model"], workshop.folder / "merged", "auto")
+        merge([base], tmp_path / "merged", "auto")
 
 
-def test_an_adapter_and_its_merge_store_the_token_that_ends_an_answer(workshop):
+def test_an_adapter_and_its_merge_store_the_token_that_ends_an_answer(workshop, base):
     """ChatML ends answers with <|im_end|>, not with EOS; peft itself saves no generation config."""
-    run = workshop.train("lora", data__template="chatml", **as_adapter(workshop.train("base")))
+    run = workshop.train("lora", data__template="chatml", **as_adapter(base))
     stop = load_tokenizer(run / "model").convert_tokens_to_ids("<|im_end|>")
     assert stop in load(run / "model").generation_config.eos_token_id
     merge([run / "model"], workshop.folder / "merged", "auto")
@@ -226,12 +255,11 @@ def test_an_adapter_and_its_merge_store_the_token_that_ends_an_answer(workshop):
     [["q_proj", "lm_head"], ".*(q_proj|lm_head)", ["embed_tokens"], ".*embed_tokens"],
     ids=str,
 )
-def test_an_adapter_on_tied_weights_is_refused(workshop, targets):
-    base = workshop.train("base", model__config={**TINY_LLAMA, "tie_word_embeddings": True})
+def test_an_adapter_on_tied_weights_is_refused(workshop, tied, targets):
     with pytest.raises(
         ModelError, match="shares its weights|no linear layer is called 'embed_tokens'"
     ):
-        workshop.train("lora", adapter__target_modules=targets, **as_adapter(base))
+        workshop.train("lora", **as_adapter(tied, adapter__target_modules=targets))
 
 
 @pytest.mark.parametrize(
@@ -241,44 +269,37 @@ def test_an_adapter_on_tied_weights_is_refused(workshop, targets):
         ("float32", "bfloat16"),
     ),
 )
-def test_an_adapter_knows_its_base_in_any_dtype(workshop, dtype, wanted):
-    base = workshop.train("base", model__dtype=dtype)
-    run = workshop.train("lora", model__dtype="bfloat16", **as_adapter(base))
+def test_an_adapter_knows_its_base_in_any_dtype(workshop, base, dtype, wanted):
+    if dtype != "float32":
+        base = workshop.train("base", model__dtype=dtype, **QUICK) / "model"
+    run = workshop.train("lora", **as_adapter(base, model__dtype="bfloat16"))
     merge([run / "model"], workshop.folder / "merged", wanted)
     merged = load_file(workshop.folder / "merged/model.safetensors")
     expected = dtype if wanted == "auto" else wanted
     assert {str(weight.dtype) for weight in merged.values()} == {f"torch.{expected}"}
 
 
-@pytest.mark.parametrize("command", short(["merge", "chat", "evaluate"], "merge"))
-def test_an_adapter_beside_another_base_is_refused(workshop, capsys, command):
-    """Same path, same shapes, other weights: what comes out would be neither model."""
-    from finetune.__main__ import main
-
-    run = workshop.train("lora", **as_adapter(workshop.train("base")))
-    workshop.run_dir("base").rename(workshop.folder / "old")
-    base, model = workshop.train("base", run__seed=1) / "model", str(run / "model")
-    arguments = {
-        "merge": [
-            "export",
-            "--merge",
-            "--model",
-            model,
-            "--output",
-            str(workshop.folder / "merged"),
-        ],
-        "chat": ["chat", "--model", model, "--prompt", "hi"],
+def opens(command, model, folder):
+    """Return the command line of a command that opens this model."""
+    answers = ["--max-new-tokens", "1"]
+    return {
+        "merge": ["export", "--merge", "--model", model, "--output", str(folder / "merged")],
+        "chat": ["chat", "--model", model, "--prompt", "hi", *answers],
         "evaluate": [
-            "evaluate",
-            "--base",
-            str(base),
-            "--tuned",
-            model,
-            "--data",
-            str(workshop.rows),
+            "evaluate", "--tuned", model, "--data", str(folder / "rows.jsonl"), "--limit", "1",
+            *answers,
         ],
-    }
-    assert main(arguments[command]) == 2
+    }[command]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", short(["merge", "chat", "evaluate"], "merge"))
+def test_an_adapter_beside_another_base_is_refused(
+    workshop, own_lora, own_base, other, capsys, command
+):
+    """Same path, same shapes, other weights: what comes out would be neither model."""
+    shutil.copytree(other, own_base, dirs_exist_ok=True)
+    more = ["--base", str(own_base)] if command == "evaluate" else []
+    assert main([*opens(command, str(own_lora), workshop.folder), *more]) == 2
     assert "its base has changed since the adapter was trained" in capsys.readouterr().err
     assert not (workshop.folder / "merged").exists()
 
@@ -303,9 +324,8 @@ def test_the_exported_chat_template_gives_the_tokens_that_were_trained(
         "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    run = workshop.train(
-        model__tokenizer=str(workshop.folder / "tokenizer"), data__template=str(jinja)
-    )
+    own = {"model__tokenizer": str(workshop.folder / "tokenizer"), "data__template": str(jinja)}
+    run = workshop.train(**own, **QUICK)
     tokenizer = load_tokenizer(run / "model")
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
@@ -317,7 +337,8 @@ def test_the_exported_chat_template_gives_the_tokens_that_were_trained(
 
 def test_the_system_prompt_of_training_is_there_when_asked(workshop):
     """Without it a tuned model would be asked by a prompt that it never saw."""
-    run = workshop.train(data__system_prompt='Say "so" {{ often }} 😀.', data__template="chatml")
+    prompt = 'Say "so" {{ often }} 😀.'
+    run = workshop.train(data__system_prompt=prompt, data__template="chatml", **QUICK)
     tokenizer = load_tokenizer(run / "model")
 
     def asked(*messages):
@@ -326,14 +347,11 @@ def test_the_system_prompt_of_training_is_there_when_asked(workshop):
         )
 
     user = {"role": "user", "content": "hi"}
-    assert asked(user).startswith(
-        '<|im_start|>system\nSay "so" {{ often }} 😀.<|im_end|>\n<|im_start|>user'
-    )
+    assert asked(user).startswith(f"<|im_start|>system\n{prompt}<|im_end|>\n<|im_start|>user")
     assert asked({"role": "system", "content": "Other."}, user).count("system") == 1
 
 
 def test_a_broken_file_after_saving_is_exit_1_not_the_users_fault(workshop, monkeypatch):
-
     def broken(model, weights, tokenizer, template, target, *rest):
         save(model, weights, tokenizer, template, target, *rest)
         path = target / "model.safetensors"
@@ -341,7 +359,7 @@ def test_a_broken_file_after_saving_is_exit_1_not_the_users_fault(workshop, monk
 
     monkeypatch.setattr("finetune.export.publish.save", broken)
     with pytest.raises(ExportError, match="cannot be loaded"):
-        workshop.train()
+        workshop.train(**QUICK)
 
 
 @pytest.mark.parametrize(
@@ -354,12 +372,11 @@ def test_a_broken_file_after_saving_is_exit_1_not_the_users_fault(workshop, monk
 )  # fmt: skip
 def test_adapters_on_other_architectures_export_correctly(workshop, architecture):
     config = TINY_LLAMA if architecture["model_type"] == "mixtral" else {}
-    base = workshop.train("base", model__config={**config, **architecture})
+    base = workshop.train("base", model__config={**config, **architecture}, **QUICK) / "model"
     run = workshop.train("lora", **as_adapter(base))
     merge([run / "model"], workshop.folder / "merged")
     before, after = (
-        load_file(folder / "model.safetensors")
-        for folder in (base / "model", workshop.folder / "merged")
+        load_file(folder / "model.safetensors") for folder in (base, workshop.folder / "merged")
     )
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[name], after[name]) for name in before), (
@@ -368,38 +385,24 @@ def test_adapters_on_other_architectures_export_correctly(workshop, architecture
 
 
 def test_a_multimodal_model_gets_adapters_in_its_language_part(workshop):
-    text = {
-        **{k: v for k, v in TINY_LLAMA.items() if k != "model_type"},
-        "head_dim": 8,
-        "vocab_size": 300,
-    }
+    text = {**TINY_LLAMA, "head_dim": 8, "vocab_size": 300}
+    del text["model_type"]
     vision = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "image_size": 28,
-        "patch_size": 14,
-    }
-    config = {
-        "model_type": "gemma3",
-        "text_config": text,
-        "vision_config": vision,
-        "mm_tokens_per_image": 1,
-    }
-    run = workshop.train("lora", **as_adapter(workshop.train("base", model__config=config)))
-    assert not [
-        name for name in load_file(run / "model/adapter_model.safetensors") if "vision" in name
-    ]
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+        "num_attention_heads": 4, "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    config = {"text_config": text, "vision_config": vision, "mm_tokens_per_image": 1}
+    base = workshop.train("base", model__config={"model_type": "gemma3", **config}, **QUICK)
+    run = workshop.train("lora", **as_adapter(base / "model"))
+    adapted = load_file(run / "model/adapter_model.safetensors")
+    assert adapted
+    assert not [name for name in adapted if "vision" in name]
 
 
-def test_an_adapter_opens_from_any_folder(workshop, monkeypatch, tmp_path_factory):
+def test_an_adapter_opens_from_any_folder(workshop, base, monkeypatch, tmp_path_factory):
     """The base is named by its absolute path, also when the config named it by a relative one."""
-    workshop.train("base")
-    monkeypatch.chdir(workshop.folder / "runs")
-    run = workshop.train(
-        "lora", **(as_adapter(workshop.run_dir("base")) | {"model__path": "base/model"})
-    )
+    monkeypatch.chdir(base.parent)
+    run = workshop.train("lora", **as_adapter("model") | {"model__path": "./model"})
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     assert load(run / "model")
 
@@ -426,27 +429,23 @@ def test_the_trained_model_is_freed_before_the_export_is_opened(workshop, monkey
 
     monkeypatch.setattr(loop, "build", watched)
     monkeypatch.setattr("finetune.export.publish.verify", opened)
-    base = workshop.train("base", train__ema_decay=0.9)
+    base = workshop.train("base", train__ema_decay=0.9, **QUICK) / "model"
     for kind in ("lora", "qlora"):
         alive.clear()
-        workshop.train(kind, **as_adapter(base) | {"adapter__kind": kind}, train__ema_decay=0.9)
+        workshop.train(kind, **on(base, adapter__kind=kind, train__ema_decay=0.9))
 
 
-def test_exported_files_have_the_mode_that_the_umask_says(workshop):
-    import os
-
-    base = workshop.train("base")
-    lora = workshop.train("lora", **as_adapter(base))
-    merge([lora / "model"], workshop.folder / "merged")
+def test_exported_files_have_the_mode_that_the_umask_says(workshop, base, lora, merged):
     before = os.umask(0o027)
     try:
-        private = workshop.train("private")
+        private = workshop.train("private", **QUICK)
     finally:
         os.umask(before)
+    usual = 0o666 & ~before
     for folder, mode in (
-        (base, 0o666 & ~before),
-        (lora, 0o666 & ~before),
-        (workshop.folder / "merged", 0o666 & ~before),
+        (base.parent, usual),
+        (lora.parent, usual),
+        (merged, usual),
         (private, 0o640),
     ):
         modes = {
@@ -457,84 +456,70 @@ def test_exported_files_have_the_mode_that_the_umask_says(workshop):
         assert set(modes.values()) == {oct(mode)}, modes
 
 
-def test_saving_does_not_modify_its_input(workshop, bytes_tokenizer):
-    import copy
-
+def test_saving_does_not_modify_its_input(base, bytes_tokenizer, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    from finetune.data import templates
+    from finetune.data import chat_templates
 
-    run = workshop.train()
-    model = AutoModelForCausalLM.from_pretrained(run / "model")
+    model = AutoModelForCausalLM.from_pretrained(base)
     bytes_tokenizer.chat_template, model.generation_config.temperature = "before", 0.5
-    before = copy.deepcopy(
-        (bytes_tokenizer.chat_template, model.generation_config.to_dict(), model.config.to_dict())
-    )
-    template = templates.load(
+
+    def state():
+        return (
+            copy.deepcopy(bytes_tokenizer.chat_template),
+            model.generation_config.to_dict(),
+            model.config.to_dict(),
+        )
+
+    before = copy.deepcopy(state())
+    template = chat_templates.load(
         "question_answer", "question_answer", None, bytes_tokenizer.special_tokens_map, {}
     )
-    save(
-        model,
-        dict(model.state_dict()),
-        bytes_tokenizer,
-        template,
-        workshop.folder / "saved",
-        "a system prompt",
-    )
-    assert (
-        bytes_tokenizer.chat_template,
-        model.generation_config.to_dict(),
-        model.config.to_dict(),
-    ) == before
-    assert "a system prompt" in (workshop.folder / "saved/chat_template.jinja").read_text()
-    assert (
-        json.loads((workshop.folder / "saved/generation_config.json").read_text())["temperature"]
-        == 0.5
-    )
+    weights, saved = dict(model.state_dict()), tmp_path / "saved"
+    save(model, weights, bytes_tokenizer, template, saved, "a system prompt")
+    assert state() == before
+    assert "a system prompt" in (saved / "chat_template.jinja").read_text()
+    assert written(saved / "generation_config.json")["temperature"] == 0.5
+
+
+COMPANIONS = {
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    "LICENSE", "NOTICE.txt",
+}  # fmt: skip
 
 
 def add_companions(folder):
-    """What published models have beside weights and tokenizer."""
-    names = (
-        "preprocessor_config.json",
-        "processor_config.json",
-        "video_preprocessor_config.json",
-        "LICENSE",
-        "NOTICE.txt",
-    )
-    for name in names:
+    """Add what published models have beside weights and tokenizer."""
+    for name in COMPANIONS:
         (folder / name).write_text("{}")
     (folder / "README.md").write_text("about the base")
     (folder / "modeling_own.py").write_text("raise RuntimeError")
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates/rag.jinja").write_text("rag {{ messages }}")
     (folder / "additional_chat_templates/tool_use.jinja").write_text("tools {{ messages }}")
-    path = folder / "generation_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "top_p": 0.7, "temperature": 0.6}))
-    return set(names)
+    rewrite(folder / "generation_config.json", top_p=0.7, temperature=0.6)
 
 
 @pytest.mark.parametrize("kind", ["full", "merged"])
-def test_other_files_of_a_base_are_exported(workshop, kind):
-    base = workshop.train("base")
-    names = add_companions(base / "model")
-    settings = as_adapter(base) | {"adapter__kind": "full" if kind == "full" else "lora"}
-    folder = workshop.train("tuned", data__template="chatml", **settings) / "model"
+def test_other_files_of_a_base_are_exported(workshop, own_base, kind):
+    add_companions(own_base)
+    adapter = "full" if kind == "full" else "lora"
+    run = workshop.train("tuned", data__template="chatml", **on(own_base, adapter__kind=adapter))
+    folder = run / "model"
     if kind == "merged":
         merge([folder], workshop.folder / "merged")
         folder = workshop.folder / "merged"
     found = {path.name for path in folder.iterdir()}
-    assert names <= found
+    assert found >= COMPANIONS
     assert not {"README.md", "modeling_own.py"} & found, (
         "not what describes the base, and no code without trust_remote_code"
     )
     again = load_tokenizer(folder)
     assert again.chat_template["rag"] == "rag {{ messages }}"
     assert again.chat_template["tool_use"] == "tools {{ messages }}"
-    assert "<|im_start|>" in again.apply_chat_template(
-        [{"role": "user", "content": "a"}], tokenize=False
-    )
-    settings = json.loads((folder / "generation_config.json").read_text())
+    asked = again.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    assert "<|im_start|>" in asked
+    settings = written(folder / "generation_config.json")
     assert (settings["top_p"], settings["temperature"], settings["do_sample"]) == (0.7, 0.6, True)
 
 
@@ -547,36 +532,23 @@ TERMS = (
 
 def test_licence_files_are_exported_under_any_spelling(tmp_path):
     others = (
-        "README.md",
-        "noticed.txt",
-        "determs.txt",
-        "license.safetensors",
-        ".git/LICENSE",
-        "data/LICENSE",
-        "license_check.py",
-    )
+        "README.md", "noticed.txt", "determs.txt", "license.safetensors", ".git/LICENSE",
+        "data/LICENSE", "license_check.py",
+    )  # fmt: skip
     for name in (*TERMS, *others):
         (tmp_path / "base" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "base" / name).write_text(name)
     (tmp_path / "out").mkdir()
     _copy_files_of(Base(str(tmp_path / "base")), tmp_path / "out")
-    found = {
-        path.relative_to(tmp_path / "out").as_posix()
-        for path in (tmp_path / "out").rglob("*")
-        if path.is_file()
-    }
-    assert found == set(TERMS)
+    found = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert {path.relative_to(tmp_path / "out").as_posix() for path in found} == set(TERMS)
 
 
 def test_all_files_to_export_are_fetched_from_the_hub():
     from huggingface_hub.utils import filter_repo_objects
 
-    wanted = [
-        *TERMS,
-        "kernels/own.py",
-        "custom_generate/requirements.txt",
-        "video_preprocessor_config.json",
-    ]
+    code = ["kernels/own.py", "custom_generate/requirements.txt"]
+    wanted = [*TERMS, *code, "video_preprocessor_config.json"]
     weights = ["model.safetensors", "LICENSED.bin"]
     fetched = filter_repo_objects(
         [*wanted, *weights], allow_patterns=TO_FETCH, ignore_patterns=NOT_TO_FETCH
@@ -585,93 +557,55 @@ def test_all_files_to_export_are_fetched_from_the_hub():
 
 
 @pytest.fixture
-def two_ends(workshop):
+def two_ends(own_base):
     """A base whose config says tied, and whose head and embedding are two."""
-    base = workshop.train("base") / "model"
-    path = base / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": True}))
-    return base
+    rewrite(own_base / "config.json", tie_word_embeddings=True)
+    return own_base
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_a_base_wrongly_configured_as_tied_is_refused(workshop, two_ends, kind):
     with pytest.raises(ModelError, match="tie_word_embeddings: true.* are saved and differ"):
-        workshop.train("run", **as_adapter(two_ends.parent) | {"adapter__kind": kind})
+        workshop.train("run", **on(two_ends, adapter__kind=kind))
 
 
-def test_an_untied_model_is_never_exported_as_tied(workshop, two_ends, bytes_tokenizer):
+def test_an_untied_model_is_never_exported_as_tied(two_ends, bytes_tokenizer, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(two_ends)
-    save(model, dict(model.state_dict()), bytes_tokenizer, None, workshop.folder / "saved")
-    assert (
-        json.loads((workshop.folder / "saved/config.json").read_text())["tie_word_embeddings"]
-        is False
-    )
-    assert "lm_head.weight" in load_file(workshop.folder / "saved/model.safetensors")
+    model, saved = AutoModelForCausalLM.from_pretrained(two_ends), tmp_path / "saved"
+    save(model, dict(model.state_dict()), bytes_tokenizer, None, saved)
+    assert written(saved / "config.json")["tie_word_embeddings"] is False
+    assert "lm_head.weight" in load_file(saved / "model.safetensors")
 
 
-def test_a_merge_of_tied_weights_that_train_stays_tied(workshop):
-    base = workshop.train("base", model__config={**TINY_LLAMA, "tie_word_embeddings": True})
-    run = workshop.train("lora", model__new_tokens=["<new>"], **as_adapter(base))
-    merge([run / "model"], workshop.folder / "merged")
-    assert (
-        json.loads((workshop.folder / "merged/config.json").read_text())["tie_word_embeddings"]
-        is True
-    )
-    assert "lm_head.weight" not in load_file(workshop.folder / "merged/model.safetensors")
-    model = load(workshop.folder / "merged")
+def test_a_merge_of_tied_weights_that_train_stays_tied(workshop, tied):
+    run = workshop.train("lora", **as_adapter(tied, model__new_tokens=["<new>"]))
+    target = workshop.folder / "merged"
+    merge([run / "model"], target)
+    assert written(target / "config.json")["tie_word_embeddings"] is True
+    assert "lm_head.weight" not in load_file(target / "model.safetensors")
+    model = load(target)
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
 
 
-@pytest.mark.parametrize("command", short(["merge", "chat", "evaluate"], "chat"))
-def test_an_adapter_finds_its_moved_base(workshop, capsys, command):
-    from finetune.__main__ import main
+@pytest.fixture
+def moved(own_lora, own_base, tmp_path):
+    """(an adapter, where its base is now)"""
+    return own_lora, own_base.rename(tmp_path / "moved")
 
-    base = workshop.train("base")
-    model = str(workshop.train("lora", **as_adapter(base)) / "model")
-    moved = str(base.rename(workshop.folder / "moved") / "model")
-    other = str(workshop.train("other", run__seed=1) / "model")
-    arguments = {
-        "merge": [
-            "export",
-            "--merge",
-            "--model",
-            model,
-            "--output",
-            str(workshop.folder / "merged"),
-        ],
-        "chat": ["chat", "--model", model, "--prompt", "hi", "--max-new-tokens", "1"],
-        "evaluate": [
-            "evaluate",
-            "--tuned",
-            model,
-            "--data",
-            str(workshop.rows),
-            "--limit",
-            "1",
-            "--max-new-tokens",
-            "1",
-        ],
-    }[command]
+
+@pytest.mark.parametrize("command", short(["merge", "chat", "evaluate"], "chat"))
+def test_an_adapter_finds_its_moved_base(workshop, moved, other, capsys, command):
+    model, base = map(str, moved)
+    arguments = opens(command, model, workshop.folder)
     if command != "evaluate":  # it has --base in any case
         assert main(arguments) == 2
         assert "the folder of its base, " in (printed := capsys.readouterr().err)
         assert "give --base" in printed
-    assert main([*arguments, "--base", other]) == 2
-    assert (
-        f"--base: {other} is not the base of {model}: 21 of 21 weights differ"
-        in capsys.readouterr().err
-    )
-    assert main([*arguments, "--base", moved]) == 0
-
-
-@pytest.fixture
-def moved(workshop):
-    """(an adapter, where its base is now)"""
-    base = workshop.train("base")
-    adapter = workshop.train("lora", **as_adapter(base)) / "model"
-    return adapter, base.rename(workshop.folder / "moved") / "model"
+    assert main([*arguments, "--base", str(other)]) == 2
+    refused = f"--base: {other} is not the base of {model}: 21 of 21 weights differ"
+    assert refused in capsys.readouterr().err
+    assert main([*arguments, "--base", base]) == 0
 
 
 def test_a_moved_base_is_compared_in_every_value(moved):
@@ -680,54 +614,39 @@ def test_a_moved_base_is_compared_in_every_value(moved):
     tensors = load_file(base / "model.safetensors")
     tensors["lm_head.weight"][1, 2] += 1  # flat 34, and a sample holds multiples of 130
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        ModelError,
-        match=f"--base: {base} is not the base of {adapter}: 1 of 21 .*such as lm_head.weight",
-    ):
+    refused = f"--base: {base} is not the base of {adapter}: 1 of 21 .*such as lm_head.weight"
+    with pytest.raises(ModelError, match=refused):
         load(adapter, base=str(base))
 
 
 @pytest.mark.parametrize(
-    ("kind", "says"),
+    ("given", "says"),
     [
         (
-            "another architecture",
+            "{base}/gpt",
             "is not the base of {adapter}: model_type was llama there, and is gpt2 here; "
             "give the folder of",
         ),
-        ("a Hub name", "--base: 'owner/name' cannot be loaded: We couldn't connect"),
-        ("an adapter", "--base: {adapter} is itself an adapter; give the model"),
+        ("owner/name", "--base: 'owner/name' cannot be loaded: We couldn't connect"),
+        ("{adapter}", "--base: {adapter} is itself an adapter; give the model"),
         (
-            "both",
+            "{base}",
             "--base: {base} holds config.json of a whole model and "
             "adapter_config.json of an adapter",
         ),
-        ("nowhere", "--base: {base}/nowhere: no such folder"),
+        ("{base}/nowhere", "--base: {base}/nowhere: no such folder"),
     ],
+    ids=["another architecture", "a Hub name", "an adapter", "both", "nowhere"],
 )  # fmt: skip
-def test_an_invalid_base_is_refused_by_its_option(workshop, moved, capsys, kind, says):
-    from finetune.__main__ import main
-
+def test_an_invalid_base_is_refused_by_its_option(workshop, moved, capsys, given, says):
     adapter, base = moved
-    given = {
-        "a Hub name": "owner/name",
-        "an adapter": str(adapter),
-        "nowhere": f"{base}/nowhere",
-    }.get(kind, str(base))
-    if kind == "another architecture":
+    if given == "{base}/gpt":
         gpt = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4}
-        given = str(workshop.train("gpt", train__max_steps=1, model__config=gpt) / "model")
-    if kind == "both":
-        (base / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
-    arguments = [
-        "--model",
-        str(adapter),
-        "--output",
-        str(workshop.folder / "merged"),
-        "--base",
-        given,
-    ]
-    assert main(["export", "--merge", *arguments]) == 2
+        (workshop.train("gpt", **QUICK, model__config=gpt) / "model").rename(base / "gpt")
+    if given == "{base}":
+        shutil.copy(adapter / "adapter_config.json", base)
+    given = given.format(adapter=adapter, base=base)
+    assert main([*opens("merge", str(adapter), workshop.folder), "--base", given]) == 2
     assert says.format(adapter=adapter, base=base) in capsys.readouterr().err
 
 
@@ -747,26 +666,37 @@ def test_a_base_rounded_to_float16_is_recognised():
     assert base_identity.values(base, {"weight"}) != known[1]
 
 
+def cut_short(target):
+    (target / "model.safetensors").write_bytes(b"broken")
+
+
+def interrupt(target):
+    raise KeyboardInterrupt
+
+
+def fill_the_disk(target):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 @pytest.mark.parametrize(
-    ("damage", "error"),
-    [(b"broken", ExportError), (None, KeyboardInterrupt)],
-    ids=["a broken file", "Ctrl-C"],
+    ("damage", "error", "says"),
+    [
+        (cut_short, ExportError, None),
+        (interrupt, KeyboardInterrupt, None),
+        (fill_the_disk, Outage, "/merged cannot be written now: the disk is full"),
+    ],
 )
-def test_a_merge_that_fails_leaves_no_folder(workshop, monkeypatch, damage, error):
+def test_a_merge_that_fails_leaves_no_folder(lora, tmp_path, monkeypatch, damage, error, says):
     """And a file that broke after it was saved is not the user's mistake."""
-    run = workshop.train("lora", **as_adapter(workshop.train("base")))
 
     def broken(model, weights, tokenizer, template, target, *rest, **others):
         save(model, weights, tokenizer, template, target, *rest, **others)
-        if damage is None:
-            raise KeyboardInterrupt
-        (target / "model.safetensors").write_bytes(damage)
+        damage(target)
 
     monkeypatch.setattr("finetune.export.merge.save", broken)
-    before = sorted(workshop.folder.iterdir())
-    with pytest.raises(error):
-        merge([run / "model"], workshop.folder / "merged")
-    assert sorted(workshop.folder.iterdir()) == before
+    with pytest.raises(error, match=says):
+        merge([lora], tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
 
 
 def mixture(**changes):
@@ -831,42 +761,23 @@ def test_nan_logits_never_agree():
 @pytest.mark.parametrize(
     "content",
     [
-        "[",
-        "[]",
-        "null",
-        "",
-        '{"eos_token_id": [[1]]}',
-        '{"eos_token_id": "x"}',
+        "[", "[]", "null", "", '{"eos_token_id": [[1]]}', '{"eos_token_id": "x"}',
         '{"eos_token_id": [2, 999999]}',
     ],
-)
-def test_a_generation_config_that_cannot_be_exported_is_refused_before_training(workshop, content):
-    base = workshop.train("base") / "model"
-    (base / "generation_config.json").write_text(content)
-    changes = {
-        "model__path": str(base),
-        "model__init": "pretrained",
-        "model__config": None,
-        "model__tokenizer": None,
-    }
+)  # fmt: skip
+def test_a_generation_config_that_cannot_be_exported_is_refused_before_training(
+    workshop, own_base, content
+):
+    (own_base / "generation_config.json").write_text(content)
     with pytest.raises(ModelError, match="generation_config.json cannot be saved again"):
-        workshop.check("tuned", **changes)
+        workshop.check("tuned", **on(own_base))
 
 
-def test_an_adapter_refuses_a_base_with_another_config(workshop):
-    base = workshop.train("base") / "model"
-    changes = {
-        "model__path": str(base),
-        "model__init": "pretrained",
-        "model__config": None,
-        "model__tokenizer": None,
-    }
-    adapter = workshop.train("tuned", adapter__kind="lora", **changes) / "model"
-    load(adapter)
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
+def test_an_adapter_refuses_a_base_with_another_config(own_base, own_lora):
+    load(own_lora)
+    rewrite(own_base / "config.json", hidden_act="gelu")
     with pytest.raises(ModelError, match="hidden_act was silu, now gelu"):
-        load(adapter)
-    (adapter / "base_weights.json").write_text("{}")
+        load(own_lora)
+    (own_lora / "base_weights.json").write_text("{}")
     with pytest.raises(ModelError, match=r"base_weights\.json: is damaged"):
-        load(adapter)
+        load(own_lora)

@@ -1,9 +1,11 @@
 """Failures of the machine exit with 1 and are retried; user errors exit with 2 and are not."""
 
 import errno
+import hashlib
 import http.server
 import pickle
 import threading
+from functools import partial
 
 import httpx
 import pytest
@@ -13,7 +15,7 @@ from conftest import Workshop
 from safetensors.torch import save_file
 
 from finetune import failures
-from finetune.data import readers
+from finetune.data import source_files
 from finetune.data.readers import _load_dataset
 from finetune.engine.rundir import RunDirectory
 from finetune.errors import (
@@ -58,15 +60,8 @@ def as_transformers_does(ask):
 
 @pytest.mark.parametrize("get", [httpx.get, requests.get], ids=["httpx", "requests"])
 def test_an_unreachable_hub_is_not_a_user_error(get):
-    with (
-        pytest.raises(
-            Outage,
-            match=(
-                "model a/b cannot be loaded now: We couldn't connect.*HF_HUB_OFFLINE=1.*HF_ENDPOINT"
-            ),
-        ),
-        translated("model a/b"),
-    ):
+    message = "model a/b cannot be loaded now: We couldn't connect.*HF_HUB_OFFLINE=1.*HF_ENDPOINT"
+    with pytest.raises(Outage, match=message), translated("model a/b"):
         as_transformers_does(lambda: get("http://127.0.0.1:9", timeout=1))
 
 
@@ -141,56 +136,47 @@ def test_a_path_that_is_too_long_is_a_user_error(tmp_path):
     assert str(error).endswith("; choose a shorter one")
 
 
-MACHINE = [
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), OutOfMemory),
-    (MemoryError(), OutOfMemory),
-    (
+MACHINE = {
+    OutOfMemory: [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        MemoryError(),
         RuntimeError(
-            "[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory",
+            "[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory"
         ),
-        OutOfMemory,
-    ),
-    (
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-        OutOfMemory,
-    ),
-    (
         torch.distributed.DistBackendError(
-            "NCCL error\nLast error:\nCuda failure 2 'out of memory'",
+            "NCCL error\nLast error:\nCuda failure 2 'out of memory'"
         ),
-        OutOfMemory,
-    ),
-    (RuntimeError("Registering memory failed with cudaError: 2"), OutOfMemory),
-    # An invalid context
-    (RuntimeError("Registering memory failed with cudaError: 201"), DeviceError),
-    (torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"), DeviceError),
-    (torch.AcceleratorError("CUDA error: device-side assert triggered"), DeviceError),
-    (RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable"), DeviceError),
-    (
+        RuntimeError("Registering memory failed with cudaError: 2"),
+    ],
+    DeviceError: [
+        RuntimeError("Registering memory failed with cudaError: 201"),  # an invalid context
+        torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"),
+        torch.AcceleratorError("CUDA error: device-side assert triggered"),
+        RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable"),
         RuntimeError(
-            "Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized",
+            "Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized"
         ),
-        DeviceError,
-    ),
-    (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"), DeviceError),
-    (RuntimeError("device busy"), DeviceError),
-    (
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"),
+        RuntimeError("device busy"),
+    ],
+    TopologyError: [
         torch.distributed.DistBackendError(
-            "NCCL error in: NCCLUtils.cpp:94, unhandled system error",
+            "NCCL error in: NCCLUtils.cpp:94, unhandled system error"
         ),
-        TopologyError,
-    ),
-    (
         RuntimeError(
-            "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer",
+            "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"
         ),
-        TopologyError,
-    ),
-    (torch.distributed.DistNetworkError("failed to recv, got 0 bytes"), TopologyError),
-]  # fmt: skip
+        torch.distributed.DistNetworkError("failed to recv, got 0 bytes"),
+    ],
+}
 
 
-@pytest.mark.parametrize(("exc", "error"), MACHINE, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("exc", "error"),
+    [(exc, error) for error, raised in MACHINE.items() for exc in raised],
+    ids=lambda value: str(value)[:40],
+)
 def test_failure_of_a_device_while_loading_is_not_the_users(exc, error):
     with (
         pytest.raises(error, match="^model 'a/b' cannot be loaded now: ") as caught,
@@ -206,9 +192,7 @@ def test_device_failures_are_found_below_library_errors():
         pytest.raises(DeviceError, match="cannot be loaded now: cannot read shard 2"),
         translated("model a/b"),
     ):
-        raise ValueError("cannot read shard 2") from next(
-            exc for exc, error in MACHINE if error is DeviceError
-        )
+        raise ValueError("cannot read shard 2") from MACHINE[DeviceError][0]
 
 
 @pytest.mark.parametrize(
@@ -262,50 +246,37 @@ def test_machine_failures_are_separated_from_other_library_errors(monkeypatch, t
         (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1}')
         save_file({"a.lora_A.weight": torch.zeros(1, 1)}, tmp_path / "adapter_model.safetensors")
         monkeypatch.setattr(peft.PeftModel, "from_pretrained", fail)
-
-        def act():
-            adapters._continued(torch.nn.Linear(1, 1), str(tmp_path))
+        act = partial(adapters._continued, torch.nn.Linear(1, 1), str(tmp_path))
     elif place == "head":
         from finetune.models import head
 
         model = torch.nn.Linear(1, 1)
         model.config, model.forward = type("Config", (), {"get_text_config": fail}), None
-
-        def act():
-            head._probe(model, model, model)
+        act = partial(head._probe, model, model, model)
     elif place == "forecast":
         from finetune.forecast import trace
 
         made = trace.Rehearsal.__new__(trace.Rehearsal)
         monkeypatch.setattr(trace.Rehearsal, "_trace", fail)
-
-        def act():
-            made.trace(trace.Shape(1, 1, 1))
+        act = partial(made.trace, trace.Shape(1, 1, 1))
     elif place == "best":
         from finetune.engine.checkpoint import resume
 
         topology = type("Stub", (), {"on_main": fail})
-
-        def act():
-            resume.put_back_best(tmp_path, 1, topology, None)
+        act = partial(resume.put_back_best, tmp_path, 1, topology, None)
     elif place == "launch":
         from accelerate.commands import launch
 
         from finetune.survival import launcher
 
         monkeypatch.setattr(launch, "_validate_launch_command", fail)
-
-        def act():
-            launcher.read(["--cpu", "train.py"])
+        act = partial(launcher.read, ["--cpu", "train.py"])
     else:
         error = Outage
-        monkeypatch.setattr(
-            readers.hashlib, "file_digest", raising(OSError(errno.EIO, "Input/output error"))
-        )
+        of_disk = raising(OSError(errno.EIO, "Input/output error"))
+        monkeypatch.setattr(hashlib, "file_digest", of_disk)
         (tmp_path / "rows.jsonl").touch()
-
-        def act():
-            readers.fingerprint(str(tmp_path / "rows.jsonl"))
+        act = partial(source_files.fingerprint, str(tmp_path / "rows.jsonl"))
 
     with pytest.raises(error):
         act()

@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from finetune.models import attention_choice, cross_entropy, head
+from finetune.models import attention, attention_choice, cross_entropy, head
 
 VOCAB = 1009
 SIZES = {
@@ -82,6 +82,19 @@ def gradients(model, loss):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def assert_alike(found, wanted, atol=1e-5, of_largest=0.0):
+    """Check gradients; `of_largest`: also let a weight's differ by this share of its largest."""
+    assert found.keys() == wanted.keys()
+    for weight, grad in wanted.items():
+        limit = max(atol, of_largest * float(grad.abs().max()))
+        torch.testing.assert_close(found[weight], grad, rtol=1e-4, atol=limit, msg=weight)
+
+
+def with_adapters(model, how, **more):
+    """Return a model of peft with adapters whose weights are not zero."""
+    return get_peft_model(model, LoraConfig(r=4, init_lora_weights=False, **ADAPTERS[how], **more))
+
+
 def learned_alike(model, smoothing=0.0, tolerance=1e-5):
     """Return the weights whose gradients are equal with and without chunks; all must be."""
     inputs, labels, positions = batch()
@@ -108,23 +121,19 @@ def learned_alike(model, smoothing=0.0, tolerance=1e-5):
 def test_loss_and_every_gradient_are_those_of_all_logits(chunks_of_a_few, name, smoothing):
     model = make(name)
     assert head.probe(model) == (FINISHES.get(name, head.LogitTransform()), None)
-    assert learned_alike(model, smoothing) >= {
-        name
-        for name, _ in model.named_parameters()
-        if "embed_positions" not in name and "expert" not in name
-    }
+    names = {name for name, _ in model.named_parameters()}
+    unused = {name for name in names if "embed_positions" in name or "expert" in name}
+    assert learned_alike(model, smoothing) >= names - unused
 
 
-@pytest.mark.parametrize("kernel", ["documents", "eager"])
+@pytest.mark.parametrize("kernel", [attention.DOCUMENTS, "eager"])
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_traced_under_every_attention_and_without_weights(name, kernel):
     config = AutoConfig.for_model(name.split(",")[0], **SIZES | MODELS[name])
     kind = AutoModelForCausalLM._model_mapping[type(config)]
-    if (
-        kernel == "documents"
-        and attention_choice.choose("auto", kind, config, torch.device("cpu"), "fp32") != kernel
-    ):
-        kernel = "eager"
+    if kernel == attention.DOCUMENTS:  # some take no other than eager
+        kernel = attention_choice.choose("auto", kind, config, torch.device("cpu"), "fp32")
+        kernel = kernel if kernel == attention.DOCUMENTS else "eager"
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=kernel)
     assert head.probe(model) == (FINISHES.get(name, head.LogitTransform()), None)
@@ -146,15 +155,9 @@ ADAPTERS = {
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("how", ADAPTERS)
 def test_adapters_on_the_head_get_the_same_gradients(chunks_of_a_few, how, tied):
-    settings = ADAPTERS[how] | (
-        {"ensure_weight_tying": True}
-        if tied and how in ("head trained whole", "new tokens")
-        else {}
-    )
-    model = get_peft_model(
-        make("llama", tie_word_embeddings=tied),
-        LoraConfig(r=4, init_lora_weights=False, **settings),
-    )
+    is_whole = how in ("head trained whole", "new tokens")
+    more = {"ensure_weight_tying": True} if tied and is_whole else {}
+    model = with_adapters(make("llama", tie_word_embeddings=tied), how, **more)
     trains = {name for name, weight in model.named_parameters() if weight.requires_grad}
     assert learned_alike(model.eval()) == trains
 
@@ -287,15 +290,7 @@ def test_log_probabilities_and_entropies_are_those_of_all_logits_and_so_are_thei
     found = gradients(
         model, (answers["logprobs"] * factors).sum() + 0.1 * (answers["entropy"] * factors).sum()
     )
-    assert found.keys() == wanted.keys()
-    for weight, grad in wanted.items():
-        torch.testing.assert_close(
-            found[weight],
-            grad,
-            rtol=1e-4,
-            atol=1e-4 * max(1.0, float(grad.abs().max())),
-            msg=weight,
-        )
+    assert_alike(found, wanted, atol=1e-4, of_largest=1e-4)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -304,41 +299,26 @@ def test_the_loss_is_minus_the_sum_of_log_probabilities(chunks_of_a_few, name):
     head.install(model)
     answers = asked(model, *batch(), want=("nll", "logprobs"))
     assert answers["nll"].item() == pytest.approx(-answers["logprobs"].sum().item(), rel=1e-6)
-    one, other = (
-        gradients(model, answers["nll"]),
-        gradients(model, -asked(model, *batch(), want=["logprobs"])["logprobs"].sum()),
-    )
-    for weight, grad in one.items():
-        torch.testing.assert_close(
-            other[weight],
-            grad,
-            rtol=1e-4,
-            atol=1e-5 * max(1.0, float(grad.abs().max())),
-            msg=weight,
-        )
+    wanted = gradients(model, answers["nll"])
+    found = gradients(model, -asked(model, *batch(), want=["logprobs"])["logprobs"].sum())
+    assert_alike(found, wanted, of_largest=1e-5)
 
 
 @pytest.mark.parametrize("how", ADAPTERS)
 def test_log_probabilities_reach_adapters_on_the_head(chunks_of_a_few, how):
-    model = get_peft_model(
-        make("llama"), LoraConfig(r=4, init_lora_weights=False, **ADAPTERS[how])
-    ).eval()
+    model = with_adapters(make("llama"), how).eval()
     logprobs, _ = of_all_logits(model, *batch())
     wanted = gradients(model, logprobs.exp().sum())
     head.install(model.get_base_model())
     found = gradients(model, asked(model, *batch(), want=["logprobs"])["logprobs"].exp().sum())
-    assert found.keys() == wanted.keys()
-    for weight, grad in wanted.items():
-        torch.testing.assert_close(found[weight], grad, rtol=1e-4, atol=1e-5, msg=weight)
+    assert_alike(found, wanted)
 
 
 @pytest.mark.parametrize("how", ["all weights", "on the head"])
 def test_weights_of_tokens_multiply_their_losses(chunks_of_a_few, how):
     model = make("llama")
     if how == "on the head":
-        model = get_peft_model(
-            model, LoraConfig(r=4, init_lora_weights=False, **ADAPTERS[how])
-        ).eval()
+        model = with_adapters(model, how).eval()
     inputs, labels, positions = batch()
     weights = torch.rand(len(labels), generator=torch.Generator().manual_seed(3))
     logprobs, _ = of_all_logits(model, inputs, labels, positions)
@@ -346,8 +326,7 @@ def test_weights_of_tokens_multiply_their_losses(chunks_of_a_few, how):
     head.install(model.get_base_model() if how == "on the head" else model)
     loss = asked(model, inputs, labels, positions, weights=weights)["nll"]
     assert loss.item() == pytest.approx(-(logprobs * weights).sum().item(), rel=1e-5)
-    for weight, grad in gradients(model, loss).items():
-        torch.testing.assert_close(grad, wanted[weight], rtol=1e-4, atol=1e-5, msg=weight)
+    assert_alike(gradients(model, loss), wanted)
 
 
 @pytest.mark.parametrize("trains", [True, False])

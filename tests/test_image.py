@@ -134,14 +134,17 @@ def test_both_cuda_images_are_of_the_same_cuda_and_system():
     assert base.replace("-base-", "-devel-") == devel
 
 
-def test_hadolint_finds_nothing():
-    result = subprocess.run(
-        [tool("hadolint"), "--no-color", "docker/Dockerfile"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        (["hadolint", "--no-color", "-"], DOCKERFILE),
+        (["shellcheck", "--shell=bash", "-"], yaml.safe_load(SKYPILOT)["run"]),
+    ],
+    ids=["hadolint of the Dockerfile", "shellcheck of what SkyPilot runs"],
+)
+def test_linters_find_nothing(command, text):
+    command = [tool(command[0]), *command[1:]]
+    result = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout) == (0, "")
 
 
@@ -424,14 +427,3 @@ def test_skypilot_restarts_without_limit_only_after_75():
     values = yaml.safe_load(SKYPILOT)["resources"]
     assert values["use_spot"] is True
     assert values["job_recovery"] == {"recover_on_exit_codes": [75], "max_restarts_on_errors": 3}
-
-
-def test_shellcheck_finds_nothing_in_what_skypilot_runs():
-    result = subprocess.run(
-        [tool("shellcheck"), "--shell=bash", "-"],
-        input=yaml.safe_load(SKYPILOT)["run"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (result.returncode, result.stdout) == (0, "")

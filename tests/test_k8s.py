@@ -14,7 +14,16 @@ import pytest
 import yaml
 from conftest import ROOT
 from kubeflow_trainer_api import models
-from manifest_checks import Manifest, Work, pod_problems, problems, render, work
+from manifest_checks import (
+    Manifest,
+    Work,
+    environment,
+    expanded,
+    pod_problems,
+    problems,
+    render,
+    work,
+)
 
 OVERLAYS = sorted(folder.name for folder in (ROOT / "k8s/overlays").iterdir())
 OLDEST, NEWEST = "1.31", "1.37"  # podFailurePolicy is stable since 1.31
@@ -64,6 +73,14 @@ def overlay(folder: Path, components: list[str], base: str = "base", **more: Any
     return folder
 
 
+def own_config(folder: Path) -> list[Manifest]:
+    """Write a run config into an overlay, and return the generator that takes it."""
+    text = (ROOT / "k8s/base/run.yaml").read_text().replace("2e-4", "1e-4")
+    (folder / "run.yaml").write_text(text)
+    options = {"immutable": True}
+    return [{"name": "run", "behavior": "replace", "files": ["run.yaml"], "options": options}]
+
+
 @pytest.fixture(autouse=True)
 def in_the_repository(monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -109,10 +126,7 @@ def test_everything_fits_together(rendered, name, tmp_path):
 
 def found_in(manifests: list[Manifest], folder: Path) -> list[str]:
     """Faults of a run, or of the pod that waits for files."""
-    waits = any(
-        (manifest["kind"], manifest["metadata"]["name"]) == ("Job", "files")
-        for manifest in manifests
-    )
+    waits = any((m["kind"], m["metadata"]["name"]) == ("Job", "files") for m in manifests)
     return pod_problems(manifests) if waits else problems(manifests, folder)
 
 
@@ -153,17 +167,11 @@ def test_the_folders_of_the_documentation_render_and_fit_together(tmp_path):
 )
 def test_a_users_folder_on_any_overlay_fits_together(tmp_path, name):
     """As docs/kubernetes.md has it, with a namespace and an image of its own."""
-    (tmp_path / "run.yaml").write_text(
-        (ROOT / "k8s/base/run.yaml").read_text().replace("2e-4", "1e-4")
-    )
     more = {
         "namespace": "my-run",
         "images": [{"name": "finetune", "newName": "registry.example/finetune", "newTag": "2.0"}],
-        "configMapGenerator": [{
-            "name": "run", "behavior": "replace", "files": ["run.yaml"],
-            "options": {"immutable": True},
-        }],
-    }  # fmt: skip
+        "configMapGenerator": own_config(tmp_path),
+    }
     manifests = render(overlay(tmp_path, [], base=f"overlays/{name}", **more, **FIFO))
     assert found_in(manifests, tmp_path) == []
     assert {container["image"] for container in work(manifests).containers} == {
@@ -187,7 +195,7 @@ def test_other_numbers_of_nodes_are_one_component_before_the_kind(tmp_path, kind
 @pytest.mark.parametrize(
     "components",
     [
-        ["nodes", "jobset", "spot-eks"], ["rdma", "nodes"],
+        ["nodes", "jobset", "spot-eks"], ["rdma", "nodes"], ["overlays/jobset", "spot-eks"],
         ["nodes", "jobset", "kueue", "trainjob"], ["indexed-job"],
         *(pytest.param(each, marks=pytest.mark.proof) for each in (
             ["nodes", "jobset", "rdma"], ["nodes", "jobset", "priority"], ["spot-gke", "nodes"],
@@ -200,13 +208,10 @@ def test_other_numbers_of_nodes_are_one_component_before_the_kind(tmp_path, kind
     ids=" ".join,
 )  # fmt: skip
 def test_components_in_another_order_are_an_error_not_another_job(tmp_path, components):
+    """Also after those of an overlay that is built upon."""
+    built_upon = [name for name in components if name.startswith("overlays")] or ["base"]
     with pytest.raises(AssertionError, match="test|nothing selected|no matches"):
-        render(overlay(tmp_path, components))
-
-
-def test_components_after_a_jobset_overlay_are_an_error(tmp_path):
-    with pytest.raises(AssertionError, match="test|no matches"):
-        render(overlay(tmp_path, ["spot-eks"], base="overlays/jobset"))
+        render(overlay(tmp_path, [c for c in components if c not in built_upon], *built_upon))
 
 
 def test_several_nodes_wait_in_the_queue_with_their_own_kind(rendered):
@@ -221,38 +226,41 @@ def test_several_nodes_wait_in_the_queue_with_their_own_kind(rendered):
         assert (queued["kind"], queued["spec"]["suspend"]) == (kind, True)
 
 
+def test_every_kind_of_several_nodes_starts_the_same_command(rendered):
+    found = [work(rendered[name]) for name in ("multi-node", "jobset", "trainjob")]
+    commands = [
+        [
+            expanded(word, environment(each, each.node, 1)).replace(each.first_node, "FIRST")
+            for word in each.args
+        ]
+        for each in found
+    ]
+    assert commands[0] == commands[1] == commands[2]
+
+
 def test_a_changed_config_is_another_object_and_every_kind_asks_for_it(tmp_path):
     """A run that is started again must not find another config under the name that it knows."""
-    (tmp_path / "run.yaml").write_text(
-        (ROOT / "k8s/base/run.yaml").read_text().replace("2e-4", "1e-4")
-    )
-    mine = [
-        {
-            "name": "run",
-            "behavior": "replace",
-            "files": ["run.yaml"],
-            "options": {"immutable": True},
-        }
-    ]
+    mine = {"configMapGenerator": own_config(tmp_path), "namespace": "other"}
     names = set()
+    (tmp_path / "checked").mkdir()
     for components in ([], ["nodes", "jobset"], ["nodes", "jobset", "trainjob"]):
-        for manifests in (
-            render(overlay(tmp_path, components, **FIFO)),
-            render(
-                overlay(tmp_path, components, configMapGenerator=mine, namespace="other", **FIFO)
-            ),
-        ):
-            assert problems(manifests, tmp_path) == []
-            names |= {
-                manifest["metadata"]["name"]
-                for manifest in manifests
-                if manifest["kind"] == "ConfigMap"
-            }
+        for more in ({}, mine):
+            manifests = render(overlay(tmp_path, components, **more, **FIFO))
+            assert problems(manifests, tmp_path / "checked") == []
+            names.add(of_kind(manifests, "ConfigMap")["metadata"]["name"])
     assert len(names) == 2
 
 
-def shared_memory(found: Work) -> Manifest:
-    return next(volume["emptyDir"] for volume in found.pod["volumes"] if volume["name"] == "shm")
+def volume(found: Work, name: str) -> Manifest:
+    return next(volume for volume in found.pod["volumes"] if volume["name"] == name)
+
+
+def variable(found: Work, name: str) -> Manifest:
+    return next(variable for variable in found.node["env"] if variable["name"] == name)
+
+
+def rules(found: Work) -> list[Manifest]:
+    return found.job["podFailurePolicy"]["rules"]
 
 
 def of_kind(manifests: list[Manifest], kind: str) -> Manifest:
@@ -275,11 +283,7 @@ BROKEN: dict[str, tuple[str, Callable[[list[Manifest], Work], Any], str]] = {
         "no ConfigMap",
     ),
     "secret that must be there": (
-        "single-gpu",
-        lambda m, w: w.pod["volumes"][1 + [
-            v["name"] for v in w.pod["volumes"][1:]
-        ].index("tokens")]["secret"].pop("optional"),
-        "not optional"
+        "single-gpu", lambda m, w: volume(w, "tokens")["secret"].pop("optional"), "not optional",
     ),
     "mount without a volume": (
         "single-gpu", lambda m, w: w.node["volumeMounts"].append({"name": "x", "mountPath": "/x"}),
@@ -289,18 +293,12 @@ BROKEN: dict[str, tuple[str, Callable[[list[Manifest], Work], Any], str]] = {
         "single-gpu", lambda m, w: w.node["volumeMounts"][2].update(readOnly=True), "may not write",
     ),
     "tokens for all": (
-        "single-gpu",
-        lambda m, w: next(
-            v for v in w.pod["volumes"] if "secret" in v
-        )["secret"].update(defaultMode=0o444),
-        "or others may"
+        "single-gpu", lambda m, w: volume(w, "tokens")["secret"].update(defaultMode=0o444),
+        "or others may",
     ),
     "tokens elsewhere": (
         "single-gpu",
-        lambda m, w: next(
-            e for e in w.node["env"] if e["name"] == "HF_TOKEN_PATH"
-        ).update(value="/x"),
-        "looked for where nothing"
+        lambda m, w: variable(w, "HF_TOKEN_PATH").update(value="/x"), "looked for where nothing",
     ),
     "a GPU that is not missed": (
         "spot-gke", lambda m, w: w.node["env"].pop(0), "FINETUNE_NEEDS_GPU",
@@ -402,33 +400,25 @@ BROKEN: dict[str, tuple[str, Callable[[list[Manifest], Work], Any], str]] = {
     ),
     "two pods at once": ("single-gpu", lambda m, w: w.job.pop("podReplacementPolicy"), "beside"),
     "codes out of order": (
-        "jobset",
-        lambda m, w: w.job["podFailurePolicy"]["rules"][1]["onExitCodes"].update(values=[75, 2]),
-        "sorted",
+        "jobset", lambda m, w: rules(w)[1]["onExitCodes"].update(values=[75, 2]), "sorted",
     ),
     "rule for no container": (
-        "single-gpu",
-        lambda m, w: w.job["podFailurePolicy"]["rules"][1]["onExitCodes"].update(containerName="x"),
+        "single-gpu", lambda m, w: rules(w)[1]["onExitCodes"].update(containerName="x"),
         "not there",
     ),
     "rule for one of two runs": (
-        "cpu-debug",
-        lambda m, w: w.job["podFailurePolicy"]["rules"][1]["onExitCodes"].update(
-            containerName="node",
-        ),
+        "cpu-debug", lambda m, w: rules(w)[1]["onExitCodes"].update(containerName="node"),
         "does not see",
     ),
     "exit codes before disruptions": (
-        "single-gpu", lambda m, w: w.job["podFailurePolicy"]["rules"].reverse(),
+        "single-gpu", lambda m, w: rules(w).reverse(),
         "preempted at the start (2)|preempted at the start: ends",
     ),
     "no rule for 2": (
-        "single-gpu", lambda m, w: w.job["podFailurePolicy"]["rules"].pop(1),
-        r"wrong config \(2\): counted",
+        "single-gpu", lambda m, w: rules(w).pop(1), r"wrong config \(2\): counted",
     ),
     "no rule for 75": (
-        "single-gpu", lambda m, w: w.job["podFailurePolicy"]["rules"].pop(2),
-        r"saved \(75\): counted",
+        "single-gpu", lambda m, w: rules(w).pop(2), r"saved \(75\): counted",
     ),
     "a bad config again and again": (
         "jobset", lambda m, w: w.failure_policy["rules"].pop(0), r"wrong config \(2\): again",
@@ -458,14 +448,10 @@ BROKEN: dict[str, tuple[str, Callable[[list[Manifest], Work], Any], str]] = {
         "GPUs of requests",
     ),
     "endless scratch": (
-        "single-gpu",
-        lambda m, w: next(
-            v for v in w.pod["volumes"] if v["name"] == "scratch"
-        ).update(emptyDir={}),
-        "fill the node"
+        "single-gpu", lambda m, w: volume(w, "scratch").update(emptyDir={}), "fill the node",
     ),
     "shared memory over the limit": (
-        "single-gpu", lambda m, w: shared_memory(w).update(sizeLimit="1Ti"), "/dev/shm",
+        "single-gpu", lambda m, w: volume(w, "shm")["emptyDir"].update(sizeLimit="1Ti"), "/dev/shm",
     ),
     "latest": (
         "single-gpu", lambda m, w: w.node.update(image="registry:5000/finetune"), "stays the same",

@@ -101,7 +101,12 @@ prefixes = ("ACCELERATE_", "FSDP_", "PARALLELISM_")
 given = {k: v for k, v in os.environ.items() if k in names or k.startswith(prefixes)}
 os.write(1, (json.dumps([given, os.environ.get("MASTER_PORT"), sys.argv[1:]]) + "\\n").encode())
 """
-MAIN = "import sys; from finetune.survival import launcher; sys.exit(launcher.main(sys.argv[1:]))"
+MAIN = """
+import sys
+from finetune.survival import launcher
+code = launcher.main(sys.argv[1:])
+sys.exit(code)
+"""
 RUN = """
 import os, sys
 from finetune.survival import launcher
@@ -113,16 +118,24 @@ sys.exit(launcher.run(environments, [sys.executable, worker, *behaviours]))
 
 @pytest.fixture
 def worker(tmp_path):
-    path = tmp_path / "worker.py"
-    path.write_text(WORKER)
-    return path
+    return script(tmp_path / "worker.py", WORKER)
 
 
 @pytest.fixture
 def log(tmp_path):
-    path = tmp_path / "tell.py"
-    path.write_text(TELL)
+    return script(tmp_path / "tell.py", TELL)
+
+
+def script(path, text):
+    path.write_text(text)
     return path
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    folder = tmp_path / "runs/a"
+    folder.mkdir(parents=True)
+    return folder
 
 
 @pytest.fixture
@@ -231,9 +244,7 @@ def test_a_killed_worker_is_reported_with_its_step_and_the_others_end(worker, ca
         ({"state": "complete", "step": 40}, ("complete", 40)),
     ],
 )
-def test_an_outcome_is_written_for_workers_that_died_without_one(worker, before, after):
-    run_dir = worker.parent / "runs/a"
-    run_dir.mkdir(parents=True)
+def test_an_outcome_is_written_for_workers_that_died_without_one(worker, run_dir, before, after):
     if before:
         (run_dir / "outcome.json").write_text(json.dumps(before))
     (run_dir / "metrics.jsonl").write_text('{"step": 36}\n{"step": 37}\n{"st')
@@ -243,9 +254,7 @@ def test_an_outcome_is_written_for_workers_that_died_without_one(worker, before,
     assert before == outcome or outcome["reason"] == "process 1 was killed by SIGABRT in step 38"
 
 
-def test_the_outcome_of_another_run_is_left_alone(worker):
-    run_dir = worker.parent / "runs/a"
-    run_dir.mkdir(parents=True)
+def test_the_outcome_of_another_run_is_left_alone(worker, run_dir):
     (run_dir / "outcome.json").write_text('{"state": "running", "step": 30}')
     assert run(worker, "step:abort") == 1
     with FileLock(run_dir / ".lock"):
@@ -368,15 +377,7 @@ def test_a_worker_orphaned_while_python_starts_ends_as_preempted():
         "from finetune.survival.preemption import StopFlag; StopFlag().follow_launcher(); "
         "print('goes on')"
     )
-    environment = {**os.environ, "FINETUNE_LAUNCHER": "999999999"}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = main(command=("-c", code), env={**os.environ, "FINETUNE_LAUNCHER": "999999999"})
     assert (done.returncode, done.stdout) == (75, "")
     assert "the launcher has died" in done.stderr
 
@@ -411,9 +412,9 @@ def test_processes_start_without_a_step_folder(worker, monkeypatch, capfd):
     assert capfd.readouterr().err == "process 0 ended with exit code 3\n"
 
 
-def main(*arguments, **keywords):
+def main(*arguments, command=("-c", MAIN), **keywords):
     """The command in a process of its own."""
-    command = [sys.executable, "-c", MAIN, *map(str, arguments)]
+    command = [sys.executable, *command, *map(str, arguments)]
     return subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False, **keywords
     )
@@ -427,19 +428,12 @@ def printed(result):
 
 
 def test_one_process_without_a_topology_file_is_what_python_would_start(log):
+    """And no launcher needs Accelerate, which imports torch, to start it."""
+    light = MAIN.replace("(code)", "(code or 'torch' in sys.modules)")
     clean = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    assert printed(main(log, "--config", "x.yaml", "--num_processes", "2", env=clean)) == [
-        [{}, None, ["--config", "x.yaml", "--num_processes", "2"]]
-    ]
-
-
-def test_one_process_without_a_topology_file_needs_no_accelerate(worker):
-    code = (
-        f"{MAIN.split(';')[0]}; from finetune.survival import launcher; "
-        "launcher.main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
-    )
-    command = [sys.executable, "-c", code, str(worker), "exit:0"]
-    assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0
+    assert printed(
+        main(log, "--config", "x.yaml", "--num_processes", "2", command=("-c", light), env=clean)
+    ) == [[{}, None, ["--config", "x.yaml", "--num_processes", "2"]]]
 
 
 def test_processes_inherit_the_terminal(worker):
@@ -449,9 +443,13 @@ def test_processes_inherit_the_terminal(worker):
     assert (result.stdout, result.stderr) == ("what was typed\n", "aside\n")
 
 
+SCRIPT = str(ROOT / "train.py")
+MULTINODE = ["--config_file", str(ROOT / "accelerate_configs/ddp_multinode.yaml")]
+
+
 def plan(*arguments):
     """Environments of the processes that would be started."""
-    return launcher.read([*map(str, arguments), str(ROOT / "train.py")])[0]
+    return launcher.read([*map(str, arguments), SCRIPT])[0]
 
 
 # File -> kind, processes of this node, replicas, processes that share a sequence.
@@ -502,18 +500,9 @@ def test_every_topology_file_gives_its_topology(file, monkeypatch):
 )  # fmt: skip
 def test_processes_get_what_accelerate_launch_gives_them(log, monkeypatch, topology, extra):
     monkeypatch.chdir(ROOT)
-    arguments = [
-        "--config_file",
-        f"accelerate_configs/{topology}.yaml",
-        *extra,
-        "--main_process_port",
-        "0",
-        str(log),
-    ]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *arguments]
-    theirs = printed(
-        subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    )
+    file = f"accelerate_configs/{topology}.yaml"
+    arguments = ["--config_file", file, *extra, "--main_process_port", "0", log]
+    theirs = printed(main(*arguments, command=("-m", "accelerate.commands.launch")))
     ours = printed(main(*arguments))
     assert [launch.read(given) for given, _, _ in ours] == [
         launch.read(given) for given, _, _ in theirs
@@ -536,16 +525,13 @@ def test_several_processes_without_a_topology_file_are_ddp():
     assert [launch.read(each).kind for each in environments] == ["ddp", "ddp"]
 
 
-@pytest.mark.slow
-def test_the_accelerate_config_of_the_user_is_ignored(log, tmp_path):
-    (tmp_path / "accelerate").mkdir()
-    (tmp_path / "accelerate/default_config.yaml").write_text(
-        "distributed_type: MULTI_GPU\nnum_processes: 3\n"
-    )
-    lines = printed(
-        main("--mixed_precision", "no", log, env={**os.environ, "HF_HOME": str(tmp_path)})
-    )
-    assert ["WORLD_SIZE" in given for given, _, _ in lines] == [False]
+def test_the_accelerate_config_of_the_user_is_ignored(tmp_path, monkeypatch):
+    from accelerate.commands import launch as theirs
+
+    file = tmp_path / "default_config.yaml"
+    file.write_text("distributed_type: MULTI_GPU\nnum_processes: 3\n")
+    monkeypatch.setattr(theirs, "default_config_file", str(file))
+    assert ["WORLD_SIZE" in each for each in plan("--mixed_precision", "no")] == [False]
 
 
 def test_processes_meet_at_the_given_or_a_free_port():
@@ -564,13 +550,7 @@ def test_a_taken_port_on_the_first_node_is_reported(capfd):
         other.bind(("", 0))
         other.listen()
         port = other.getsockname()[1]
-        nodes = [
-            "--config_file",
-            str(ROOT / "accelerate_configs/ddp_multinode.yaml"),
-            "--main_process_port",
-            str(port),
-        ]
-        assert launcher.main([*nodes, str(ROOT / "train.py")]) == 1
+        assert launcher.main([*MULTINODE, "--main_process_port", str(port), SCRIPT]) == 1
     error = capfd.readouterr().err
     assert error.startswith("failed: ")
     assert f"port `{port}`" in error
@@ -598,10 +578,6 @@ def test_ignored_torchrun_options_are_reported(capfd):
 def test_help_exits_with_0(capfd):
     assert launcher.main(["--help"]) == 0
     assert "--num_processes" in capfd.readouterr().out
-
-
-SCRIPT = str(ROOT / "train.py")
-MULTINODE = ["--config_file", str(ROOT / "accelerate_configs/ddp_multinode.yaml")]
 
 
 @pytest.mark.parametrize(

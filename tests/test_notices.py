@@ -22,7 +22,7 @@ from metadata_server import (
     Metadata,
     final,
     preempt,
-)
+)  # fmt: skip
 
 from finetune.errors import ConfigError
 from finetune.survival import notices
@@ -269,6 +269,13 @@ def test_a_server_that_is_not_googles_is_ignored(metadata, listener):
     assert "without Metadata-Flavor: Google" in listener.messages[0]
 
 
+def run_python(code, **keywords):
+    command = [sys.executable, "-c", code]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False, **keywords
+    )
+
+
 def test_proxies_of_the_environment_are_not_used(metadata, listener):
     """urllib reads them once, when the module is imported."""
     script = """
@@ -283,14 +290,7 @@ watch._thread.join(20)
         "http_proxy": "http://127.0.0.1:9",
         "all_proxy": "http://127.0.0.1:9",
     }
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = run_python(script, env=environment)
     assert done.stdout == "GCP takes this machine within 30 s (preempted)\n"
 
 
@@ -307,9 +307,7 @@ assert 'torch' not in sys.modules
 print('end')
 """
     metadata.says(PREEMPTED, answer)
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
+    done = run_python(script)
     assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
     assert metadata.num_asked(PREEMPTED) == 1
 

@@ -31,10 +31,12 @@ class SafetensorError(Exception):
 
 
 BUG = RuntimeError("shapes do not fit")
+SAVES = {"checkpoint__every_steps": 1}
+ONE_STEP = {"train__max_steps": 1}
 
 
 def outcome(workshop):
-    found = json.loads((workshop.run_dir() / "outcome.json").read_text())
+    found = workshop.outcome()
     return found["state"], found["step"], found["reason"]
 
 
@@ -51,8 +53,8 @@ def fails(workshop, error, owner, name, exc, **settings):
     return caught.value
 
 
-def preempted_after(workshop, number, **settings):
-    """A run that saved its third step and was preempted."""
+def preempted_after(workshop, number):
+    """A run that saved this step and was preempted."""
     one, done = loop.train_step, []
 
     def count(*arguments, **keywords):
@@ -64,7 +66,7 @@ def preempted_after(workshop, number, **settings):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "train_step", count)
         with pytest.raises(Preempted):
-            workshop.train(checkpoint__every_steps=1, **settings)
+            workshop.train(**SAVES)
 
 
 @pytest.mark.slow
@@ -80,35 +82,27 @@ def test_failure_before_the_first_step_leaves_an_outcome(workshop, owner, name):
     fails(workshop, RuntimeError, owner, name, BUG)
     assert outcome(workshop) == ("failed", 0, "RuntimeError: shapes do not fit")
     assert not (workshop.run_dir() / "config.yaml").exists()
-    workshop.train(
-        train__max_steps=4
-    )  # the directory belongs to no run yet: it takes another config
-    assert outcome(workshop)[:2] == ("complete", 4)
+    workshop.train(**ONE_STEP)  # the directory belongs to no run yet: it takes another config
+    assert outcome(workshop)[:2] == ("complete", 1)
 
 
 @pytest.mark.slow
 def test_failure_before_a_resumption_leaves_an_outcome(workshop):
     preempted_after(workshop, 3)
     assert outcome(workshop) == ("preempted", 3, "SIGTERM")
-    fails(workshop, RuntimeError, attention_probe, "check", BUG, checkpoint__every_steps=1)
+    fails(workshop, RuntimeError, attention_probe, "check", BUG, **SAVES)
     assert outcome(workshop) == ("failed", 3, "RuntimeError: shapes do not fit")
-    caught = fails(
-        workshop,
-        OutOfMemory,
-        build,
-        "build",
-        torch.OutOfMemoryError("CUDA out of memory"),
-        checkpoint__every_steps=1,
-    )
+    full = torch.OutOfMemoryError("CUDA out of memory")
+    caught = fails(workshop, OutOfMemory, build, "build", full, **SAVES)
     assert outcome(workshop) == ("failed", 3, str(caught))
     assert "out of memory at the start: CUDA out of memory\n" in str(caught)
     rows = workshop.rows.read_text()
     workshop.rows.write_text('{"question": "a"}\n')
     with pytest.raises(DataError) as wrong:
-        workshop.train(checkpoint__every_steps=1)
+        workshop.train(**SAVES)
     assert outcome(workshop) == ("failed", 3, str(wrong.value))
     workshop.rows.write_text(rows)
-    workshop.train(checkpoint__every_steps=1)
+    workshop.train(**SAVES)
     assert outcome(workshop)[:2] == ("complete", 5)
 
 
@@ -128,14 +122,13 @@ def test_failure_before_a_resumption_leaves_an_outcome(workshop):
 def test_hub_that_does_not_answer_leaves_an_outcome_in_a_new_directory(workshop, name, settings):
     fails(workshop, Outage, load, name, Outage("model 'a/b' cannot be loaded now"), **settings)
     assert outcome(workshop) == ("failed", 0, "model 'a/b' cannot be loaded now")
-    workshop.train(train__max_steps=4)
-    assert outcome(workshop)[:2] == ("complete", 4)
+    workshop.train(**ONE_STEP)
+    assert outcome(workshop)[:2] == ("complete", 1)
 
 
 def test_mistake_of_the_user_leaves_no_new_directory(workshop):
-    fails(
-        workshop, ModelError, attention_probe, "check", ModelError("model.attention: does not fit")
-    )
+    wrong = ModelError("model.attention: does not fit")
+    fails(workshop, ModelError, attention_probe, "check", wrong)
     assert not workshop.run_dir().exists()
 
 
@@ -143,35 +136,34 @@ def test_refused_attempt_changes_nothing_of_the_other_run(workshop):
     preempted_after(workshop, 3)
     before = {path: path.read_bytes() for path in workshop.run_dir().iterdir() if path.is_file()}
     with pytest.raises(RunDirectoryError, match="holds another run"):
-        workshop.train(checkpoint__every_steps=1, optimizer__lr=1e-3)
+        workshop.train(**SAVES, optimizer__lr=1e-3)
     workshop.rows.write_text('{"question": "new", "answer": "rows"}\n' * 40)
     with pytest.raises(RunDirectoryError, match="training data: was"):
-        workshop.train(checkpoint__every_steps=1)
+        workshop.train(**SAVES)
     with pytest.raises(DataError):
-        workshop.check(data__train="gone.jsonl", checkpoint__every_steps=1)
+        workshop.check(data__train="gone.jsonl", **SAVES)
     assert before == {path: path.read_bytes() for path in before}
 
 
 def test_failed_attempt_beside_a_running_one_leaves_its_outcome_alone(workshop):
     preempted_after(workshop, 3)
     before = outcome(workshop)
-    first = RunDirectory(
-        configs.from_dict(yaml.safe_load((workshop.run_dir() / "config.yaml").read_text()))
-    )
+    written = yaml.safe_load((workshop.run_dir() / "config.yaml").read_text())
+    first = RunDirectory(configs.from_dict(written))
     first.lock(0)
-    fails(workshop, RuntimeError, attention_probe, "check", BUG, checkpoint__every_steps=1)
+    fails(workshop, RuntimeError, attention_probe, "check", BUG, **SAVES)
     with pytest.raises(DirectoryInUse):
-        workshop.train(checkpoint__every_steps=1, checkpoint__grace_seconds=0.1)
+        workshop.train(**SAVES, checkpoint__grace_seconds=0.1)
     assert outcome(workshop) == before
     first.unlock()
 
 
 def test_failure_after_a_complete_run_keeps_it_complete(workshop):
-    workshop.train()
+    workshop.train(**ONE_STEP)
     before = outcome(workshop)
     workshop.rows.write_text('{"question": "a"}\n')
     with pytest.raises(DataError):
-        workshop.train()
+        workshop.train(**ONE_STEP)
     assert outcome(workshop) == before
 
 
@@ -179,11 +171,11 @@ def test_next_start_says_that_the_attempt_before_ended_without_an_outcome(worksh
     class Killed(BaseException):
         """Not caught by anything, as the end of a process is not."""
 
-    fails(workshop, Killed, loop, "train_step", Killed())
+    fails(workshop, Killed, loop, "train_step", Killed(), **ONE_STEP)
     assert outcome(workshop)[0] == "running"
-    workshop.train()
+    workshop.train(**ONE_STEP)
     assert "note: the previous attempt left no outcome" in capsys.readouterr().out
-    workshop.train(train__max_steps=5)
+    workshop.train(**ONE_STEP)
     assert "the attempt before" not in capsys.readouterr().out
 
 
@@ -191,24 +183,19 @@ def test_launcher_is_informed_of_run_directory_and_time_limit(workshop: Workshop
     note, seen = workshop.folder / "run", []
     monkeypatch.setenv("FINETUNE_BEATS", str(workshop.folder))
     check = attention_probe.check
-    monkeypatch.setattr(
-        attention_probe,
-        "check",
-        lambda *arguments: seen.append(note.read_text()) or check(*arguments),
-    )
+
+    def watched(*arguments):
+        seen.append(note.read_text())
+        return check(*arguments)
+
+    monkeypatch.setattr(attention_probe, "check", watched)
     workshop.check()
     assert seen == []
-    workshop.train()
+    workshop.train(**ONE_STEP)
     assert seen == [str(workshop.run_dir())]
     assert not note.exists(), "the outcome is complete"
-    fails(
-        workshop,
-        RuntimeError,
-        attention_probe,
-        "check",
-        BUG,
-        run__dir=str(workshop.folder / "other"),
-    )
+    other = str(workshop.folder / "other")
+    fails(workshop, RuntimeError, attention_probe, "check", BUG, run__dir=other)
     assert not note.exists(), "the outcome is failed"
 
 
@@ -253,11 +240,9 @@ def test_an_outcome_that_is_overwritten_is_json_at_every_moment(tmp_path, monkey
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["save", "verify"])
 def test_an_export_that_fills_the_disk_is_reported_and_cleaned_up(workshop, name):
-    error = fails(
-        workshop, Outage, publish, name, SafetensorError("No space left on device (os error 28)")
-    )
-    assert str(error).startswith(
-        f"{workshop.run_dir() / 'model'} cannot be written now: the disk is full; free space"
-    )
+    full = SafetensorError("No space left on device (os error 28)")
+    error = fails(workshop, Outage, publish, name, full, **ONE_STEP)
+    target = workshop.run_dir() / "model"
+    assert str(error).startswith(f"{target} cannot be written now: the disk is full; free space")
     assert not list(workshop.run_dir().glob(".writing-*"))
-    assert outcome(workshop) == ("failed", 5, str(error))
+    assert outcome(workshop) == ("failed", 1, str(error))

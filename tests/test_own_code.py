@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import Workshop
 
 from finetune.export.load import load, load_tokenizer
 from finetune.export.merge import merge
@@ -34,15 +35,20 @@ class OwnTokenizer(PreTrainedTokenizerFast):
 """
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return Workshop(tmp_path_factory.mktemp("plain")).train("base", train__max_steps=1) / "model"
+
+
 @pytest.fixture
-def settings(workshop, monkeypatch):
+def settings(workshop, plain, monkeypatch):
     from transformers import dynamic_module_utils
 
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(workshop.folder / "modules"))
     monkeypatch.setattr(sys, "path", list(sys.path))  # transformers adds that folder
     for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
         monkeypatch.delitem(sys.modules, name)  # of another test's folder
-    base = workshop.train("base") / "model"
+    base = shutil.copytree(plain, workshop.folder / "base")
     values = json.loads((base / "config.json").read_text())
     values |= {
         "model_type": "own", "architectures": ["OwnForCausalLM"],
@@ -58,7 +64,7 @@ def settings(workshop, monkeypatch):
     return {
         "model__init": "pretrained", "model__path": str(base), "model__config": None,
         "model__tokenizer": None,
-        "model__trust_remote_code": True, "checkpoint__every_steps": 2,
+        "model__trust_remote_code": True, "train__max_steps": 1, "train__micro_batch_size": 8,
     }  # fmt: skip
 
 
@@ -77,15 +83,11 @@ def test_all_files_of_own_code_are_exported(workshop, settings, kind):
         (base / name).parent.mkdir(parents=True, exist_ok=True)
         (base / name).write_text(text)
     path = base / "tokenizer_config.json"
-    own = {
-        "tokenizer_class": "OwnTokenizer",
-        "auto_map": {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]},
-    }
+    code = {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]}
+    own = {"tokenizer_class": "OwnTokenizer", "auto_map": code}
     path.write_text(json.dumps({**json.loads(path.read_text()), **own}))
-    folder = (
-        workshop.train("tuned", **settings, adapter__kind="full" if kind == "full" else "lora")
-        / "model"
-    )
+    adapter = "full" if kind == "full" else "lora"
+    folder = workshop.train("tuned", **settings, adapter__kind=adapter) / "model"
     if kind == "merged":
         merge([folder], workshop.folder / "merged", trust_remote_code=True)
         folder = workshop.folder / "merged"
@@ -95,16 +97,15 @@ def test_all_files_of_own_code_are_exported(workshop, settings, kind):
     assert load_tokenizer(folder, trust_remote_code=True).words == "a b"
 
 
-def test_code_is_exported_and_part_of_the_identity(workshop, settings):
+def test_code_is_exported_and_part_of_the_identity(workshop, plain, settings):
     run = workshop.train("whole", **settings)
-    assert {"configuration_own.py", "modeling_own.py", "helper_own.py"} <= {
-        p.name for p in (run / "model").iterdir()
-    }
+    found = {path.name for path in (run / "model").iterdir()}
+    assert found >= {"configuration_own.py", "modeling_own.py", "helper_own.py"}
     exported = load(run / "model", trust_remote_code=True)
     assert type(exported).__name__ == "OwnForCausalLM"
-    manifest = json.loads((run / "checkpoints/step-00000005/manifest.json").read_text())
+    manifest = json.loads((run / "checkpoints/step-00000001/manifest.json").read_text())
     assert manifest["identity"]["code of the model"] == base_identity.code(exported)
     other = shutil.copytree(run / "model", workshop.folder / "other")
     (other / "modeling_own.py").write_text(MODEL + "    twice = True\n")
     assert base_identity.code(load(other, trust_remote_code=True)) != base_identity.code(exported)
-    assert base_identity.code(load(workshop.train("plain") / "model")) == "none"
+    assert base_identity.code(load(plain)) == "none"

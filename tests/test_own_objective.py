@@ -12,7 +12,7 @@ from invariants import objectives
 
 from finetune import config as configs
 from finetune import own_code, replay
-from finetune.config.fields import own_objective
+from finetune.config.own import own_objective
 from finetune.data.batches import Batch
 from finetune.errors import ConfigError, RunDirectoryError
 from finetune.objectives import Own
@@ -92,16 +92,9 @@ def rehearse(kind: str, batch: Batch = BATCH, filler: Batch = FILLER) -> None:
 def test_a_class_or_an_object_of_a_file_next_to_the_config_trains(workshop, own, name):
     run = workshop.train(objective__kind=own(DFT, name), objective__beta=0.5, train__max_steps=2)
     saved = yaml.safe_load((run / "config.yaml").read_text())
-    assert saved["objective"] == {
-        "kind": f"{workshop.folder}/own.py:{name}",
-        "beta": 0.5,
-        "names": [],
-    }
-    [code] = [
-        value
-        for key, value in workshop.receipt()["identity"].items()
-        if key == f"code of objective.kind: own.py:{name}"
-    ]
+    kind = f"{workshop.folder}/own.py:{name}"
+    assert saved["objective"] == {"kind": kind, "beta": 0.5, "names": []}
+    code = workshop.receipt()["identity"][f"code of objective.kind: own.py:{name}"]
     assert code == own_code.get(saved["objective"]["kind"]).sha256
 
 
@@ -119,17 +112,16 @@ def test_an_importable_module_is_written_with_dots(workshop, monkeypatch):
 
 def test_settings_are_checked_like_those_of_every_section(workshop, own, refusal):
     kind = own(DFT, "Dft")
-    assert "objective.beta: should be" not in refusal(kind, objective__bta=1.0)
-    assert "objective.bta: unknown key; did you mean objective.beta?" in refusal(
-        kind, objective__bta=1.0
-    )
-    assert "objective.beta: should be a valid number, got 'x'" in refusal(kind, objective__beta="x")
-    assert "objective.beta: should be greater than or equal to 0, got -1" in refusal(
-        kind, objective__beta=-1
-    )
-    assert "objective.label_smoothing: objective.kind is" in refusal(
-        kind, objective__label_smoothing=0.1
-    )
+    message = refusal(kind, objective__bta=1.0)
+    assert "objective.beta: should be" not in message
+    for settings, says in (
+        ({"bta": 1.0}, "objective.bta: unknown key; did you mean objective.beta?"),
+        ({"beta": "x"}, "objective.beta: should be a valid number, got 'x'"),
+        ({"beta": -1}, "objective.beta: should be greater than or equal to 0, got -1"),
+        ({"label_smoothing": 0.1}, "objective.label_smoothing: objective.kind is"),
+    ):
+        given = {f"objective__{name}": value for name, value in settings.items()}
+        assert says in refusal(kind, **given)
 
 
 def test_the_command_line_knows_its_settings(workshop, own):
@@ -211,78 +203,102 @@ def test_a_missing_file_is_refused_with_the_folders_searched(workshop, own, refu
     assert "no module no.such.module can be imported here" in refusal("no.such.module:Own")
 
 
+NLL, LOGPROBS = "policy(batch, {'nll'}).nll", "policy(batch, {'logprobs'}).logprobs"
+
+
+def term(value=NLL, more="per='tokens'"):
+    """Return the last line of a loss of one term, whose sum is `value`."""
+    return f"return [Term('loss', {value}, {more})]"
+
+
+def prepare(line):
+    """Return an empty loss, and a `prepare` of this line."""
+    return f"...\n    def prepare(self, policy, batches, settings):\n        {line}"
+
+
 @pytest.mark.parametrize(
     ("body", "says"),
     [
         ("return 1 / 0", "own.py:4: ZeroDivisionError: division by zero"),
+        ("raise SystemExit(0)", "own.py:4: SystemExit"),
         (
             "return policy(batch, {'logits'}).nll",
             "own.py:4: ValueError: a policy cannot be asked for logits",
         ),
-        (
-            "return policy(batch, {'nll'}).nll",
-            "own.py:3: loss should return a list of terms, got the tensor",
-        ),
+        ("policy.without_adapters()", "own.py:4: ValueError: all weights are trained"),
+        (f"return {NLL}", "own.py:3: loss should return a list of terms, got the tensor"),
+        (f"return ['x', Term('loss', {NLL}, per='tokens')]", "item 0 is a str"),
         ("return []", "own.py:3: loss returns only terms of weight 0; give the loss a weight"),
         (
-            "return [Term('loss', policy(batch, {'nll'}).nll, per='tokens', weight=0)]",
+            term(more="per='tokens', weight=0"),
             "own.py:3: loss returns only terms of weight 0",
         ),
+        (term(more="per='tokens', weight='2'"), "weight should be a number"),
         (
-            "return [Term('loss', policy(batch, {'nll'}).nll, per='token')]",
+            term(more="per='token'"),
             "own.py:3: loss term 'loss': nothing counts 'token'; per should be tokens",
         ),
         (
-            "return [Term('loss', policy(batch, {'logprobs'}).logprobs, per='tokens')]",
-            (
-                "own.py:3: loss term 'loss': sum should be a tensor of one number, got a tensor "
-                "of shape ["
-            ),
+            term(LOGPROBS),
+            "own.py:3: loss term 'loss': sum should be a tensor of one number, got a tensor "
+            "of shape [",
         ),
         (
-            "return [Term('loss', 3.0, per='tokens')]",
+            term("3.0"),
             "own.py:3: loss term 'loss': sum should be a tensor of one number, got a float",
         ),
         (
-            "return [Term('loss', policy(batch, {'nll'}).nll.detach(), per='tokens')]",
-            "own.py:3: loss does not depend on what the policy answers",
+            term(f"{NLL}.detach()"), "own.py:3: loss does not depend on what the policy answers",
         ),
         (
-            (
-                "return [Term('loss', policy(batch, {'logprobs'}).logprobs.log().sum(), "
-                "per='tokens')]"
-            ),
+            term(f"{LOGPROBS}.log().sum()"),
             "own.py:3: loss term 'loss' is nan for log-probabilities",
         ),
+        (f"{term()} * 2", "own.py:3: loss term 'loss': two terms have this name"),
         (
-            "return [Term('loss', policy(batch, {'nll'}).nll, per='tokens')] * 2",
-            "own.py:3: loss term 'loss': two terms have this name",
-        ),
-        (
-            "return [Term('lr', policy(batch, {'nll'}).nll, per='tokens')]",
+            f"return [Term('lr', {NLL}, per='tokens')]",
             "own.py:3: loss term 'lr': the logs have a column of this name",
         ),
-        ("policy.without_adapters()", "own.py:4: ValueError: all weights are trained"),
         (
-            "...\n    def prepare(self, policy, batches, settings):\n        return [1]",
-            "own.py:5: prepare should return a dict of names and tensors",
+            f"return [Term('cross_entropy', {NLL}, per='tokens')]",
+            "the logs have a column of this name",
         ),
         (
-            (
-                "...\n    def prepare(self, policy, batches, settings):\n"
-                "        return {'tokens': policy(batches[0], {'nll'}).nll}"
-            ),
+            prepare("return [1]"), "own.py:5: prepare should return a dict of names and tensors",
+        ),
+        (
+            prepare(f"return {{'tokens': {NLL.replace('batch', 'batches[0]')}}}"),
             "own.py:5: prepare gives 'tokens', which is counted already",
         ),
         (
-            "...\n    def supervises(self, loss_on):\n        return 'nothing'",
-            (
-                "own.py:Own: supervises should return one of completion, all, last_turn, got "
-                "'nothing'"
+            prepare("return {'n': 0.0 * batches[0].labels.sum()}").replace(
+                "...", term(more="per='n'")
             ),
+            "counts 0 of 'n', which divides a sum",
+        ),
+        (
+            "...\n    def supervises(self, loss_on):\n        return 'nothing'",
+            "own.py:Own: supervises should return one of completion, all, last_turn, got "
+            "'nothing'",
+        ),
+        # A process without a sequence has nothing to take the least of.
+        (term(f"{LOGPROBS}.min()"), "own.py:4: "),
+        (
+            term(f"-{LOGPROBS}.mean()", "per='documents'"),
+            "for a batch without supervised tokens",
+        ),
+        (
+            f"names = ['a'] if len(batch.labels) else []\n"
+            f"        return [Term('loss', {NLL}, per='tokens'), *(Term(n, {NLL}, per='tokens', "
+            "weight=0.0) for n in names)]",
+            "return the same names, units and weights for every batch",
+        ),
+        (
+            term(more="per='tokens', weight=float(len(batch.labels) + 1)"),
+            "return the same names, units and weights for every batch",
         ),
     ],
-)
+)  # fmt: skip
 def test_a_mistake_in_an_objective_is_found_before_weights_are_loaded(workshop, own, body, says):
     with pytest.raises(ConfigError, match=re.escape(says)):
         rehearse(f"{workshop.folder}/{own(LOSS + body)}")
@@ -346,10 +362,8 @@ def test_a_check_rehearses_the_objective(workshop, own):
 
 
 def test_an_error_in_a_later_batch_ends_the_run_with_its_line(workshop, own):
-    body = (
-        "self.calls = getattr(self, 'calls', 0) + 1\n        return [Term('loss', policy(batch, "
-        "{'nll'}).nll, per='tokens')] if self.calls < 7 else 1 / 0"
-    )
+    count = "self.calls = getattr(self, 'calls', 0) + 1"
+    body = f"{count}\n        {term()} if self.calls < 7 else 1 / 0"
     with pytest.raises(ConfigError, match=r"objective.kind: .*own\.py:5: ZeroDivisionError"):
         workshop.train(objective__kind=own(LOSS + body))
     assert workshop.outcome()["state"] == "failed"
@@ -419,39 +433,6 @@ def test_a_replay_executes_only_the_file_of_the_receipt(workshop, own, monkeypat
         replay.main(arguments)
 
 
-@pytest.mark.parametrize(
-    ("body", "says"),
-    [
-        (
-            "return [Term('loss', policy(batch, {'logprobs'}).logprobs.min(), per='tokens')]",
-            r"own\.py:4: ",  # a process without a sequence has nothing to take the least of
-        ),
-        (
-            "return [Term('loss', -policy(batch, {'logprobs'}).logprobs.mean(), per='documents')]",
-            "for a batch without supervised tokens",
-        ),
-        (
-            f"names = ['a'] if len(batch.labels) else []\n"
-            f"        return [Term('loss', {NLL}, per='tokens'), *(Term(n, {NLL}, per='tokens', "
-            "weight=0.0) for n in names)]",
-            "return the same names, units and weights for every batch",
-        ),
-        (
-            f"return [Term('loss', {NLL}, per='tokens', weight=float(len(batch.labels) + 1))]",
-            "return the same names, units and weights for every batch",
-        ),
-        (
-            f"return [Term('cross_entropy', {NLL}, per='tokens')]",
-            "the logs have a column of this name",
-        ),
-    ],
-    ids=["least", "mean", "names", "weights", "cross-entropy"],
-)
-def test_what_only_some_batches_show_is_found_before_weights_are_loaded(workshop, own, body, says):
-    with pytest.raises(ConfigError, match=says):
-        workshop.check(objective__kind=own(LOSS + body))
-
-
 def test_an_error_inside_the_model_is_not_called_the_users(workshop, own, monkeypatch):
     from finetune.models import head
 
@@ -460,7 +441,7 @@ def test_an_error_inside_the_model_is_not_called_the_users(workshop, own, monkey
 
     monkeypatch.setattr(head, "_of_states", broken)
     monkeypatch.setattr(head, "check", lambda *_: None)
-    kind = own(LOSS + f"return [Term('loss', {NLL}, per='tokens')]")
+    kind = own(LOSS + term())
     with pytest.raises(RuntimeError, match="a bug of ours"):
         workshop.train(objective__kind=kind)
 
@@ -473,38 +454,16 @@ def test_a_loss_of_several_terms_is_logged_beside_each(workshop, own):
     assert line["loss"] == pytest.approx(line["loss_term"] + line["b"])
 
 
-@pytest.mark.parametrize(
-    ("body", "says"),
-    [
-        ("raise SystemExit(0)", "own.py:4: SystemExit"),
-        (f"return [Term('loss', {NLL}, per='tokens', weight='2')]", "weight should be a number"),
-        (f"return ['x', Term('loss', {NLL}, per='tokens')]", "item 0 is a str"),
-        (
-            f"return [Term('loss', {NLL}, per='n')]\n\n"
-            "    def prepare(self, policy, batches, settings):\n"
-            "        return {'n': 0.0 * batches[0].labels.sum()}",
-            "counts 0 of 'n', which divides a sum",
-        ),
-    ],
-    ids=["exit", "weight", "item", "zero"],
-)
-def test_no_mistake_in_an_objective_trains_nothing_in_silence(workshop, own, body, says):
-    with pytest.raises(ConfigError, match=re.escape(says)):
-        workshop.check(objective__kind=own(LOSS + body))
-
-
 def test_a_file_that_changes_the_working_directory_moves_no_path(workshop, own, monkeypatch):
     monkeypatch.chdir(workshop.folder)
     moves = "import os, tempfile\nos.chdir(tempfile.mkdtemp())\n"
-    kind = own(moves + LOSS + f"return [Term('loss', {NLL}, per='tokens')]")
+    kind = own(moves + LOSS + term())
     workshop.check(objective__kind=kind, data__train=workshop.rows.name)
     assert Path.cwd() == workshop.folder
 
 
 def test_an_objective_that_edits_its_batch_does_not_change_what_is_measured(workshop, own):
-    body = f"batch.labels.fill_(1)\n        return [Term('loss', {NLL}, per='tokens')]"
-    run = workshop.train(
-        objective__kind=own(LOSS + body), train__max_steps=1, data__eval_fraction=0.2
-    )
+    kind = own(f"{LOSS}batch.labels.fill_(1)\n        {term()}")
+    run = workshop.train(objective__kind=kind, train__max_steps=1, data__eval_fraction=0.2)
     [line] = read_jsonl(run / "eval.jsonl")
     assert line["cross_entropy"] != pytest.approx(line["eval_loss"], rel=1e-3)

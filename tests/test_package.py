@@ -14,13 +14,14 @@ from packaging.requirements import Requirement
 from finetune import extras
 from finetune.errors import ConfigError
 
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+
 
 def test_every_package_is_installed():
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    there = {
-        ".".join(path.parent.relative_to(ROOT).parts) for path in ROOT.glob("finetune/**/*.py")
-    }
-    assert set(listed) == there | {"finetune.shipped"}
+    folders = {path.parent.relative_to(ROOT) for path in ROOT.glob("finetune/**/*.py")}
+    there = {".".join(folder.parts) for folder in folders}
+    assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == there | {"finetune.shipped"}
 
 
 # File of pins -> the extras of `pip install` that name the same packages; "": what every run needs.
@@ -34,8 +35,7 @@ FILES = {
 @pytest.mark.parametrize("name", FILES)
 def test_every_pin_lies_in_the_range_that_pip_install_takes(name):
     """`pip install .` must not force one torch on an environment that has another."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    groups = {"": project["dependencies"], **project["optional-dependencies"]}
+    groups = {"": PROJECT["dependencies"], **PROJECT["optional-dependencies"]}
     given = [Requirement(line) for extra in FILES[name] for line in groups[extra]]
     ranges = {wanted.name: wanted.specifier for wanted in given if wanted.name != "finetune"}
     lines = [line.split("==") for line in (ROOT / name).read_text().splitlines() if "==" in line]
@@ -47,14 +47,9 @@ def test_every_pin_lies_in_the_range_that_pip_install_takes(name):
 
 
 def test_every_optional_package_has_its_extra():
-    extras_of = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
-        "optional-dependencies"
-    ]
-    named = {
-        Requirement(line).name: extra
-        for extra in FILES["requirements.txt"][1:]
-        for line in extras_of[extra]
-    }
+    extras_of = PROJECT["optional-dependencies"]
+    names = FILES["requirements.txt"][1:]
+    named = {Requirement(line).name: extra for extra in names for line in extras_of[extra]}
     assert named == extras.EXTRA
 
 
@@ -70,22 +65,20 @@ def test_every_optional_package_has_its_extra():
 )  # fmt: skip
 def test_a_missing_package_is_named_with_its_extra(workshop, monkeypatch, package, settings):
     whole = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name, *more: None if name == package else whole(name, *more),
-    )
-    with pytest.raises(
-        ConfigError,
-        match=rf"needs the package {package}; pip install 'finetune\[{extras.EXTRA[package]}\]'",
-    ):
+
+    def without(name, *more):
+        return None if name == package else whole(name, *more)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    advice = rf"pip install 'finetune\[{extras.EXTRA[package]}\]'"
+    with pytest.raises(ConfigError, match=f"needs the package {package}; {advice}"):
         workshop.check(**settings)
 
 
 @pytest.mark.parametrize("version", ["2.11.0", "2.13.0", "2.14.1"])
 def test_the_tested_versions_of_torch_may_stay(version):
-    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    [torch] = [wanted for wanted in map(Requirement, dependencies) if wanted.name == "torch"]
+    wanted = map(Requirement, PROJECT["dependencies"])
+    [torch] = [each for each in wanted if each.name == "torch"]
     assert torch.specifier.contains(version)
     assert not torch.specifier.contains("2.10.0")
 
@@ -96,21 +89,10 @@ def test_an_installed_package_works_from_any_folder(tmp_path):
         (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).is_file():
             shutil.copy(ROOT / name, tmp_path / "source" / name)
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--no-deps",
-        "--no-build-isolation",
-        "--no-index",
-        "--quiet",
-    ]
-    subprocess.run(
-        [*pip, "--target", str(tmp_path / "site"), str(tmp_path / "source")],
-        check=True,
-        capture_output=True,
-    )
+    alone = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
+    site, source = str(tmp_path / "site"), str(tmp_path / "source")
+    pip = [sys.executable, "-m", "pip", "install", *alone, "--target", site, source]
+    subprocess.run(pip, check=True, capture_output=True)
     shutil.rmtree(tmp_path / "source")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
 
@@ -123,20 +105,8 @@ def test_an_installed_package_works_from_any_folder(tmp_path):
     finetune = str(tmp_path / "site/bin/finetune")
     assert "train" in output(finetune, "--help")
     assert "--optimizer.lr" in output(finetune, "train", "--help")
-    launched = output(
-        finetune,
-        "launch",
-        "--config_file",
-        "accelerate_configs/zero2.yaml",
-        "--num_processes",
-        "1",
-        "train.py",
-        "--help",
-    )
-    assert "--optimizer.lr" in launched
-    found = output(
-        sys.executable,
-        "-c",
-        "from finetune.places import found; print(found('ds_configs/zero2.json'))",
-    )
+    one = ["--config_file", "accelerate_configs/zero2.yaml", "--num_processes", "1"]
+    assert "--optimizer.lr" in output(finetune, "launch", *one, "train.py", "--help")
+    find = "from finetune.places import found; print(found('ds_configs/zero2.json'))"
+    found = output(sys.executable, "-c", find)
     assert found.strip() == str(tmp_path / "site/finetune/shipped/ds_configs/zero2.json")

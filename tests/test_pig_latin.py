@@ -154,11 +154,11 @@ def test_rows_that_the_script_did_not_make_are_kept(tmp_path, monkeypatch, capsy
 
 
 def test_the_rows_are_what_the_quickstart_reads(make):
-    from finetune.data import readers, rows
+    from finetune.data import readers, rows, source_files
 
     folder = make("data")
     assert rows.detect_format([str(folder / "train.jsonl")], "line", {}) == "question_answer"
-    train, dev, _ = readers.sources(str(folder / "train.jsonl"), str(folder / "dev.jsonl"))
+    train, dev, _ = source_files.sources(str(folder / "train.jsonl"), str(folder / "dev.jsonl"))
     assert (
         len(
             [

@@ -1,7 +1,6 @@
 """Forecasts of memory agree with published tables, real optimizers and real runs."""
 
 import errno
-import json
 import os
 import re
 import socket
@@ -41,20 +40,30 @@ FALCON_7B = {
 SINGLE, EIGHT = ParallelConfig(), {"kind": "fsdp2", "num_processes": 8}
 
 
+# One layer takes half as long to trace, where the number of layers does not matter.
+ONE_LAYER = TINY_LLAMA | {"num_hidden_layers": 1}
+BF16_AND_8 = {"global_batch_size": 8, "precision": "bf16"}
+
+
 def config_of(architecture, **changes):
-    values = {
-        "run": {"name": "x"}, "data": {"train": "x"},
-        "model": {"config": architecture, "init": "random", "tokenizer": "bytes"},
-        **changes,
-    }  # fmt: skip
-    values["model"] = {
-        **values["model"],
-        **changes.get("model", {}),
-        "config": architecture,
-        "init": "random",
-        "tokenizer": "bytes",
-    }
+    values = {"run": {"name": "x"}, "data": {"train": "x"}, **changes}
+    own = {"config": architecture, "init": "random", "tokenizer": "bytes"}
+    values["model"] = changes.get("model", {}) | own
     return configs.Config.model_validate(values)
+
+
+def chooser_of(architecture, **changes):
+    return Chooser(config_of(architecture, **changes), precision="bf16", on_gpu=True)
+
+
+def plan(workshop, *arguments, **changes):
+    """Return the exit code of `finetune plan` for a run of one layer."""
+    path = workshop.write(workshop.config("plan", model__config=ONE_LAYER, **changes))
+    return command(["plan", "--config", str(path), *arguments])
+
+
+def file_of(topology):
+    return str(ROOT / f"accelerate_configs/{topology}.yaml")
 
 
 def row(topology, output):
@@ -86,17 +95,7 @@ OPT_TABLE = {
 }
 
 
-@pytest.mark.parametrize(
-    ("recomputed", "lora"),
-    [
-        (False, True),
-        *(
-            pytest.param(*each, marks=pytest.mark.proof)
-            for each in OPT_TABLE
-            if each != (False, True)
-        ),
-    ],
-)
+@pytest.mark.parametrize(("recomputed", "lora"), short([*OPT_TABLE], (False, False)))
 def test_opt_350m_needs_what_was_published(monkeypatch, recomputed, lora):
     """Within 18 %, with OPT's masked scores of that time added: 2 bytes for each of L n s^2."""
     monkeypatch.setattr(trace, "_loss", as_they_did)
@@ -117,35 +116,24 @@ def test_opt_350m_needs_what_was_published(monkeypatch, recomputed, lora):
 
 
 @pytest.mark.proof
-@pytest.mark.proof
 @pytest.mark.parametrize(
-    ("tokens", "recomputed", "published"),
-    [(500, False, 12483), (2000, True, 11511)],
+    ("tokens", "recomputed", "published"), [(500, False, 12483), (2000, True, 11511)]
 )
 def test_falcon_7b_in_8_bits_needs_what_was_published(monkeypatch, tokens, recomputed, published):
     """LoRA, one sequence, flash attention: within 15 %; published peaks of loading are left out."""
     monkeypatch.setattr(trace, "_loss", as_they_did)
-    adapter = {
-        "kind": "qlora",
-        "quantization": "int8",
-        "r": 8,
-        "target_modules": ["query_key_value"],
-    }
+    adapter = {"quantization": "int8", "r": 8, "target_modules": ["query_key_value"]}
     config = config_of(
         FALCON_7B,
         model={"dtype": "bfloat16"},
-        adapter=adapter,
+        adapter={"kind": "qlora", **adapter},
         train={"gradient_checkpointing": recomputed},
     )
     made = rehearsal(config, "sdpa")
     made.base.holds_all_logits = True
     weights = count(made.model, config, 2)
-    found = (
-        weights.stored
-        + weights.unpacked
-        + weights.optimizer
-        + made.trace(Shape(1, tokens, tokens)).both
-    )
+    held = weights.stored + weights.unpacked + weights.optimizer
+    found = held + made.trace(Shape(1, tokens, tokens)).both
     assert found / 1e6 == pytest.approx(published, rel=0.15)
 
 
@@ -156,14 +144,9 @@ def test_layers_keep_what_the_known_formula_says():
     for attention, extra in (("eager", {}), ("sdpa", {"attn_pdrop": 0.0})):
         for depth in (2, 4):
             shape = {
-                "model_type": "gpt2",
-                "n_embd": h,
-                "n_layer": depth,
-                "n_head": n,
-                "vocab_size": 512,
-                "n_positions": s,
-                "activation_function": "gelu",
-            }
+                "model_type": "gpt2", "n_embd": h, "n_layer": depth, "n_head": n,
+                "vocab_size": 512, "n_positions": s, "activation_function": "gelu",
+            }  # fmt: skip
             made = rehearsal(config_of(shape | extra, model={"dtype": "bfloat16"}), attention)
             kept[attention, depth] = made.trace(Shape(1, s, 1)).kept
     scores = 5 * n * s**2
@@ -237,49 +220,28 @@ MEASURED = {
 }  # fmt: skip
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize(
     ("topology", "processes", "changes"),
     [
-        pytest.param(
-            "single",
-            1,
-            {"train__micro_batch_size": 4, "train__precision": "fp32"},
-            marks=pytest.mark.proof,
+        ("single", 1, {"train__micro_batch_size": 4, "train__precision": "fp32"}),
+        (
+            "single", 1, {"train__micro_batch_size": 1, "train__gradient_checkpointing": True},
         ),
-        pytest.param(
-            "single",
-            1,
-            {
-                "train__micro_batch_size": 1,
-                "train__precision": "bf16",
-                "train__gradient_checkpointing": True,
-            },
-            marks=pytest.mark.proof,
-        ),
-        pytest.param(
-            "fsdp2",
-            2,
-            {
-                "train__micro_batch_size": 2,
-                "train__precision": "bf16",
-                "model__config": MEASURED | {"num_hidden_layers": 8},
-            },
-            marks=pytest.mark.proof,
+        (
+            "fsdp2", 2,
+            {"train__micro_batch_size": 2, "model__config": MEASURED | {"num_hidden_layers": 8}},
         ),
         # A checkpoint after each step: its copy is there while the next one goes on.
-        pytest.param(
-            "single",
-            1,
+        (
+            "single", 1,
             {
-                "train__precision": "bf16",
-                "train__max_steps": 4,
-                "checkpoint__every_steps": 1,
+                "train__max_steps": 4, "checkpoint__every_steps": 1,
                 "checkpoint__asynchronous": True,
             },
-            marks=pytest.mark.proof,
         ),
     ],
-)
+)  # fmt: skip
 def test_runs_need_what_was_forecast(workshop, monkeypatch, topology, processes, changes):
     """Within 10 % where freed memory returns; FSDP2 of torch 2.11 on a CPU held 19 % more."""
     from faults.forked import start
@@ -292,7 +254,7 @@ def test_runs_need_what_was_forecast(workshop, monkeypatch, topology, processes,
         "model__config": MEASURED, "objective__kind": "clm",
         "data__train": str(workshop.folder / "rows.txt"), "data__packing": True,
         "data__max_length": 900, "train__global_batch_size": 4, "train__max_steps": 2,
-        "checkpoint__asynchronous": False, **changes,
+        "train__precision": "bf16", "checkpoint__asynchronous": False, **changes,
     }  # fmt: skip
     path = workshop.write(workshop.config("measured", **settings))
     begun = start(path, topology, processes)
@@ -307,10 +269,8 @@ def test_runs_need_what_was_forecast(workshop, monkeypatch, topology, processes,
 
 @pytest.mark.proof
 def test_more_at_once_never_needs_less_and_the_largest_is_the_last_that_fits():
-    config = config_of(
-        MEASURED, train={"global_batch_size": 64, "micro_batch_size": 1, "precision": "bf16"}
-    )
-    chooser = Chooser(config, precision="bf16", on_gpu=True)
+    train = {"global_batch_size": 64, "micro_batch_size": 1, "precision": "bf16"}
+    chooser = chooser_of(MEASURED, train=train)
     peaks = [chooser.forecast(SINGLE, size).peak for size in (1, 2, 4, 8, 16, 32, 64)]
     assert peaks == sorted(peaks)
     assert chooser.largest_micro_batch(SINGLE, (peaks[3] + peaks[4]) / 2) == 8
@@ -320,14 +280,14 @@ def test_more_at_once_never_needs_less_and_the_largest_is_the_last_that_fits():
 @pytest.mark.parametrize("attention", ["documents", "sdpa", "eager"])
 def test_every_further_sequence_at_once_holds_as_much(attention):
     """Padded ones too, each a row; the gradient of the head is there once."""
-    made = rehearsal(config_of(MEASURED, model={"dtype": "bfloat16"}), attention)
+    shape = MEASURED | {"num_hidden_layers": 1}
+    made = rehearsal(config_of(shape, model={"dtype": "bfloat16"}), attention)
     one, two, four = (made.trace(Shape(count, 256, 1)).kept for count in (1, 2, 4))
     assert four - one == pytest.approx(3 * (two - one), rel=0.01)
 
 
 def test_parts_are_divided_by_the_processes_that_share():
-    config = config_of(MEASURED, train={"global_batch_size": 8, "precision": "bf16"})
-    chooser = Chooser(config, precision="bf16", on_gpu=True)
+    chooser = chooser_of(MEASURED | {"num_hidden_layers": 2}, train=BF16_AND_8)
     whole, parts = chooser.forecast(SINGLE), chooser.forecast(ParallelConfig(**EIGHT))
     for name in ("weights", "gradients", "optimizer"):
         assert parts.device[name] == pytest.approx(whole.device[name] / 8)
@@ -339,11 +299,8 @@ def test_parts_are_divided_by_the_processes_that_share():
 
 
 def test_the_fewest_processes_whose_parts_fit_are_found():
-    config = config_of(
-        FALCON_7B | {"num_hidden_layers": 8},
-        train={"global_batch_size": 12, "micro_batch_size": 2, "precision": "bf16"},
-    )
-    chooser = Chooser(config, precision="bf16", on_gpu=True)
+    train = {"global_batch_size": 12, "micro_batch_size": 2, "precision": "bf16"}
+    chooser = chooser_of(FALCON_7B | {"num_hidden_layers": 1}, train=train)
 
     def peak(number: int, **more: int) -> float:
         return chooser.forecast(ParallelConfig("fsdp2", number, **more), 1).peak
@@ -364,14 +321,9 @@ def test_the_fewest_processes_whose_parts_fit_are_found():
 
 def test_the_sum_may_fit_where_single_parts_do_not():
     """With one micro-batch to a step no gradients wait beside its pass."""
-    train = {
-        "global_batch_size": 8,
-        "micro_batch_size": 4,
-        "precision": "bf16",
-        "gradient_checkpointing": True,
-    }
-    shape, data = FALCON_7B | {"num_hidden_layers": 8}, {"train": "x", "max_length": 512}
-    chooser = Chooser(config_of(shape, train=train, data=data), precision="bf16", on_gpu=True)
+    train = {**BF16_AND_8, "micro_batch_size": 4, "gradient_checkpointing": True}
+    shape, data = FALCON_7B | {"num_hidden_layers": 1}, {"train": "x", "max_length": 512}
+    chooser = chooser_of(shape, train=train, data=data)
     two = ParallelConfig("fsdp2", 2)
     parts, whole = (chooser.forecast(two, size).peak for size in (1, 4))
     assert whole < parts
@@ -380,29 +332,19 @@ def test_the_sum_may_fit_where_single_parts_do_not():
 
 
 def test_recomputing_half_the_layers_saves_half_of_it():
-    peaks = []
-    for recomputed in (False, 2, True):  # of four
-        train = {
-            "global_batch_size": 8,
-            "micro_batch_size": 8,
-            "precision": "bf16",
-            "gradient_checkpointing": recomputed,
-        }
-        peaks.append(
-            Chooser(config_of(MEASURED, train=train), precision="bf16", on_gpu=True)
-            .forecast(SINGLE)
-            .peak
-        )
-    none, half, all_ = peaks
+    train = {**BF16_AND_8, "micro_batch_size": 8}
+    none, half, all_ = (
+        chooser_of(MEASURED, train={**train, "gradient_checkpointing": recomputed})
+        .forecast(SINGLE)
+        .peak
+        for recomputed in (False, 2, True)  # of four
+    )
     assert none - half == pytest.approx((none - all_) / 2, rel=0.1)
 
 
 @pytest.mark.proof
-def test_the_cheapest_change_is_advised_first(tmp_path):
-    config = config_of(
-        MEASURED, train={"global_batch_size": 8, "micro_batch_size": 8, "precision": "bf16"}
-    )
-    chooser = Chooser(config, precision="bf16", on_gpu=True)
+def test_the_cheapest_change_is_advised_first():
+    chooser = chooser_of(MEASURED, train={**BF16_AND_8, "micro_batch_size": 8})
     full = chooser.forecast(SINGLE, 8).peak
     assert chooser.cheapest_change(SINGLE, full - 1) == "train.micro_batch_size: 4"
     one = chooser.forecast(SINGLE, 1).peak
@@ -420,33 +362,26 @@ def test_the_cheapest_change_is_advised_first(tmp_path):
 
 
 def test_advised_adapters_keep_the_shape_that_was_given():
-    values = {
-        "run": {"name": "a"},
-        "model": {"path": "m"},
-        "data": {"train": "rows.jsonl"},
-        "adapter": {"kind": "lora", "r": 4},
-    }
-    changes = dict(Chooser._changes(SimpleNamespace(config=configs.from_dict(values))))
+    values = {"run": {"name": "a"}, "model": {"path": "m"}, "data": {"train": "rows.jsonl"}}
+    config = configs.from_dict({**values, "adapter": {"kind": "lora", "r": 4}})
+    changes = dict(Chooser._changes(SimpleNamespace(config=config)))
     [changed] = [config for name, config in changes.items() if name.endswith("adapter.kind: qlora")]
     assert (changed.adapter.kind, changed.adapter.r) == ("qlora", 4)
+
+
+MIXTRAL = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 
 
 @pytest.mark.parametrize(
     "architecture",
     short(
         [
-            {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
-            {
-                "model_type": "gpt_oss",
-                "num_local_experts": 4,
-                "num_experts_per_tok": 2,
-                "head_dim": 8,
-            },
+            {**MIXTRAL, "model_type": "gpt_oss", "head_dim": 8},
             {"model_type": "gemma2", "head_dim": 8},
             {"model_type": "mamba", "num_hidden_layers": 2},
+            MIXTRAL,
         ],
-        {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4},
-        {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+        MIXTRAL,
     ),
     ids=lambda architecture: architecture["model_type"],
 )
@@ -458,12 +393,8 @@ def test_any_architecture_can_be_forecast(architecture):
         data={"train": "x", "max_length": 64},
     )
     for precision, on_gpu in (("fp32", False), ("bf16", True)):
-        assert (
-            Chooser(config, precision=precision, on_gpu=on_gpu)
-            .forecast(SINGLE)
-            .device["activations"]
-            > 0
-        )
+        chooser = Chooser(config, precision=precision, on_gpu=on_gpu)
+        assert chooser.forecast(SINGLE).device["activations"] > 0
 
 
 def test_an_untraceable_model_is_an_error_with_advice(monkeypatch):
@@ -475,56 +406,34 @@ def test_an_untraceable_model_is_an_error_with_advice(monkeypatch):
     made = rehearsal(config_of(TINY_LLAMA), "eager")
     monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
     made.base.forward = forward.__get__(made.base)
-    with pytest.raises(
-        ModelError,
-        match="memory of llama cannot be forecast.*set train.micro_batch_size to a number",
-    ):
+    advice = "memory of llama cannot be forecast.*set train.micro_batch_size to a number"
+    with pytest.raises(ModelError, match=advice):
         made.trace(Shape(1, 8, 8))
 
 
 def test_every_part_of_a_forecast_matches_arithmetic():
     """A Llama of N weights on 8 GPUs with Adam in float32: the bytes per weight of every part."""
-    config = config_of(
-        MEASURED, train={"global_batch_size": 8, "precision": "bf16", "ema_decay": 0.9}
-    )
-    chooser = Chooser(config, precision="bf16", on_gpu=True)
+    chooser = chooser_of(MEASURED, train={**BF16_AND_8, "ema_decay": 0.9})
     n = chooser.forecaster().weights.num
-    zero = {"reduce_bucket_size": 5e8}
+    zero = {"deepspeed": {"zero_optimization": {"reduce_bucket_size": 5e8}}}
     # weights, float32, optimizer, gradients, average, copied by a checkpoint, CUDA with NCCL
     wanted = [
         (ParallelConfig("single", 1), (4 * n, 0, 8 * n, 4 * n, 4 * n, 16 * n, 0.6e9)),
-        (
-            ParallelConfig("ddp", 8),
-            (4 * n, 0, 8 * n, 0, 4 * n, 2 * n, 1e9),
-        ),  # its gradients are in the buckets
+        # its gradients are in the buckets
+        (ParallelConfig("ddp", 8), (4 * n, 0, 8 * n, 0, 4 * n, 2 * n, 1e9)),
         (ParallelConfig("fsdp2", 8), (n / 2, 0, n, n / 2, n / 2, 2 * n, 1e9)),
-        (
-            ParallelConfig("zero1", 8, deepspeed={"zero_optimization": zero}),
-            (2 * n, n / 2, n, 2 * n, 0, 1.5 * n, 1e9),
-        ),
-        (
-            ParallelConfig("zero2", 8, deepspeed={"zero_optimization": zero}),
-            (2 * n, n / 2, n, n / 4, 0, 1.5 * n, 1e9),
-        ),
-        (
-            ParallelConfig("zero3", 8, deepspeed={"zero_optimization": zero}),
-            (n / 4, n / 2, n, n / 4, 0, 1.5 * n, 1e9),
-        ),
+        (ParallelConfig("zero1", 8, **zero), (2 * n, n / 2, n, 2 * n, 0, 1.5 * n, 1e9)),
+        (ParallelConfig("zero2", 8, **zero), (2 * n, n / 2, n, n / 4, 0, 1.5 * n, 1e9)),
+        (ParallelConfig("zero3", 8, **zero), (n / 4, n / 2, n, n / 4, 0, 1.5 * n, 1e9)),
     ]
     for parallel, parts in wanted:
         found = chooser.forecast(parallel)
         names = ("weights", "float32", "optimizer", "gradients", "average")
-        sizes = [
-            *(found.device.get(name, 0) for name in names),
-            found.host["checkpoint"],
-            found.device["CUDA"],
-        ]
+        sizes = [found.device.get(name, 0) for name in names]
+        sizes += [found.host["checkpoint"], found.device["CUDA"]]
         assert sizes == pytest.approx(parts), parallel.name
-        moving = found.peak - sum(
-            size
-            for name, size in found.device.items()
-            if name in (*names[:3], "average", "CUDA", "buckets")
-        )
+        held = (*names[:3], "average", "CUDA", "buckets")
+        moving = found.peak - sum(found.device.get(name, 0) for name in held)
         assert moving > max(found.device["gradients"], found.device["activations"]), parallel.name
     buckets = chooser.forecast(ParallelConfig("ddp", 8)).device["buckets"]
     assert buckets == pytest.approx(4 * n)
@@ -535,10 +444,7 @@ def test_every_part_of_a_forecast_matches_arithmetic():
 
 
 def test_zero_keeps_quantised_weights_as_they_are():
-    config = config_of(
-        MEASURED, adapter={"kind": "qlora"}, train={"global_batch_size": 8, "precision": "bf16"}
-    )
-    chooser = Chooser(config, precision="bf16", on_gpu=True)
+    chooser = chooser_of(MEASURED, adapter={"kind": "qlora"}, train=BF16_AND_8)
     parallel = ParallelConfig("zero2", 8, deepspeed={"zero_optimization": {}})
     assert chooser.forecast(parallel).device["weights"] == pytest.approx(
         chooser.forecast(SINGLE).device["weights"], rel=0.05
@@ -554,16 +460,10 @@ def test_available_memory_is_free_memory_plus_this_processs_own(monkeypatch):
 
 
 def test_an_evaluation_may_need_more_than_a_step():
-    sizes = {
-        "global_batch_size": 8,
-        "micro_batch_size": 1,
-        "gradient_checkpointing": True,
-        "precision": "bf16",
-    }
+    train = {**BF16_AND_8, "micro_batch_size": 1, "gradient_checkpointing": True}
+    shape = MEASURED | {"num_hidden_layers": 1}
     peaks = [
-        Chooser(config_of(MEASURED, train=sizes, evaluation=asked), precision="bf16", on_gpu=True)
-        .forecast(SINGLE)
-        .peak
+        chooser_of(shape, train=train, evaluation=asked).forecast(SINGLE).peak
         for asked in ({}, {"micro_batch_size": 1}, {"micro_batch_size": 512})
     ]
     assert peaks[0] == peaks[1] < peaks[2]
@@ -571,14 +471,9 @@ def test_an_evaluation_may_need_more_than_a_step():
 
 def test_attention_dropout_stores_no_scores_on_a_gpu():
     gpt = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 1024}
+    data = {"train": "x", "max_length": 1024}
     kept = [
-        Chooser(
-            config_of(gpt | {"attn_pdrop": chance}, data={"train": "x", "max_length": 1024}),
-            precision="bf16",
-            on_gpu=True,
-        )
-        .forecast(SINGLE)
-        .device["activations"]
+        chooser_of(gpt | {"attn_pdrop": chance}, data=data).forecast(SINGLE).device["activations"]
         for chance in (0.0, 0.1)
     ]
     assert kept[0] == kept[1]
@@ -592,83 +487,51 @@ def test_planning_takes_no_port(workshop, capsys, monkeypatch):
             raise OSError(errno.EADDRINUSE, f"{address} is taken")
 
     monkeypatch.setattr(socket.socket, "bind", refuse)
-    config = str(workshop.write(workshop.config(train__global_batch_size=16)))
-    for file in ("ddp", "fsdp2_multinode", "zero3_multinode"):
-        topology = str(ROOT / f"accelerate_configs/{file}.yaml")
-        assert command(["plan", "--config", config, "--topology", topology]) == 0
-        assert re.search(f"{file} +[0-9]+ ", capsys.readouterr().out)
+    for name in ("ddp", "fsdp2_multinode", "zero3_multinode"):
+        assert plan(workshop, "--topology", file_of(name), train__global_batch_size=16) == 0
+        assert re.search(f"{name} +[0-9]+ ", capsys.readouterr().out)
 
 
 def test_proposals_of_plan_are_valid_launch_arguments(workshop, capsys):
     """Only micro-batches that divide the global batch on that number of processes can fit."""
-    path = workshop.write(
-        workshop.config("plan", train__global_batch_size=8, train__micro_batch_size=8)
-    )
-    ddp = [
-        "plan",
-        "--config",
-        str(path),
-        "--topology",
-        str(ROOT / "accelerate_configs/ddp.yaml"),
-        "--gpu-memory",
-        "8",
-    ]
-    assert command([*ddp, "--num-processes", "2"]) == 0
+    two = ["--topology", file_of("ddp"), "--num-processes", "2", "--gpu-memory", "8"]
+    assert plan(workshop, *two, train__micro_batch_size=8) == 0
     assert row("ddp", capsys.readouterr().out).endswith("fits, with train.micro_batch_size: 4")
-    assert command([*ddp, "--num-processes", "2", "--train.micro_batch_size", "4"]) == 0
+    assert plan(workshop, *two, train__micro_batch_size=4) == 0
     assert row("ddp", capsys.readouterr().out).endswith("fits")
-    config, _ = configs.parse(["--config", str(path)])
-    config = config.model_copy(
-        update={
-            "train": config.train.model_copy(
-                update={"micro_batch_size": 6, "global_batch_size": 12}
-            )
-        }
-    )
+    config = config_of(ONE_LAYER, train={"micro_batch_size": 6, "global_batch_size": 12})
     output = choice.advice(config, ParallelConfig("ddp", 2), torch.device("cpu"), "fp32")
     assert output.endswith("try train.micro_batch_size: 3")
 
 
-def test_the_table_shows_what_fits_for_every_topology(workshop, capsys):
-    path = workshop.write(
-        workshop.config("plan", train__global_batch_size=16, train__micro_batch_size="auto")
-    )
-    assert command(["plan", "--config", str(path), "--gpu-memory", "24"]) == 0
+def test_a_plan_begins_with_its_advice_and_shows_what_fits_for_every_topology(workshop, capsys):
+    sizes = {"train__global_batch_size": 16, "train__micro_batch_size": "auto"}
+    assert plan(workshop, "--gpu-memory", "24", **sizes) == 0
     output = capsys.readouterr().out
+    advice = "advice  it fits on 1 GPU with accelerate_configs/single.yaml; 2"
+    assert output.splitlines()[3].startswith(advice)
     for file in (ROOT / "accelerate_configs").glob("*.yaml"):
         line = row(file.stem, output)
         assert "fits" in line, line
-        assert int(line.split()[2]) <= int(line.split()[1]), (
-            "the fewest are not more than were given"
-        )
+        given, fewest = map(int, line.split()[1:3])
+        assert fewest <= given, line
         assert ("for auto" in line) == ("zero" in file.stem), line
-
-
-@pytest.mark.parametrize(
-    ("memory", "advice"),
-    [
-        ("24", "advice  it fits on 1 GPU with accelerate_configs/single.yaml; 2"),
-        ("0.5", "advice  on 1 GPU (single) it needs a change: "),
-    ],
-)
-def test_a_plan_begins_with_its_advice(workshop, capsys, memory, advice):
-    path = workshop.write(
-        workshop.config("plan", train__global_batch_size=16, data__max_length=256)
-    )
-    assert command(["plan", "--config", str(path), "--gpu-memory", memory]) == 0
-    output = capsys.readouterr().out.splitlines()
-    assert output[3].startswith(advice)
-    topologies = [
-        line.split()[0] for line in output[6:] if line.split()[1:2] and line.split()[1].isdigit()
-    ]
+    words = [line.split() for line in output.splitlines()[6:]]
+    topologies = [found[0] for found in words if found[1:2] and found[1].isdigit()]
     assert topologies[0] == "single"
     assert topologies[-1].endswith("multinode")
 
 
+def test_a_plan_that_fits_nowhere_advises_a_change(workshop, capsys):
+    sizes = {"train__global_batch_size": 2, "train__micro_batch_size": 2}
+    assert plan(workshop, "--gpu-memory", "0.5", **sizes) == 0
+    line = capsys.readouterr().out.splitlines()[3]
+    assert line.startswith("advice  on 1 GPU (single) it needs a change: ")
+
+
 def test_one_topology_is_shown_in_its_parts(workshop, capsys):
-    path = workshop.write(workshop.config("plan"))
-    topology = ["--topology", str(ROOT / "accelerate_configs/fsdp2.yaml"), "--num-processes", "2"]
-    assert command(["plan", "--config", str(path), *topology, "--gpu-memory", "24"]) == 0
+    two = ["--topology", file_of("fsdp2"), "--num-processes", "2", "--gpu-memory", "24"]
+    assert plan(workshop, *two) == 0
     output = capsys.readouterr().out
     assert "gathered" in output
     assert "optimizer" in output
@@ -681,47 +544,33 @@ def test_one_topology_is_shown_in_its_parts(workshop, capsys):
         (["--num-processes", "0"], "a whole number from 1"),
         (["--train.gradient_checkpoint", "true"], "did you mean train.gradient_checkpointing"),
         (["--num-proceses", "2"], "--num-proceses"),
-        (
-            ["--topology", str(ROOT / "accelerate_configs/single.yaml"), "--num-processes", "4"],
-            "starts one",
-        ),
+        (["--topology", file_of("single"), "--num-processes", "4"], "starts one"),
     ],
 )
 def test_what_cannot_be_planned_is_an_error(workshop, capsys, more, output):
-    path = workshop.write(workshop.config("plan"))
-    assert command(["plan", "--config", str(path), "--gpu-memory", "24", *more]) == 2
+    assert plan(workshop, "--gpu-memory", "24", *more) == 2
     assert output in capsys.readouterr().err
 
 
 def test_auto_picks_what_fits_and_trains_as_if_given(workshop, monkeypatch, capsys):
-    """Dropout too: the attempt before the first step leaves nothing behind."""
-    dropout = {"model__config": TINY_LLAMA | {"attention_dropout": 0.1}}
-    config, _ = configs.parse(
-        [
-            "--config",
-            str(workshop.write(workshop.config(**dropout, train__micro_batch_size="auto"))),
-        ]
-    )
+    """Dropout and noise too: the attempt before the first step leaves nothing behind."""
+    settings = {
+        "model__config": ONE_LAYER | {"attention_dropout": 0.1}, "train__neftune_alpha": 5.0,
+        "train__max_steps": 3,
+    }  # fmt: skip
+    config = configs.from_dict(workshop.config(**settings, train__micro_batch_size="auto"))
     chooser = Chooser(config, precision="fp32", on_gpu=False)
     between = (chooser.forecast(SINGLE, 4).peak + chooser.forecast(SINGLE, 8).peak) / 2
     monkeypatch.setattr(choice, "capacity", lambda *_: between)
-    found = workshop.train("found", train__micro_batch_size="auto", **dropout)
+    found = workshop.train("found", train__micro_batch_size="auto", **settings)
     assert "train.micro_batch_size: auto is 4" in capsys.readouterr().out
-    assert losses(found) == losses(workshop.train("given", train__micro_batch_size=4, **dropout))
-
-
-def test_auto_with_noise_on_the_embeddings(workshop):
-    found, given = (
-        workshop.train(str(size), train__micro_batch_size=size, train__neftune_alpha=5.0)
-        for size in ("auto", 8)
-    )
-    assert losses(found) == losses(given)
+    assert losses(found) == losses(workshop.train("given", train__micro_batch_size=4, **settings))
 
 
 def test_auto_says_so_where_nothing_fits(workshop, monkeypatch):
     monkeypatch.setattr(choice, "capacity", lambda *_: 1e8)
     with pytest.raises(ConfigError, match="auto found no size that fits"):
-        workshop.train(train__micro_batch_size="auto")
+        workshop.train(train__micro_batch_size="auto", model__config=ONE_LAYER)
 
 
 @pytest.mark.parametrize(
@@ -738,15 +587,13 @@ def test_out_of_memory_ends_with_the_forecast_and_what_to_try(workshop, monkeypa
         raise exc
 
     monkeypatch.setattr(loop, "train_step", none_left)
-    config, _ = configs.parse(["--config", str(workshop.write(workshop.config()))])
+    config = configs.from_dict(workshop.config(model__config=ONE_LAYER))
     peak = Chooser(config, precision="fp32", on_gpu=False).forecast(SINGLE).peak
     monkeypatch.setattr(choice, "capacity", lambda *_: peak - 1)
-    with pytest.raises(
-        OutOfMemory, match=r"at step 1(.|\n)*forecast: .* GB; try train.micro_batch_size: 2"
-    ) as caught:
-        workshop.train()
-    outcome = json.loads((workshop.run_dir() / "outcome.json").read_text())
-    assert outcome["reason"] == str(caught.value)
+    advice = r"at step 1(.|\n)*forecast: .* GB; try train.micro_batch_size: 2"
+    with pytest.raises(OutOfMemory, match=advice) as caught:
+        workshop.train(model__config=ONE_LAYER)
+    assert workshop.outcome()["reason"] == str(caught.value)
 
 
 @pytest.mark.proof

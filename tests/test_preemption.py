@@ -25,6 +25,11 @@ def in_a_terminal():
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
 def test_while_torch_is_imported_a_signal_ends_the_process_even_if_exceptions_are_swallowed(name):
     code = f"""
@@ -36,9 +41,7 @@ try:
 except BaseException:
     pass
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = run_python(code)
     expected = (
         "stopped: by Ctrl-C before the first step"
         if name == "SIGINT"
@@ -103,9 +106,7 @@ stop.only_note()
 for _ in range(2):
     os.kill(os.getpid(), signal.SIGINT)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = run_python(code)
     assert done.returncode == 130
     assert done.stderr.count("stopping after this step") == 1
 
@@ -153,14 +154,6 @@ def test_the_first_reason_and_its_deadline_stay():
     send(signal.SIGUSR1)
     assert stop.reason == "SIGTERM"
     assert 15 < stop.seconds_left() < 20
-
-
-def test_a_first_interrupt_after_another_signal_is_not_the_second():
-    stop = flag()
-    stop.only_note()
-    send(signal.SIGTERM)
-    send(signal.SIGINT)
-    assert stop.is_set
 
 
 def test_only_a_deadline_before_the_first_step_is_an_error():
@@ -250,7 +243,11 @@ def until(condition, seconds=30):
     return found
 
 
-WORDS = pytest.mark.parametrize(
+def reason_of_the_end(folder):
+    return until(lambda: (folder / "ended").exists() and (folder / "ended").read_text())
+
+
+@pytest.mark.parametrize(
     "words",
     [
         ["/opt/bin/accelerate", "launch", "train.py"], ["-m", "accelerate.commands.launch"],
@@ -258,19 +255,13 @@ WORDS = pytest.mark.parametrize(
     ],
     ids=" ".join,
 )  # fmt: skip
-
-
-@WORDS
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
 def test_death_of_accelerate_launch_stops_the_script(launched, tmp_path, words, number):
     launcher = launched(*words)
     until((tmp_path / "begun").exists)
     launcher.send_signal(number)
     launcher.wait()
-    assert (
-        until(lambda: (tmp_path / "ended").exists() and (tmp_path / "ended").read_text())
-        == "the launcher has died"
-    )
+    assert reason_of_the_end(tmp_path) == "the launcher has died"
 
 
 def test_death_of_accelerate_launch_while_python_starts_leaves_no_script(launched, tmp_path):
@@ -300,9 +291,7 @@ def test_death_of_a_shell_does_not_stop_what_runs_in_its_background(launched, tm
     time.sleep(0.1)
     assert session(shell.pid), "it goes on"
     (tmp_path / "end").touch()
-    assert (
-        until(lambda: (tmp_path / "ended").exists() and (tmp_path / "ended").read_text()) == "None"
-    )
+    assert reason_of_the_end(tmp_path) == "None"
 
 
 def test_end_of_the_launchers_thread_does_not_stop_the_script(launched, tmp_path):
@@ -312,7 +301,4 @@ def test_end_of_the_launchers_thread_does_not_stop_the_script(launched, tmp_path
     assert not (tmp_path / "ended").exists()
     launcher.kill()
     launcher.wait()
-    assert (
-        until(lambda: (tmp_path / "ended").exists() and (tmp_path / "ended").read_text())
-        == "the launcher has died"
-    )
+    assert reason_of_the_end(tmp_path) == "the launcher has died"

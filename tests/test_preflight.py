@@ -184,9 +184,7 @@ def test_the_first_example_is_shown_with_its_spaces():
     assert summary._marked(example, tokenizer) == "  | What[[ ever]] is it"
 
 
-def test_rows_train_even_if_the_template_rejects_a_minimal_conversation(
-    workshop,
-):
+def test_rows_train_even_if_the_template_rejects_a_minimal_conversation(workshop):
     """As DeepSeek-R1's: the prompt opens the thoughts, and each row begins with them."""
     from test_templates import OPENS_AND_KEEPS
 

@@ -4,14 +4,25 @@ import json
 import math
 import re
 import shlex
+import sys
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, launch, pairs, read_jsonl, tracked, write_jsonl
+from conftest import (
+    ROOT,
+    Workshop,
+    forget_process_state,
+    launch,
+    pairs,
+    read_jsonl,
+    tracked,
+    write_jsonl,
+)
 from transformers import AutoModelForCausalLM
 
+import train
 from finetune import config as configs
 from finetune.__main__ import main
 from finetune.config.sections import sections_of_config
@@ -48,7 +59,7 @@ def test_every_kind_of_command_is_run_by_a_test_here():
     """New kinds of commands need a test here; test_package.py has `pip install .`."""
     known = (
         "make ", "source .venv", "accelerate launch",
-        "python train.py --config configs/my_run.yaml", "python train.py --help",
+        "python train.py my_run.yaml", "python train.py --help",
         "python -m finetune chat", "python -m finetune plan", "python -m finetune evaluate",
         "python -m finetune merge", "python -m finetune launch",
         "pip install --no-build-isolation", "pip install .",
@@ -59,8 +70,6 @@ def test_every_kind_of_command_is_run_by_a_test_here():
 @pytest.fixture(scope="module")
 def my_run(tmp_path_factory):
     """Train the README's own run as printed, with a two-layer model instead of the Hub's."""
-    from conftest import Workshop, forget_process_state
-
     folder = tmp_path_factory.mktemp("own")
     base = Workshop(folder).train("base") / "model"
     forget_process_state()
@@ -81,10 +90,8 @@ def my_run(tmp_path_factory):
 
 def typed(command: str, folder) -> list[str]:
     """A README command with the test's own folder and model in place of the reader's."""
-    import sys
-
     for name, place in (
-        ("configs/my_run.yaml", folder / "my_run.yaml"), ("runs/my_run", folder / "runs/my_run"),
+        ("my_run.yaml", folder / "my_run.yaml"), ("runs/my_run", folder / "runs/my_run"),
         ("my_held_out_rows.jsonl", folder / "my_held_out_rows.jsonl"),
         ("Qwen/Qwen2.5-0.5B-Instruct", folder / "runs/base/model"),
         ("accelerate_configs/ddp.yaml", ROOT / "accelerate_configs/ddp.yaml"),
@@ -92,42 +99,43 @@ def typed(command: str, folder) -> list[str]:
     ):  # fmt: skip
         command = command.replace(name, str(place))
     words = shlex.split(command)
-    return (
-        [sys.executable, *words[1:]]
-        if words[0] == "python"
-        else [sys.executable, "-m", "accelerate.commands.launch", *words[2:]]
-    )
+    first = [] if words[0] == "python" else ["-m", "accelerate.commands.launch"]
+    return [sys.executable, *first, *words[2 if first else 1 :]]
+
+
+# What is added to a command, for less of the same: fewer tokens, one topology of all, two steps.
+BRIEF = {
+    "plan": ["--topology", str(ROOT / "accelerate_configs/ddp.yaml")],
+    "evaluate": ["--max-new-tokens", "4"],
+    "chat": ["--prompt", "hi", "--max-new-tokens", "4"],
+    "several": ["--run.name", "several", "--train.max_steps", "2"],
+}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_the_commands_of_the_readme_in_order(my_run):
-    """plan, --check, train, chat, evaluate, merge; then the same with several processes."""
-    from faults.forked import fork
+def test_the_commands_of_the_readme_in_order(my_run, monkeypatch):
+    """--check, plan, train, chat, evaluate, merge; then the same with several processes.
 
-    [plan] = [c for c in commands() if c.startswith("python -m finetune plan")]
-    assert main(typed(plan, my_run)[3:]) == 0
-    chosen = [
-        c
-        for c in commands()
-        if c.startswith(
-            ("python train.py --config", "python -m finetune evaluate", "python -m finetune merge")
-        )
-    ]
-    assert len(chosen) == 4
-    # Several of them cold would take a minute; test_launch.py and the last one here start as a user
-    # does
+    Several of them cold would take a minute, so one process runs all but the last of them;
+    test_launch.py and the last one here start as a user does.
+    """
+    runs = ("python train.py my_run", "python -m finetune ")
+    chosen = [c for c in commands() if c.startswith(runs) and c != "python -m finetune launch"]
+    assert len(chosen) == 6
     for command in chosen:
         script, *arguments = typed(command, my_run)[1:]
         if script == "-m":
-            assert main(arguments[1:]) == 0, command
-        else:
-            begun = fork("train", arguments, "single", [my_run / "train.log"], {})
-            assert begun.codes() == [0], f"{command}\n{begun.output()}"
-    [chat] = [c for c in commands() if c.startswith("python -m finetune chat")]
-    assert main(["chat", *typed(chat, my_run)[4:], "--prompt", "hi", "--max-new-tokens", "4"]) == 0
+            assert main([*arguments[1:], *BRIEF.get(arguments[1], [])]) == 0, command
+            continue
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [script, *arguments])
+            patch.setattr(sys, "stdout", sys.stdout)  # main replaces both
+            patch.setattr(sys, "stderr", sys.stderr)
+            assert train.main() == 0, command
+        forget_process_state()
     [several] = [c for c in commands() if c.startswith("accelerate launch")]
-    result = launch([*typed(several, my_run), "--run.name", "several"])
+    result = launch([*typed(several, my_run), *BRIEF["several"]])
     assert result.returncode == 0, result.stderr
 
 
@@ -151,14 +159,21 @@ def test_every_recipe_passes_the_config_check(path):
     assert not check_only
 
 
-def test_the_objective_of_contributing_learns_what_it_says(workshop):
-    """One step over all rows: loss and gradient norm of dft.py against its formula, on logits."""
-    text = (ROOT / "CONTRIBUTING.md").read_text()
-    [source], [setting] = blocks("python", text), blocks("yaml", text)
-    (workshop.folder / "dft.py").write_text(source)
-    own = {
-        f"objective__{key}": value for key, value in yaml.safe_load(setting)["objective"].items()
-    }
+@pytest.mark.parametrize(
+    ("page", "expected"),
+    [
+        ("CONTRIBUTING.md", lambda logprobs: -(logprobs.exp().detach() * logprobs).mean()),
+        ("docs/objectives.md", lambda logprobs: -(logprobs.softmax(0).detach() * logprobs).sum()),
+    ],
+    ids=["contributing", "denominator"],
+)
+def test_an_objective_of_the_documentation_learns_what_it_says(workshop, page, expected):
+    """One step over all rows: loss and gradient norm against the formula, on logits."""
+    text = (ROOT / page).read_text()
+    source = next(block for block in blocks("python", text) if "import Objective" in block)
+    settings = yaml.safe_load(blocks("yaml", text)[-1])["objective"]
+    (workshop.folder / settings["kind"].partition(":")[0]).write_text(source)
+    own = {f"objective__{key}": value for key, value in settings.items()}
     base = workshop.train("base") / "model"
     held_out = write_jsonl(workshop.folder / "held_out.jsonl", pairs(60)[40:])
     run = workshop.train(
@@ -166,31 +181,29 @@ def test_the_objective_of_contributing_learns_what_it_says(workshop):
         model__tokenizer=None, train__global_batch_size=40, train__epochs=2,
         data__eval=str(held_out), evaluation__every_steps=1,
     )  # fmt: skip
-    loss, grad_norm = plain_dft(
-        base, workshop.folder / "cache/tokens" / workshop.receipt()["train_data"]["fingerprint"]
-    )
+    tokens = workshop.folder / "cache/tokens" / workshop.receipt()["train_data"]["fingerprint"]
+    model, logprobs = token_logprobs(base, tokens)
+    loss = expected(logprobs)
+    loss.backward()
+    grad_norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
     first = read_jsonl(run / "metrics.jsonl")[0]
-    assert (first["loss"], first["grad_norm"]) == pytest.approx((loss, grad_norm), rel=1e-5)
+    assert (first["loss"], first["grad_norm"]) == pytest.approx((loss.item(), grad_norm), rel=1e-5)
     line = read_jsonl(run / "eval.jsonl")[-1]
     assert line["eval_loss"] < line["cross_entropy"] == pytest.approx(math.log(line["perplexity"]))
 
 
-def plain_dft(base, tokens):
-    """Return (mean of p * -log p with p held fixed, norm of its gradient) over cached tokens."""
+def token_logprobs(base, tokens):
+    """Return (model, its log-probabilities of the supervised tokens in the cache)."""
     model = AutoModelForCausalLM.from_pretrained(base)
     ids, supervised, ends = (
         np.load(tokens / f"{name}.npy") for name in ("input_ids", "supervised", "ends")
     )
-    losses = []
+    found = []
     for start, end in zip([0, *ends], ends):
         row = torch.tensor(ids[start:end], dtype=torch.int64)
         logprobs = model(row[None]).logits[0, :-1].log_softmax(-1)[range(len(row) - 1), row[1:]]
-        losses.append(
-            -(logprobs.exp().detach() * logprobs)[torch.tensor(supervised[start + 1 : end])]
-        )
-    mean = torch.cat(losses).mean()
-    mean.backward()
-    return mean.item(), torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
+        found.append(logprobs[torch.tensor(supervised[start + 1 : end])])
+    return model, torch.cat(found)
 
 
 def test_the_schema_is_that_of_the_config():
@@ -209,7 +222,7 @@ def test_links_and_files_are_in_the_repository():
         r"`((?:finetune|accelerate_configs|configs|tests)/[\w./]+\.\w+)`",
         README + (ROOT / "docs/architecture.md").read_text(),
     ):
-        assert ROOT / file in there or file == "configs/my_run.yaml", file
+        assert ROOT / file in there, file
 
 
 def test_the_architecture_names_every_module():

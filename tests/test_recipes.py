@@ -22,14 +22,12 @@ KINDS = {
     "TinyLlama": {"model_type": "llama"},
     "EleutherAI": {"model_type": "gpt_neox"},
     "facebook": {
-        "model_type": "opt",
-        "ffn_dim": 64,
-        "word_embed_proj_dim": 16,
+        "model_type": "opt", "ffn_dim": 64, "word_embed_proj_dim": 16,
         "do_layer_norm_before": False,
     },
     "microsoft": {"model_type": "phi3"},
     "Qwen": {"model_type": "qwen2"},
-}
+}  # fmt: skip
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -59,10 +57,8 @@ def stand_in(workshop: Workshop, path: str, bytes_tokenizer) -> str:
         "model__config": {**SIZES, **kind},
         "model__tokenizer": str(workshop.folder / "tokenizer"),
     }
-    return str(
-        workshop.train("stand_in", **settings, data__template="question_answer", train__max_steps=1)
-        / "model"
-    )
+    made = {"data__template": "question_answer", "train__max_steps": 1}
+    return str(workshop.train("stand_in", **settings, **made) / "model")
 
 
 def rows_for(recipe: dict, folder: Path) -> str:
@@ -71,32 +67,17 @@ def rows_for(recipe: dict, folder: Path) -> str:
         path = folder / "field.txt"
         path.write_text("\n\n".join(f"paragraph {n} says {'words ' * (n % 9)}" for n in range(400)))
         return str(path)
-    names = {name: data.get("columns", {}).get(name, name) for name in ("question", "answer")}
-    turns = [(f"what is {n} times three", f"{3 * n}, {'so it is ' * (n % 7)}") for n in range(80)]
-    if "conversations" in data["train"]:
-        return str(
-            write_jsonl(
-                folder / "r.jsonl",
-                [
-                    {
-                        "messages": [
-                            {"role": "user", "content": q},
-                            {"role": "assistant", "content": a},
-                        ]
-                    }
-                    for q, a in turns
-                ],
-            )
-        )
+    asked = [(f"what is {n} times three", f"{3 * n}, {'so it is ' * (n % 7)}") for n in range(80)]
+    question, answer = (data.get("columns", {}).get(name, name) for name in ("question", "answer"))
     if "instructions" in data["train"]:
-        return str(
-            write_jsonl(folder / "r.jsonl", [{"instruction": q, "output": a} for q, a in turns])
-        )
-    return str(
-        write_jsonl(
-            folder / "r.jsonl", [{names["question"]: q, names["answer"]: a} for q, a in turns]
-        )
-    )
+        question, answer = "instruction", "output"
+    values: list[dict] = [{question: q, answer: a} for q, a in asked]
+    if "conversations" in data["train"]:
+        values = [
+            {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
+            for q, a in asked
+        ]
+    return str(write_jsonl(folder / "r.jsonl", values))
 
 
 @pytest.mark.slow
@@ -139,36 +120,22 @@ def test_a_recipe_runs_as_it_is(workshop, bytes_tokenizer, path):
 
 
 def test_the_medical_recipe_is_the_one_that_was_asked_for():
-    config = configs.from_dict(
-        configs.read_yaml(ROOT / "configs/llama2_7b_chat_qlora_medical.yaml")
-    )
-    train, data, adapter = config.train, config.data, config.adapter
-    assert (train.epochs, train.global_batch_size, train.max_grad_norm) == (1, 4, 0.3)
-    assert (config.optimizer.kind, config.optimizer.lr, config.optimizer.weight_decay) == (
-        "paged_adamw_32bit",
-        4e-5,
-        0.001,
-    )
-    assert config.schedule.kind == "constant"
-    assert (data.max_rows, config.run.seed, data.group_by_length, data.packing, data.template) == (
-        3000,
-        1234,
-        True,
-        False,
-        "llama2",
-    )
-    assert (adapter.kind, adapter.quantization, adapter.compute_dtype) == (
-        "qlora",
-        "nf4",
-        "float16",
-    )
+    path = ROOT / "configs/llama2_7b_chat_qlora_medical.yaml"
+    settings = configs.flatten(configs.from_dict(configs.read_yaml(path)).model_dump())
+    expected = {
+        "train.epochs": 1, "train.global_batch_size": 4, "train.max_grad_norm": 0.3,
+        "optimizer.kind": "paged_adamw_32bit", "optimizer.lr": 4e-5,
+        "optimizer.weight_decay": 0.001, "schedule.kind": "constant", "data.max_rows": 3000,
+        "run.seed": 1234, "data.group_by_length": True, "data.packing": False,
+        "data.template": "llama2", "adapter.kind": "qlora", "adapter.quantization": "nf4",
+        "adapter.compute_dtype": "float16",
+    }  # fmt: skip
+    assert {key: settings[key] for key in expected} == expected
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_a_recipe_says_its_command_and_its_hardware(path):
-    head = "".join(
-        line for line in path.read_text().splitlines(keepends=True) if line.startswith("#")
-    )
-    assert f"python train.py --config configs/{path.name}" in head
-    assert " GB (estimated)" in head
+    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert f"python train.py --config configs/{path.name}" in "\n".join(head)
+    assert " GB (estimated)" in "\n".join(head)
     assert configs.from_dict(configs.read_yaml(path)).run.name == path.stem

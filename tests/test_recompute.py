@@ -2,18 +2,17 @@
 
 import pytest
 import torch
-from conftest import TINY_LLAMA
-from transformers import AutoConfig, AutoModelForCausalLM
+from conftest import tiny_llama
+from transformers import AutoModelForCausalLM
 
 from finetune.errors import ModelError
-from finetune.models import attention_choice, attention_probe, head, recompute
+from finetune.models import attention, attention_probe, head, recompute
 
 
 def build(**changes):
     torch.manual_seed(0)
-    values = TINY_LLAMA | {"num_hidden_layers": 3, "vocab_size": 300} | changes
-    config = AutoConfig.for_model(values.pop("model_type"), **values)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention_choice.DOCUMENTS)
+    config = tiny_llama(num_hidden_layers=3, vocab_size=300, **changes)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.DOCUMENTS)
     head.install(model)
     return model
 

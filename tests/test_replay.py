@@ -2,28 +2,36 @@
 
 import argparse
 import json
+import sys
 
 import pytest
-from conftest import ROOT, launch
+from conftest import ROOT, Workshop, launch, run_main
 
 from finetune import replay as replaying
+from finetune.__main__ import main
 from finetune.errors import RunDirectoryError
 from finetune.places import REPLAY_OF
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-def replay(*arguments: object):
-    import sys
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    return Workshop(tmp_path_factory.mktemp("original")).train()
 
-    return launch([sys.executable, "-m", "finetune", "replay", *map(str, arguments)])
+
+@pytest.fixture
+def run(workshop, original):
+    """Return a copy of a complete run of 5 steps."""
+    return workshop.copy_of(original)
 
 
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.proof), 2])
-def test_a_run_comes_out_the_same(workshop, processes):
+@pytest.mark.proof
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_comes_out_the_same_in_its_own_processes(workshop, processes):
     first = workshop.launch(processes=processes, train__micro_batch_size=1)
     assert first.returncode == 0, first.stderr
-    again = replay(workshop.run_dir())
+    again = launch([sys.executable, "-m", "finetune", "replay", str(workshop.run_dir())])
     assert again.returncode == 0, again.stderr
     assert "the same: losses and gradient norms of all 5 steps" in again.stdout
     receipts = [
@@ -33,15 +41,29 @@ def test_a_run_comes_out_the_same(workshop, processes):
     assert receipts[0]["num_processes"] == receipts[1]["num_processes"] == processes
 
 
+def test_a_run_comes_out_the_same(run, monkeypatch, capsys):
+    """In this process, instead of one that the launcher starts."""
+
+    def start(environments, command):
+        [environment] = environments
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        return run_main(*command[2:])
+
+    monkeypatch.setattr(replaying.launcher, "run", start)
+    assert main(["replay", str(run)]) == 0
+    assert "the same: losses and gradient norms of all 5 steps" in capsys.readouterr().out
+
+
 def test_changes_since_the_run_are_listed_and_nothing_trains(workshop, monkeypatch):
-    run = workshop.train()
+    run = workshop.train(train__max_steps=1)
     rows, receipt = workshop.rows.read_text(), json.loads((run / "receipt.json").read_text())
     workshop.rows.write_text(rows.replace("three", "four"))
     receipt["versions"]["torch"], receipt["code"]["sha256"] = "2.0.0", "0" * 64
     (run / "receipt.json").write_text(json.dumps(receipt))
     monkeypatch.setenv(REPLAY_OF, str(run))  # as replay hands it to the processes it starts
     with pytest.raises(RunDirectoryError) as refused:
-        workshop.train("run-replay")
+        workshop.train("run-replay", train__max_steps=1)
     for key in (
         "versions.torch: was 2.0.0, now",
         "code.sha256: was 000",
@@ -52,8 +74,7 @@ def test_changes_since_the_run_are_listed_and_nothing_trains(workshop, monkeypat
     assert str(ROOT) not in str(refused.value)
 
 
-def test_a_run_that_has_not_ended_is_not_repeated(workshop):
-    run = workshop.train()
+def test_a_run_that_has_not_ended_is_not_repeated(workshop, run):
     outcome = json.loads((run / "outcome.json").read_text())
     (run / "outcome.json").write_text(json.dumps({**outcome, "state": "preempted"}))
     with pytest.raises(RunDirectoryError, match="is preempted"):
@@ -61,8 +82,7 @@ def test_a_run_that_has_not_ended_is_not_repeated(workshop):
     assert not workshop.run_dir("run-replay").exists()
 
 
-def test_a_shortened_log_is_refused_before_anything_trains(workshop):
-    run = workshop.train()
+def test_a_shortened_log_is_refused_before_anything_trains(workshop, run):
     log = run / "metrics.jsonl"
     lines = log.read_text().splitlines(keepends=True)
     for left in (0, 1, 3, 4.5):
@@ -74,8 +94,7 @@ def test_a_shortened_log_is_refused_before_anything_trains(workshop):
     assert not workshop.run_dir("run-replay").exists()
 
 
-def test_a_missing_or_damaged_note_is_named(workshop):
-    run = workshop.train()
+def test_a_missing_or_damaged_note_is_named(run):
     for note in (run / "receipt.json", run / "outcome.json"):
         whole = note.read_text()
         for content in (
@@ -91,8 +110,7 @@ def test_a_missing_or_damaged_note_is_named(workshop):
         note.write_text(whole)
 
 
-def test_a_receipt_sets_only_what_a_launcher_sets(workshop):
-    run = workshop.train()
+def test_a_receipt_sets_only_what_a_launcher_sets(run):
     receipt = json.loads((run / "receipt.json").read_text())
     for name in (
         "LD_PRELOAD",

@@ -9,8 +9,8 @@ import pytest
 from conftest import ROOT
 
 CODE = [ROOT / "train.py", *sorted(ROOT.glob("finetune/**/*.py"))]
-TESTS = sorted(ROOT.glob("tests/**/*.py"))
-PAGES = [*sorted(ROOT.glob("docs/*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+TESTS = [*sorted(ROOT.glob("tests/**/*.py")), *sorted(ROOT.glob("benchmarks/**/*.py"))]
+PAGES = [*sorted(ROOT.glob("docs/*.md")), *ROOT.glob("*.md"), ROOT / "benchmarks/LOG.md"]
 # The words of docs/architecture.md and of PyTorch and Hugging Face stand for these.
 NAMES = {
     "Job", "Wish", "wish", "finding", "judge", "learned", "look", "said", "say", "still", "targets",

@@ -1,10 +1,12 @@
 """Training sees what inference renders, and exactly its answers are supervised."""
 
+import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from finetune.data import templates
+from finetune.data import chat_templates, templates
 from finetune.data.rows import Conversation, Message, Place
 from finetune.data.templates import Template
 from finetune.errors import ConfigError, DataError, UserError
@@ -90,23 +92,32 @@ CONVERSATIONS = {
 }
 
 
+def load(
+    name: str, format: str = "messages", source: object = None, vocabulary: object = VOCABULARY,
+    date: str | None = None,
+) -> Template:  # fmt: skip
+    return chat_templates.load(name, format, source, SPECIAL, vocabulary, date)
+
+
 def template(name: str) -> Template:
     """A built-in template, or one of the chat templates above."""
-    if name in CHAT:
-        return templates.load("chat", "messages", CHAT[name], SPECIAL, VOCABULARY)
-    return templates.load(name, "messages", None, SPECIAL, VOCABULARY)
+    return chat(CHAT[name]) if name in CHAT else load(name)
 
 
-def chat(source: str) -> Template:
-    return templates.load("chat", "messages", source, SPECIAL, VOCABULARY)
+def chat(source: str, date: str | None = None) -> Template:
+    return load("chat", source=source, date=date)
+
+
+def refuses(match: str, error: type[UserError] = DataError) -> Any:
+    """Expect an error whose message matches."""
+    return pytest.raises(error, match=match)
 
 
 def supervised(
     template: Template, conversation: Conversation, loss_on: str = "completion"
 ) -> list[str]:
-    return [
-        segment.text for segment in template.segments(conversation, loss_on) if segment.supervised
-    ]
+    segments = template.segments(conversation, loss_on)
+    return [segment.text for segment in segments if segment.supervised]
 
 
 def rendered(template: Template, conversation: Conversation) -> str:
@@ -122,11 +133,12 @@ def as_inference_renders(
         for m in messages
     ]
     return tokenizer.apply_chat_template(
-        turns,
-        chat_template=template.source,
-        tokenize=False,
+        turns, chat_template=template.source, tokenize=False,
         add_generation_prompt=add_generation_prompt,
-    )
+    )  # fmt: skip
+
+
+FOUR = conversation("Hi", "Hello", "And?", "Fine")
 
 
 @pytest.fixture(params=[*ANSWERS, *CHAT])
@@ -153,9 +165,7 @@ def test_every_prompt_is_what_stands_before_its_answer(each_template, bytes_toke
             for i, s in enumerate(segments)
             if s.supervised
         ]
-        turns = [
-            number for number, message in enumerate(each.messages) if message.role == "assistant"
-        ]
+        turns = [n for n, message in enumerate(each.messages) if message.role == "assistant"]
         assert len(starts) == len(turns), name
         for turn, start in zip(turns, starts):
             before = each.messages[:turn]
@@ -170,25 +180,19 @@ def test_every_prompt_is_what_stands_before_its_answer(each_template, bytes_toke
 def test_exactly_the_answers_and_their_turn_ends_are_supervised(name):
     for each in CONVERSATIONS.values():
         answers = [message.content for message in each.messages if message.supervised]
-        assert supervised(template(name), each) == [
-            ANSWERS[name].format(answer) for answer in answers
-        ]
+        expected = [ANSWERS[name].format(answer) for answer in answers]
+        assert supervised(template(name), each) == expected
 
 
-@pytest.mark.parametrize(
-    ("name", "answers"),
-    [
-        ("header", ["\n Hello  \n<|eot|>", " Fine <|eot|>"]),
-        ("writes the BOS", ["\n Hello  \n<|eot|>", " Fine <|eot|>"]),
-        ("trims", ["Hello<|eot|>", "Fine<|eot|>"]),
-        ("a space before the end of the turn", ["\n Hello  \n <|eot|>", " Fine  <|eot|>"]),
-        ("text after the last turn", ["\n Hello  \n<|eot|>", " Fine <|eot|>"]),
-        ("marks the content", ["\n Hello  \n<|eot|>", " Fine <|eot|>"]),
-        ("marks the turn", ["\n Hello  \n<|eot|>", " Fine <|eot|>"]),
-    ],
-)
-def test_chat_template_answers_and_their_turn_ends_are_supervised(name, answers):
-    assert supervised(template(name), CONVERSATIONS["spaces and lines at the ends"]) == answers
+@pytest.mark.parametrize("name", CHAT)
+def test_chat_template_answers_and_their_turn_ends_are_supervised(name):
+    expected = {
+        "trims": ["Hello<|eot|>", "Fine<|eot|>"],
+        "a space before the end of the turn": ["\n Hello  \n <|eot|>", " Fine  <|eot|>"],
+    }
+    assert supervised(
+        template(name), CONVERSATIONS["spaces and lines at the ends"]
+    ) == expected.get(name, ["\n Hello  \n<|eot|>", " Fine <|eot|>"])
 
 
 def test_only_the_last_answer_is_supervised_on_request(each_template):
@@ -215,7 +219,7 @@ def test_only_the_last_answer_is_supervised_on_request(each_template):
     ],
 )  # fmt: skip
 def test_the_built_in_templates_are_as_their_models_know_them(name, expected):
-    assert rendered(template(name), conversation("Hi", "Hello", "And?", "Fine")) == expected
+    assert rendered(template(name), FOUR) == expected
 
 
 @pytest.mark.parametrize(
@@ -249,14 +253,16 @@ def instruction(context: str) -> Conversation:
     )
 
 
-def test_alpaca_has_a_separate_section_for_input():
-    assert rendered(template("alpaca"), instruction("1 + 2")) == (
+def test_alpaca_has_a_separate_section_for_input(bytes_tokenizer):
+    alpaca, whole = template("alpaca"), instruction("1 + 2")
+    assert rendered(alpaca, whole) == (
         "Below is an instruction that describes a task, paired with an input that provides further "
-        "context. "
-        "Write a response that appropriately completes the request.\n\n"
+        "context. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nAdd.\n\n### Input:\n1 + 2\n\n### Response:\n3<|eos|>"
     )
-    assert "### Input:" not in rendered(template("alpaca"), instruction(""))
+    expected = as_inference_renders(bytes_tokenizer, alpaca, whole.messages)
+    assert rendered(alpaca, whole) == expected
+    assert "### Input:" not in rendered(alpaca, instruction(""))
 
 
 def test_other_templates_append_the_input_to_the_instruction():
@@ -265,20 +271,9 @@ def test_other_templates_append_the_input_to_the_instruction():
     )
 
 
-def test_an_input_is_rendered_as_inference_renders_it(bytes_tokenizer):
-    whole = instruction("1 + 2")
-    assert rendered(template("alpaca"), whole) == as_inference_renders(
-        bytes_tokenizer, template("alpaca"), whole.messages
-    )
-
-
 def test_alpaca_introduces_itself_once():
-    assert (
-        rendered(template("alpaca"), CONVERSATIONS["several turns"]).count(
-            "Below is an instruction"
-        )
-        == 1
-    )
+    whole = rendered(template("alpaca"), CONVERSATIONS["several turns"])
+    assert whole.count("Below is an instruction") == 1
 
 
 def test_plain_text_is_left_as_it_is():
@@ -289,7 +284,7 @@ def test_plain_text_is_left_as_it_is():
 @pytest.mark.parametrize("loss_on", ["completion", "last_turn"])
 def test_plain_text_has_no_answer_to_supervise(loss_on):
     text = Conversation((Message("text", "words", supervised=True),), Place("rows.txt", 5))
-    with pytest.raises(DataError, match=r"^rows\.txt:5: .* use objective\.kind: clm"):
+    with refuses(r"^rows\.txt:5: .* use objective\.kind: clm"):
         template("plain").segments(text, loss_on)
 
 
@@ -325,19 +320,14 @@ ENDS_IN_TEXT = {
 @pytest.mark.parametrize("source", ENDS_IN_TEXT.values(), ids=ENDS_IN_TEXT)
 def test_where_no_token_ends_an_answer_the_text_ends_with_the_answer(source):
     """The EOS follows it, so the model can reach it and answers hold no text of the template."""
-    own, whole = chat(source), conversation("Hi", "Hello", "And?", "Fine")
+    own, whole = chat(source), FOUR
     assert own.stop_token() is None
     assert supervised(own, conversation("Hi", "Hello")) == ["Hello"]
     assert rendered(own, conversation("Hi", "Hello")) == own.prompt(whole.messages[:1]) + "Hello"
     asked, learned = own.segments(whole, "last_turn")
     assert (asked.text, learned.text) == (own.prompt(whole.messages[:3]), "Fine")
-    with pytest.raises(
-        DataError,
-        match=(
-            r"^rows\.jsonl:3: data\.template 'chat' .* set data\.loss_on: last_turn, "
-            "or use a template"
-        ),
-    ):
+    advice = "set data.loss_on: last_turn, or use a template"
+    with refuses(rf"^rows\.jsonl:3: data\.template 'chat' .* {advice}"):
         own.segments(whole)
 
 
@@ -355,11 +345,8 @@ def test_generation_marks_decide_which_answer_text_is_supervised():
     )
     answers = ["Hello<|im_end|>\n", "Fine<|im_end|>\n"]
     assert supervised(chat(source), conversation("Hi", "Hello")) == answers[:1]
-    assert supervised(chat(source), conversation("Hi", "Hello", "And?", "Fine")) == answers
-    assert (
-        supervised(chat(source), conversation("Hi", "Hello", "And?", "Fine"), "last_turn")
-        == answers[1:]
-    )
+    assert supervised(chat(source), FOUR) == answers
+    assert supervised(chat(source), FOUR, "last_turn") == answers[1:]
     assert chat(source).stop_token() == "<|im_end|>"
 
 
@@ -375,10 +362,9 @@ def test_generation_marks_decide_which_answer_text_is_supervised():
     ],
 )  # fmt: skip
 def test_marks_must_surround_each_answer_once(source, marked):
-    with pytest.raises(DataError) as caught:
+    what = f"marks {marked} {{% generation %}} blocks for 2 assistant messages"
+    with refuses(rf"^rows\.jsonl:3: data\.template 'chat' {what}"):
         chat(source).segments(conversation("a", "b", "c", "d"))
-    assert str(caught.value).startswith("rows.jsonl:3: data.template 'chat'")
-    assert f"marks {marked} {{% generation %}} blocks for 2 assistant messages" in str(caught.value)
 
 
 def test_marks_may_trim_on_both_sides():
@@ -474,61 +460,30 @@ CUTS_QUESTIONS = (
     ("source", "whole", "says"),
     [
         (
-            WITHOUT_SYSTEM,
-            conversation("Hi", "Hello", system="Be brief."),
-            "the system message 1 ('Be brief.')",
+            WITHOUT_SYSTEM, conversation("Hi", "Hello", system="Be brief."),
+            r"the system message 1 \('Be brief.'\)",
         ),
-        (
-            CUTS_QUESTIONS,
-            conversation("Hi", "Hello", "And?", "Fine"),
-            "the user message 3 ('And?')",
-        ),
+        (CUTS_QUESTIONS, FOUR, r"the user message 3 \('And\?'\)"),
     ],
-)
+)  # fmt: skip
 def test_a_template_that_loses_a_part_of_the_prompt_is_refused(source, whole, says, loss_on):
-    with pytest.raises(
-        DataError, match=r"^rows\.jsonl:3: data\.template 'chat' drops or changes "
-    ) as caught:
+    with refuses(rf"^rows\.jsonl:3: data\.template 'chat' drops or changes {says}"):
         chat(source).segments(whole, loss_on)
-    assert says in str(caught.value)
 
 
 def test_a_dropped_earlier_answer_is_detected_with_last_turn():
-    with pytest.raises(DataError, match=r"drops or changes the assistant message 2 \('Hello'\)"):
-        chat(DROPS_EARLIER).segments(conversation("Hi", "Hello", "And?", "Fine"), "last_turn")
+    with refuses(r"drops or changes the assistant message 2 \('Hello'\)"):
+        chat(DROPS_EARLIER).segments(FOUR, "last_turn")
 
 
 def test_a_dropped_instruction_input_is_detected():
-    source = (
-        "{% for m in messages %}{{ m.content }}{% if m.context == '1' %}{{ m.context }}"
-        "{% endif %}<|eot|>{% endfor %}"
-    )
     own = chat(
-        source.replace("m.context", "message.context")
-        .replace("for m ", "for message ")
-        .replace("m.content", "message.content")
+        "{% for message in messages %}{{ message.content }}{% if message.context == '1' %}"
+        "{{ message.context }}{% endif %}<|eot|>{% endfor %}"
     )
     assert own.segments(instruction("1"))
-    with pytest.raises(DataError, match="drops or changes the user message 1"):
+    with refuses("drops or changes the user message 1"):
         own.segments(instruction("1 + 2"))
-
-
-@pytest.mark.parametrize(
-    ("source", "says"),
-    [
-        (WITHOUT_SYSTEM, "would be ignored: "),
-        ("REFUSES", "takes no system message: TemplateError: no system role; "),
-    ],
-)
-def test_an_unsupported_system_prompt_is_reported_as_a_setting_error(source, says):
-    system = Message("system", "Be brief.", from_setting=True)
-    whole = Conversation((system, *conversation("Hi", "Hello").messages), Place("rows.jsonl", 3))
-    own = chat(REFUSES if source == "REFUSES" else source)
-    with pytest.raises(
-        ConfigError,
-        match=rf"^data\.system_prompt: .*{says}.*remove the setting, or use another data\.template",
-    ):
-        own.segments(whole)
 
 
 def test_earlier_thoughts_may_be_hidden_with_last_turn():
@@ -537,10 +492,8 @@ def test_earlier_thoughts_may_be_hidden_with_last_turn():
 
 
 def test_a_prompt_that_cannot_be_rendered_is_refused():
-    with pytest.raises(
-        DataError,
-        match=r"^the prompt:1: data\.template 'chat' fails: TemplateError: one message only",
-    ):
+    says = r"^the prompt:1: data\.template 'chat' fails: TemplateError: one message only"
+    with refuses(says):
         chat(RAISES).prompt(conversation("Hi", "Hello").messages)
 
 
@@ -562,7 +515,7 @@ def test_a_prompt_that_cannot_be_rendered_is_refused():
     ],
 )
 def test_auto_takes_the_chat_template_or_the_usual_one_of_the_format(format, chat_template, name):
-    assert templates.load("auto", format, chat_template, SPECIAL, VOCABULARY).name == name
+    assert load("auto", format, chat_template).name == name
 
 
 @pytest.mark.parametrize("name", ["chatml", "auto"])
@@ -575,33 +528,38 @@ def test_auto_takes_the_chat_template_or_the_usual_one_of_the_format(format, cha
     ],
 )
 def test_chatml_needs_its_tokens(name, vocabulary, missing):
-    with pytest.raises(DataError) as caught:
-        templates.load(name, "messages", None, SPECIAL, vocabulary)
-    assert f"the tokenizer has no {missing}; add them with model.new_tokens: [" in str(caught.value)
+    says = f"the tokenizer has no {missing}; add them with model.new_tokens: ["
+    with refuses(re.escape(says)):
+        load(name, vocabulary=vocabulary)
 
 
-def test_chat_needs_a_chat_template():
-    with pytest.raises(
-        DataError,
-        match=r"data\.template: chat, but the tokenizer has no chat template; use one of plain",
-    ):
-        templates.load("chat", "messages", None, SPECIAL, VOCABULARY)
+NAMED = {"rag": "{{ x }}", "tool_use": "{{ tools }}"}
 
 
-def test_the_error_for_an_unknown_template_lists_the_known_ones():
-    with pytest.raises(DataError) as caught:
-        templates.load("vicuna", "messages", None, SPECIAL, VOCABULARY)
-    assert (
-        "data.template: 'vicuna' is not one of auto, chat, plain, question_answer, alpaca, llama2, "
-        "chatml" in str(caught.value)
-    )
+@pytest.mark.parametrize(
+    ("name", "source", "says"),
+    [
+        ("chat", None, "chat, but the tokenizer has no chat template; use one of plain"),
+        (
+            "vicuna", None,
+            "'vicuna' is not one of auto, chat, plain, question_answer, alpaca, llama2, chatml",
+        ),
+        ("chat", NAMED, ".* has the chat templates rag, tool_use, but none named default"),
+        ("chat", "\ud83d" + chat_templates.BUILT_IN["chatml"], "chat: holds half of a character"),
+        ("chat", "{{ ['a', 'b'] | random }}", "chat: uses chance"),
+        ("chat", "{{ lipsum(1) }}", "chat: uses chance"),
+    ],
+)  # fmt: skip
+def test_a_template_that_is_missing_or_unfit_is_refused(name, source, says):
+    with refuses(rf"data\.template: {says}"):
+        load(name, source=source)
 
 
 def test_a_template_is_read_from_a_file(tmp_path):
     path = tmp_path / "own.jinja"
     for encoding in ("utf-8", "utf-8-sig"):  # editors of Windows put a mark of the encoding first
         path.write_text(CHAT["header"], encoding=encoding)
-        own = templates.load(str(path), "messages", "{{ other }}", SPECIAL, VOCABULARY)
+        own = load(str(path), source="{{ other }}")
         assert own.source == CHAT["header"]
         assert supervised(own, CONVERSATIONS["one turn"]) == ["42<|eot|>"]
 
@@ -609,8 +567,8 @@ def test_a_template_is_read_from_a_file(tmp_path):
 def test_an_unreadable_template_file_is_refused(tmp_path):
     (tmp_path / "latin.jinja").write_bytes(b"caf\xe9")
     for name in ("absent.jinja", "latin.jinja"):
-        with pytest.raises(DataError, match=rf"data\.template: .*{name}: cannot be read"):
-            templates.load(str(tmp_path / name), "messages", None, SPECIAL, VOCABULARY)
+        with refuses(rf"data\.template: .*{name}: cannot be read"):
+            load(str(tmp_path / name))
 
 
 def test_a_fingerprint_changes_with_all_that_decides_the_text():
@@ -620,17 +578,16 @@ def test_a_fingerprint_changes_with_all_that_decides_the_text():
         (*base[:3], {**SPECIAL, "eos_token": "</s>"}, VOCABULARY),
         (*base[:4], {**VOCABULARY, "<|other_end|>": 7}),
     ]
-    prints = {templates.load(*arguments).fingerprint for arguments in [base, *changes]}
+    prints = {chat_templates.load(*arguments).fingerprint for arguments in [base, *changes]}
     assert len(prints) == 4
-    assert templates.load(*base).fingerprint in prints
+    assert chat_templates.load(*base).fingerprint in prints
 
 
 # The chat templates of real models
 
 
 def real_template(real_data, name: str) -> Template:
-    source = (real_data / "chat_templates" / f"{name}.jinja").read_text()
-    return templates.load("chat", "messages", source, SPECIAL, VOCABULARY)
+    return chat((real_data / "chat_templates" / f"{name}.jinja").read_text())
 
 
 REAL = {
@@ -647,7 +604,7 @@ def test_a_real_template_renders_as_inference_does(real_data, bytes_tokenizer, n
     own, whole = real_template(real_data, name), CONVERSATIONS[case]
     assert own.stop_token() == REAL[name]
     if name == "qwen3" and "several turns" in case:  # its empty thoughts leave the history
-        with pytest.raises(DataError, match="differently once later turns are there"):
+        with refuses("differently once later turns are there"):
             own.segments(whole)
         return
     assert rendered(own, whole) == as_inference_renders(bytes_tokenizer, own, whole.messages)
@@ -665,15 +622,15 @@ def test_a_real_template_renders_as_inference_does(real_data, bytes_tokenizer, n
     ],
 )
 def test_real_templates_supervise_exactly_the_answers(real_data, name, learned):
-    whole = conversation("Hi", "Hello", "And?", "Fine")
-    assert supervised(real_template(real_data, name), whole) == learned
-    assert supervised(real_template(real_data, name), whole, "last_turn") == learned[-1:]
+    own = real_template(real_data, name)
+    assert supervised(own, FOUR) == learned
+    assert supervised(own, FOUR, "last_turn") == learned[-1:]
 
 
 def test_qwen3_is_asked_with_empty_thoughts_where_rows_have_none(real_data):
-    own, whole = real_template(real_data, "qwen3"), conversation("Hi", "Hello", "And?", "Fine")
-    assert own.prompt(whole.messages[:3]).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
-    assert supervised(own, whole, "last_turn") == ["Fine<|im_end|>"]
+    own = real_template(real_data, "qwen3")
+    assert own.prompt(FOUR.messages[:3]).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert supervised(own, FOUR, "last_turn") == ["Fine<|im_end|>"]
     assert supervised(own, conversation("Hi", "<think>hm</think>Hello")) == [
         "<think>\nhm\n</think>\n\nHello<|im_end|>"
     ]
@@ -687,14 +644,15 @@ def test_smollm3_asked_not_to_think_has_empty_thoughts_in_every_prompt(real_data
 
 
 def test_qwen3_hides_earlier_thoughts_and_needs_last_turn(real_data):
-    whole = conversation(
-        "Hi", "<think>\nhm\n</think>\n\nHello", "And?", "<think>\nso\n</think>\n\nFine"
+    own, hm, so = (
+        real_template(real_data, "qwen3"),
+        "<think>\nhm\n</think>",
+        "<think>\nso\n</think>",
     )
-    with pytest.raises(DataError, match=r"rows\.jsonl:3: .*data\.loss_on: last_turn"):
-        real_template(real_data, "qwen3").segments(whole)
-    assert supervised(real_template(real_data, "qwen3"), whole, "last_turn") == [
-        "<think>\nso\n</think>\n\nFine<|im_end|>"
-    ]
+    whole = conversation("Hi", f"{hm}\n\nHello", "And?", f"{so}\n\nFine")
+    with refuses(r"rows\.jsonl:3: .*data\.loss_on: last_turn"):
+        own.segments(whole)
+    assert supervised(own, whole, "last_turn") == [f"{so}\n\nFine<|im_end|>"]
 
 
 def test_phi3_ends_a_turn_and_then_the_text(real_data):
@@ -702,17 +660,11 @@ def test_phi3_ends_a_turn_and_then_the_text(real_data):
     from finetune.models.load import load_tokenizer
 
     tokenizer = load_tokenizer(Model(path=str(real_data / "tokenizers" / "phi-3-mini")))
-    own = templates.load(
-        "auto",
-        "messages",
-        tokenizer.chat_template,
-        tokenizer.special_tokens_map,
-        tokenizer.get_added_vocab(),
-    )
-    whole = conversation("Hi", "Hello", "And?", "Fine")
+    special, added = tokenizer.special_tokens_map, tokenizer.get_added_vocab()
+    own = chat_templates.load("auto", "messages", tokenizer.chat_template, special, added)
     assert own.name == "chat"
-    assert rendered(own, whole) == as_inference_renders(tokenizer, own, whole.messages)
-    assert supervised(own, whole) == ["Hello<|end|>", "Fine<|end|>"]
+    assert rendered(own, FOUR) == as_inference_renders(tokenizer, own, FOUR.messages)
+    assert supervised(own, FOUR) == ["Hello<|end|>", "Fine<|end|>"]
     assert own.stop_token() == "<|end|>"
 
 
@@ -724,9 +676,7 @@ def test_generation_marks_do_not_hide_a_prompt_that_is_not_trained():
         "{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant:<think></think>{% endif %}"
     )
-    with pytest.raises(
-        DataError, match="renders the prompt of message 2 differently once the answer is there"
-    ):
+    with refuses("renders the prompt of message 2 differently once the answer is there"):
         chat(source).segments(conversation("Hi", "Hello"))
 
 
@@ -759,13 +709,10 @@ IGNORES_THE_ASKING = "{% for m in messages %}" + TURN + "{{ m.content }}<|im_end
 )
 def test_text_of_the_template_before_an_answer_ends_the_prompt(source, opening, prompt):
     own, whole = chat(source), conversation("Hi", "Fine")
+    asked = own.prompt(whole.messages[:1])
     assert own.opening == opening
-    assert own.prompt(whole.messages[:1]) == "<|im_start|>user\nHi<|im_end|>\n" + prompt
-    assert [s.text for s in own.segments(whole)] == [
-        own.prompt(whole.messages[:1]),
-        "Fine<|im_end|>",
-        "\n",
-    ]
+    assert asked == "<|im_start|>user\nHi<|im_end|>\n" + prompt
+    assert [s.text for s in own.segments(whole)] == [asked, "Fine<|im_end|>", "\n"]
     assert not own.opens_itself(own.segments(whole))
 
 
@@ -789,23 +736,14 @@ def test_rows_without_thoughts_are_supervised_on_empty_ones():
 
 
 @pytest.mark.parametrize("learn_opening", [False, True])
-@pytest.mark.parametrize(
-    "source", [THINKS_LAST, THINKS_LAST.replace("loop.last", "loop.index > 2")]
-)
-def test_an_earlier_answer_without_what_the_last_has_before_it_is_refused(source, learn_opening):
-    own, whole = (
-        replace(chat(source), learn_opening=learn_opening),
-        conversation("Hi", "Hello", "And?", "Fine"),
-    )
-    if "loop.last" in source:
-        with pytest.raises(
-            DataError,
-            match=r"message 2 differently once later turns are there.* data\.loss_on: last_turn",
-        ):
-            own.segments(whole)
-        assert len(supervised(own, whole, "last_turn")) == 1
-    else:  # it depends on the place alone, so each answer is asked as it is trained
-        assert len(supervised(own, whole)) == 2
+def test_an_earlier_answer_without_what_the_last_has_before_it_is_refused(learn_opening):
+    own = replace(chat(THINKS_LAST), learn_opening=learn_opening)
+    with refuses(r"message 2 differently once later turns are there.* data\.loss_on: last_turn"):
+        own.segments(FOUR)
+    assert len(supervised(own, FOUR, "last_turn")) == 1
+    # What depends on the place alone is asked as it is trained.
+    by_place = chat(THINKS_LAST.replace("loop.last", "loop.index > 2"))
+    assert len(supervised(replace(by_place, learn_opening=learn_opening), FOUR)) == 2
 
 
 def test_an_end_of_turn_that_only_the_last_answer_has_is_refused():
@@ -813,8 +751,8 @@ def test_an_end_of_turn_that_only_the_last_answer_has_is_refused():
         "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ '<|eot|>' if loop.last or m.role "
         "== 'user' else ';' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    with pytest.raises(DataError, match="message 2 differently once later turns are there"):
-        chat(source).segments(conversation("Hi", "Hello", "And?", "Fine"))
+    with refuses("message 2 differently once later turns are there"):
+        chat(source).segments(FOUR)
 
 
 def test_white_space_before_an_answer_stays_with_the_answer():
@@ -824,10 +762,7 @@ def test_white_space_before_an_answer_stays_with_the_answer():
         "{{ m.content }} <|eot|>{% endif %}{% endfor %}"
     )
     assert own.opening == ""
-    assert supervised(own, conversation("Hi", "Hello", "And?", "Fine")) == [
-        " Hello <|eot|>",
-        " Fine <|eot|>",
-    ]
+    assert supervised(own, FOUR) == [" Hello <|eot|>", " Fine <|eot|>"]
 
 
 # Rows that fit, where the shortest conversation does not
@@ -839,11 +774,11 @@ OPENS_AND_KEEPS = IGNORES_THE_ASKING + ASKS.replace("assistant\n", "assistant\n<
 def test_a_template_is_asked_for_its_end_with_a_row_that_fits():
     """As DeepSeek-R1's, where the rows begin with what the prompt already opens."""
     fits = conversation("Hi", "<think>\nhm\n</think>\n\nHello")
-    with pytest.raises(DataError, match="renders the prompt of message 2 differently"):
+    with refuses("renders the prompt of message 2 differently"):
         chat(OPENS_AND_KEEPS).stop_token()
     assert replace(chat(OPENS_AND_KEEPS), example=fits).stop_token() == "<|im_end|>"
     assert supervised(chat(OPENS_AND_KEEPS), fits) == ["hm\n</think>\n\nHello<|im_end|>"]
-    with pytest.raises(DataError, match=r"^rows\.jsonl:3: "):
+    with refuses(r"^rows\.jsonl:3: "):
         replace(chat(OPENS_AND_KEEPS), example=conversation("Hi", "Hello")).stop_token()
 
 
@@ -851,48 +786,55 @@ def test_a_template_is_asked_for_its_end_with_a_row_that_fits():
 
 DEMANDS = (
     "{% if messages[0].role != 'system' %}{{ raise_exception('system message needed') }}{% endif %}"
-    + IGNORES_THE_ASKING
-    + ASKS
-)
+    + IGNORES_THE_ASKING + ASKS
+)  # fmt: skip
 REFUSES = (
     "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-    + IGNORES_THE_ASKING
-    + ASKS
+    + IGNORES_THE_ASKING + ASKS
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        (WITHOUT_SYSTEM, "would be ignored: "),
+        (REFUSES, "takes no system message: TemplateError: no system role; "),
+    ],
 )
+def test_an_unsupported_system_prompt_is_reported_as_a_setting_error(source, says):
+    system = Message("system", "Be brief.", from_setting=True)
+    whole = Conversation((system, *conversation("Hi", "Hello").messages), Place("rows.jsonl", 3))
+    advice = "remove the setting, or use another data.template"
+    with refuses(rf"^data\.system_prompt: .*{says}.*{advice}", ConfigError):
+        chat(source).segments(whole)
 
 
-@pytest.mark.parametrize(("source", "fits"), [(DEMANDS, "Be brief."), (REFUSES, None)])
-def test_a_template_refuses_only_the_rows_that_do_not_fit_it(source, fits):
+@pytest.mark.parametrize(
+    ("source", "fits", "says"),
+    [
+        (DEMANDS, "Be brief.", "system .*; it needs a system message: set data.system_prompt, "),
+        (REFUSES, None, "no system .*; it takes no system message: take it out"),
+    ],
+)
+def test_a_template_refuses_only_the_rows_that_do_not_fit_it(source, fits, says):
     own, other = chat(source), None if fits else "Be brief."
     assert own.stop_token() == "<|im_end|>"
     assert supervised(own, conversation("Hi", "Hello", system=fits)) == ["Hello<|im_end|>"]
-    with pytest.raises(
-        DataError,
-        match=r"^rows\.jsonl:3: data\.template 'chat' fails: TemplateError: "
-        r"(system .*; it needs a system message: set data\.system_prompt, |no system .*; "
-        "it takes no system message: take it out)",
-    ):
+    with refuses(rf"^rows\.jsonl:3: data\.template 'chat' fails: TemplateError: {says}"):
         own.segments(conversation("Hi", "Hello", system=other))
 
 
 @pytest.mark.parametrize("half", [r"{{ '\ud83d' }}", r"{{ messages[0].content ~ '\ude00' }}"])
 def test_a_template_that_writes_a_lone_surrogate_is_refused(half):
-    with pytest.raises(
-        DataError,
-        match=r"rows\.jsonl:3: data\.template 'chat' writes '\\ud...', half of a character",
-    ):
-        chat(half + templates.BUILT_IN["question_answer"]).segments(conversation("Hi", "Hello"))
-
-
-def test_a_template_that_holds_a_lone_surrogate_is_refused():
-    with pytest.raises(DataError, match=r"data\.template: chat: holds half of a character"):
-        templates.load("chat", "messages", "\ud83d" + templates.BUILT_IN["chatml"], {}, {})
+    with refuses(r"rows\.jsonl:3: data\.template 'chat' writes '\\ud...', half of a character"):
+        chat(half + chat_templates.BUILT_IN["question_answer"]).segments(
+            conversation("Hi", "Hello")
+        )
 
 
 def test_a_template_syntax_error_is_reported_with_its_line():
-    with pytest.raises(
-        templates.BrokenTemplate, match=r"rows\.jsonl:3: .* \(line 2 of the template\)"
-    ):
+    says = r"rows\.jsonl:3: .* \(line 2 of the template\)"
+    with refuses(says, templates.BrokenTemplate):
         chat("\n{{ messages | no_such_filter }}").segments(conversation("Hi", "Hello"))
 
 
@@ -901,17 +843,13 @@ def test_a_template_syntax_error_is_reported_with_its_line():
 
 def test_a_template_is_given_one_date():
     source = "{{ strftime_now('%d %b %Y') }}|" + IGNORES_THE_ASKING
-    own = templates.load("chat", "messages", source, SPECIAL, VOCABULARY, "2001-02-03")
+    own, later = chat(source, "2001-02-03"), chat(source, "2001-02-04")
     assert rendered(own, conversation("Hi", "Hello")).startswith("03 Feb 2001|")
-    later = templates.load("chat", "messages", source, SPECIAL, VOCABULARY, "2001-02-04")
     assert own.fingerprint != later.fingerprint
 
 
 def test_a_template_without_a_date_does_not_depend_on_the_day():
-    days = [
-        templates.load("chatml", "messages", None, SPECIAL, VOCABULARY, day)
-        for day in ("2001-02-03", "2001-02-04")
-    ]
+    days = [load("chatml", date=day) for day in ("2001-02-03", "2001-02-04")]
     assert days[0].fingerprint == days[1].fingerprint
     assert days[0].date is None
 
@@ -919,42 +857,30 @@ def test_a_template_without_a_date_does_not_depend_on_the_day():
 @pytest.mark.parametrize("form", ["%H:%M:%S", "%d %b %Y %I %p", "%f"])
 def test_a_template_that_writes_the_time_is_refused(form):
     source = "{{ strftime_now('" + form + "') }}|" + IGNORES_THE_ASKING
-    with pytest.raises(DataError, match=r"data\.template: chat: writes the time, .*; take it out"):
-        templates.load("chat", "messages", source, SPECIAL, VOCABULARY, "2001-02-03")
+    with refuses(r"data\.template: chat: writes the time, .*; take it out"):
+        chat(source, "2001-02-03")
 
 
-@pytest.mark.parametrize("source", ["{{ ['a', 'b'] | random }}", "{{ lipsum(1) }}"])
-def test_a_template_that_uses_chance_is_refused(source):
-    with pytest.raises(DataError, match=r"data\.template: chat: uses chance"):
-        chat(source)
-    assert chat("a random {{ messages[0].content }}")  # as a word it is none
+def test_a_template_may_hold_the_word_random():
+    assert chat("a random {{ messages[0].content }}")
 
 
 # Several chat templates
 
 
 def test_the_default_of_several_chat_templates_is_used():
-    named = {"tool_use": "{{ tools }}", "default": CHAT["header"]}
-    assert templates.load("auto", "messages", named, SPECIAL, VOCABULARY).source == CHAT["header"]
-
-
-def test_several_chat_templates_without_a_default_are_refused():
-    named = {"rag": "{{ x }}", "tool_use": "{{ tools }}"}
-    with pytest.raises(
-        DataError, match="has the chat templates rag, tool_use, but none named default"
-    ):
-        templates.load("chat", "messages", named, SPECIAL, VOCABULARY)
-    assert templates.load("chatml", "messages", named, SPECIAL, VOCABULARY).name == "chatml"
+    assert load("auto", source={**NAMED, "default": CHAT["header"]}).source == CHAT["header"]
+    assert load("chatml", source=NAMED).name == "chatml"
 
 
 @pytest.mark.parametrize(
-    "source",
-    ["{{ 1 / 0 }}", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"],
+    ("source", "error"),
+    [
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
+    ],
     ids=["zero", "endless"],
 )
-def test_a_template_that_exhausts_python_is_reported(source):
-    with pytest.raises(
-        DataError,
-        match=r"rows\.jsonl:3: data\.template 'chat' fails: (ZeroDivisionError|RecursionError)",
-    ):
+def test_a_template_that_exhausts_python_is_reported(source, error):
+    with refuses(rf"rows\.jsonl:3: data\.template 'chat' fails: {error}"):
         chat(source).segments(conversation("Hi", "Hello"))

@@ -19,37 +19,31 @@ from finetune.engine.metrics import Metrics
 from finetune.engine.progress import Progress
 from finetune.generation import generate
 
+QUICK = {"train__max_steps": 1, "train__micro_batch_size": 8}
 
-def test_a_run_reports_on_standard_output(workshop, capsys):
-    workshop.train(evaluation__sample_prompts=["what is 3 times three"], data__eval_fraction=0.1)
+
+def test_a_run_reports_on_standard_output_and_prints_two_samples(workshop, capsys):
+    asked = {"sample_prompts": ["one", "two", "three"], "sample_max_new_tokens": 4}
+    samples = {f"evaluation__{name}": value for name, value in asked.items()}
+    run = workshop.train(**samples, data__eval_fraction=0.1, train__max_steps=2)
     output = capsys.readouterr()
-    for part in (
-        "model       llama",
-        "step 1/5  epoch",
-        "step 5/5  eval loss",
-        "complete at step 5",
-    ):
+    steps = ("step 1/2  epoch", "step 2/2  eval loss", "complete at step 2")
+    for part in ("model       llama", *steps):
         assert part in output.out
     assert output.err == ""
-
-
-def test_the_first_two_sample_answers_are_printed(workshop, capsys):
-    run = workshop.train(evaluation__sample_prompts=["one", "two", "three"])
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 5/5  ")]
+    lines = [line for line in output.out.splitlines() if line.startswith("step 2/2  ")]
     assert [line.split("  ")[2] for line in lines if "  sample  " in line] == ["one", "two"]
     assert lines[-1].endswith(f"1 more in {run}/samples.jsonl")
 
 
 def test_a_complete_run_names_the_commands_that_come_next(workshop, capsys):
-    base = workshop.train("base") / "model"
+    base = workshop.train("base", **QUICK) / "model"
     own = {
-        "model__init": "pretrained",
-        "model__path": str(base),
-        "model__config": None,
+        "model__init": "pretrained", "model__path": str(base), "model__config": None,
         "model__tokenizer": None,
-    }
+    }  # fmt: skip
     capsys.readouterr()
-    run = workshop.train("lora", adapter__kind="lora", **own)
+    run = workshop.train("lora", adapter__kind="lora", **own, **QUICK)
     after = capsys.readouterr().out.partition("\nnext:\n")[2].splitlines()
     commands = {line.split()[0]: re.split(r"python -m finetune ", line)[1] for line in after}
     assert commands == {
@@ -85,10 +79,8 @@ def terminal(monkeypatch):
 
 
 def metrics_of(folder):
-    files = SimpleNamespace(
-        **{name: folder / name for name in ("metrics", "evals", "samples", "saves")}
-    )
-    place = SimpleNamespace(logs=files)
+    names = ("metrics", "evals", "samples", "saves")
+    place = SimpleNamespace(logs=SimpleNamespace(**{name: folder / name for name in names}))
     return Metrics(
         place, num_steps=3, start=0, every=1, is_main=True, num_processes=1, flops_per_token=0
     )
@@ -133,22 +125,17 @@ def test_a_bar_is_not_written_into_a_pipe(terminal, tmp_path, monkeypatch):
 def test_progress_of_answers_is_printed_without_a_terminal(workshop, monkeypatch, capsys):
     from finetune.export.load import load, load_tokenizer
 
-    model = workshop.train("base", train__max_steps=1) / "model"
+    path = workshop.train("base", **QUICK) / "model"
+    model, tokenizer = load(path), load_tokenizer(path)
     capsys.readouterr()
     monkeypatch.setattr(generate, "LINE_SECONDS", -1)
-    generate.answers(
-        load(model),
-        load_tokenizer(model),
-        ["a", "b", "c"],
-        max_new_tokens=1,
-        batch_size=2,
-        title="base",
-    )
+    prompts = ["a", "b", "c"]
+    generate.answers(model, tokenizer, prompts, max_new_tokens=1, batch_size=2, title="base")
     assert capsys.readouterr().err.splitlines() == ["base: 2 of 3 answers", "base: 3 of 3 answers"]
 
 
 def test_a_chat_writes_its_answer_as_it_comes(workshop, monkeypatch, capsys):
-    run = workshop.train("base", train__max_steps=1)
+    run = workshop.train("base", **QUICK)
     seen = []
 
     class Told(generate.TextStreamer):

@@ -1,13 +1,13 @@
 """Labels match tokens, stopping is supervised, there is one BOS, and the cache is never wrong."""
 
 import contextlib
+import functools
 import json
 import os
 import re
+import resource
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, pairs, write_jsonl
+from conftest import pairs, write_jsonl
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from finetune import files
 from finetune.config import Model
+from finetune.data import chat_templates, rows, source_files, templates, tokens
 from finetune.data import examples as stored
-from finetune.data import readers, rows, templates, tokens
 from finetune.data.examples import Examples
 from finetune.data.rows import Message
 from finetune.errors import DataError, ModelError, Outage, UserError
@@ -49,35 +49,33 @@ def adds_bos(tokenizer: Any) -> Any:
     return tokenizer
 
 
-def byte_pairs(*merges: tuple[str, str]) -> Any:
-    """Return a byte tokenizer with these merges and, like GPT-2, one token for BOS and EOS."""
+def as_gpt2(texts: Sequence[str], merges: Sequence[tuple[str, str]] = (), **cuts: Any) -> Any:
+    """Return a tokenizer of bytes with one token for BOS and EOS; it learns merges from texts."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {
-        symbol: number for number, symbol in enumerate([*alphabet, *(a + b for a, b in merges)])
-    }
+    symbols = [*alphabet, *(a + b for a, b in merges)]
+    vocabulary = {symbol: number for number, symbol in enumerate(symbols)}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, **cuts)
     backend.decoder = decoders.ByteLevel()
+    if texts:
+        backend.train_from_iterator(
+            texts,
+            trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False),
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<|eos|>", eos_token="<|eos|>", pad_token="<|eos|>",
         extra_special_tokens=CHATML, clean_up_tokenization_spaces=False,
     )  # fmt: skip
+
+
+def byte_pairs(*merges: tuple[str, str]) -> Any:
+    """Return a byte tokenizer with these merges, which reach over words."""
+    return as_gpt2([], merges, use_regex=False)
 
 
 def like_gpt2() -> Any:
     """Byte-level BPE over words as GPT-2 cuts them, with merges learned from TEXTS."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(
-        TEXTS * 4,
-        trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False),
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<|eos|>", eos_token="<|eos|>", pad_token="<|eos|>",
-        extra_special_tokens=CHATML, clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+    return as_gpt2(TEXTS * 4)
 
 
 def like_llama(swallows_lines: bool = False) -> Any:
@@ -86,44 +84,24 @@ def like_llama(swallows_lines: bool = False) -> Any:
     The control tokens of Phi-3 swallow the white space after them.
     """
     merges = [
-        ("\u2581", "W"),
-        ("e", "v"),
-        ("t", "ev"),
-        ("e", "r"),
-        ("ev", "er"),
-        ("\u2581", "ever"),
-    ]
-    symbols = [
-        "<unk>",
-        *(f"<0x{byte:02X}>" for byte in range(256)),
-        "\u2581",
-        *map(chr, range(33, 127)),
-    ]
-    vocabulary = {
-        symbol: number for number, symbol in enumerate([*symbols, *(a + b for a, b in merges)])
-    }
+        ("\u2581", "W"), ("e", "v"), ("t", "ev"), ("e", "r"), ("ev", "er"), ("\u2581", "ever"),
+    ]  # fmt: skip
+    symbols = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]
+    symbols += [*map(chr, range(33, 127)), *(a + b for a, b in merges)]
+    vocabulary = {symbol: number for number, symbol in enumerate(symbols)}
     backend = Tokenizer(
         models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token="<unk>")
     )
     backend.pre_tokenizer = pre_tokenizers.Metaspace(
         replacement="\u2581", prepend_scheme="first", split=False
     )
-    backend.decoder = decoders.Sequence(
-        [
-            decoders.Replace("\u2581", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
+    spaces, first = decoders.Replace("\u2581", " "), decoders.Strip(" ", 1, 0)
+    backend.decoder = decoders.Sequence([spaces, decoders.ByteFallback(), decoders.Fuse(), first])
+    control = [AddedToken(t, normalized=False, rstrip=swallows_lines) for t in CHATML]
     return adds_bos(
         PreTrainedTokenizerFast(
             tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>",
-            unk_token="<unk>",
-            extra_special_tokens=[
-                AddedToken(t, normalized=False, rstrip=swallows_lines) for t in CHATML
-            ],
-            clean_up_tokenization_spaces=False,
+            unk_token="<unk>", extra_special_tokens=control, clean_up_tokenization_spaces=False,
         )
     )  # fmt: skip
 
@@ -136,21 +114,20 @@ TOKENIZERS = {
 }
 
 
-@pytest.fixture(params=TOKENIZERS)
+@pytest.fixture(params=TOKENIZERS, scope="module")
 def each_tokenizer(request):
     return TOKENIZERS[request.param]()
 
 
-def template_for(tokenizer: Any, name: str, format: str = "question_answer") -> templates.Template:
-    return templates.load(
-        name, format, None, tokenizer.special_tokens_map, tokenizer.get_added_vocab()
-    )
+def load_template(
+    tokenizer: Any, name: str, format: str = "question_answer", source: str | None = None
+) -> templates.Template:
+    added = tokenizer.get_added_vocab()
+    return chat_templates.load(name, format, source, tokenizer.special_tokens_map, added)
 
 
 def chat_for(tokenizer: Any, source: str) -> templates.Template:
-    return templates.load(
-        "chat", "messages", source, tokenizer.special_tokens_map, tokenizer.get_added_vocab()
-    )
+    return load_template(tokenizer, "chat", "messages", source)
 
 
 def options(**changes: Any) -> tokens.Options:
@@ -158,37 +135,44 @@ def options(**changes: Any) -> tokens.Options:
 
 
 class Tokenizing:
-    """Writes rows to a file and tokenises them through a cache of its own."""
+    """Writes rows to a file and tokenises them through a cache of its own, by default as bytes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.cache = folder, folder / "cache"
+        self.rows = folder / "rows.jsonl"
 
-    def write(self, values: Sequence[Any], name: str = "rows.jsonl") -> str:
-        return str(write_jsonl(self.folder / name, values))
-
-    def prepare(
+    def read(
         self,
-        values: Sequence[Any],
-        tokenizer: Any,
+        names: str | list[str],
+        tokenizer: Any = None,
         template: str | templates.Template = "plain",
         **changes: Any,
     ) -> Examples:
-        template = template_for(tokenizer, template) if isinstance(template, str) else template
-        return stored.prepare(
-            readers.sources(self.write(values), None)[0],
-            template,
-            tokenizer,
-            options(**changes),
-            str(self.cache),
-        )
+        """Tokenise files."""
+        tokenizer = tokenizer or bytes_tokenizer()
+        if isinstance(template, str):
+            template = load_template(tokenizer, template)
+        sources = source_files.sources(names, None).train
+        return stored.prepare(sources, template, tokenizer, options(**changes), str(self.cache))
 
-    def refused(self, *arguments: Any, **changes: Any) -> str:
+    def prepare(self, values: Sequence[Any], *arguments: Any, **changes: Any) -> Examples:
+        return self.read(str(write_jsonl(self.rows, values)), *arguments, **changes)
+
+    def texts(self, *texts: str, tokenizer: Any = None, **changes: Any) -> Examples:
+        """Tokenise plain texts, supervised as a whole."""
+        values = [{"text": text} for text in texts]
+        return self.prepare(values, tokenizer, **{"loss_on": "all", **changes})
+
+    def one(self, row: Any, *arguments: Any, **changes: Any) -> tuple[list[int], list[bool]]:
+        """Return the token ids of one row, and which of them are supervised."""
+        return of(self.prepare([row], *arguments, **changes))
+
+    def refused(self, values: Sequence[Any], *arguments: Any, **changes: Any) -> str:
         """What the user reads about the rows, after file and line of the last of them."""
-        with pytest.raises(DataError) as caught:
-            self.prepare(*arguments, **changes)
-        place = f"{self.folder / 'rows.jsonl'}:{len(arguments[0])}: "
-        assert str(caught.value).startswith(place)
-        return str(caught.value).removeprefix(place)
+        says = "\n".join(self.refused_all(values, *arguments, **changes))
+        place = f"{self.rows}:{len(values)}: "
+        assert says.startswith(place)
+        return says.removeprefix(place)
 
     def refused_all(self, *arguments: Any, **changes: Any) -> list[str]:
         """The lines that the user reads about several rows."""
@@ -203,9 +187,18 @@ def tokenizing(tmp_path):
 
 
 def of(examples: Examples, number: int = 0) -> tuple[list[int], list[bool]]:
-    """Token ids of one example, and which of them are learned."""
+    """Return the token ids of one example, and which of them are supervised."""
     part = examples.input.span(number)
     return examples.input.ids[part].tolist(), examples.supervised[part].tolist()
+
+
+QA = {"question": "q", "answer": "a"}
+
+
+def turns(*texts: str) -> dict[str, Any]:
+    """Return a row of messages, from user and assistant in turn."""
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]}
 
 
 def learned(tokenizer: Any, ids: list[int], supervised: list[bool]) -> list[str]:
@@ -223,9 +216,7 @@ def learned(tokenizer: Any, ids: list[int], supervised: list[bool]) -> list[str]
 def test_a_bos_is_put_first_exactly_where_the_tokenizer_uses_one(tokenizing):
     for tokenizer, count in ((bytes_tokenizer(), 0), (adds_bos(bytes_tokenizer()), 1)):
         for name in BUILT_IN:
-            ids, supervised = of(
-                tokenizing.prepare([{"question": "q", "answer": "a"}], tokenizer, name)
-            )
+            ids, supervised = tokenizing.one(QA, tokenizer, name)
             assert ids.count(tokenizer.bos_token_id) == count
             assert (ids[0] == tokenizer.bos_token_id) == bool(count)
             assert not supervised[0]
@@ -233,7 +224,7 @@ def test_a_bos_is_put_first_exactly_where_the_tokenizer_uses_one(tokenizing):
 
 def test_plain_text_gets_one_bos_and_one_eos(tokenizing):
     tokenizer = adds_bos(bytes_tokenizer())
-    ids, supervised = of(tokenizing.prepare([{"text": "ab"}], tokenizer, loss_on="all"))
+    ids, supervised = of(tokenizing.texts("ab", tokenizer=tokenizer))
     assert tokenizer.decode(ids) == "<|bos|>ab<|eos|>"
     assert supervised == [False, True, True, True]
 
@@ -251,25 +242,15 @@ WRITES_BOS_EACH_TIME = (
 @pytest.mark.parametrize("tokenizer", ["bytes", "bytes and BOS"])
 def test_a_template_that_writes_the_bos_gives_no_second_one(tokenizing, tokenizer):
     tokenizer = TOKENIZERS[tokenizer]()
-    ids, _ = of(
-        tokenizing.prepare(
-            [{"question": "q", "answer": "a"}], tokenizer, chat_for(tokenizer, WRITES_BOS)
-        )
-    )
+    ids, _ = tokenizing.one(QA, tokenizer, chat_for(tokenizer, WRITES_BOS))
     assert tokenizer.decode(ids) == "<|bos|>user:q<|eos|>assistant:a<|eos|>"
 
 
 def test_a_bos_before_every_question_is_taken_as_the_template_has_it(tokenizing):
     """As Llama 2's own chat template."""
     tokenizer = adds_bos(bytes_tokenizer())
-    turns = [
-        {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate("qarb")
-    ]
-    ids, supervised = of(
-        tokenizing.prepare(
-            [{"messages": turns}], tokenizer, chat_for(tokenizer, WRITES_BOS_EACH_TIME)
-        )
-    )
+    own = chat_for(tokenizer, WRITES_BOS_EACH_TIME)
+    ids, supervised = tokenizing.one(turns(*"qarb"), tokenizer, own)
     assert tokenizer.decode(ids) == "<|bos|>[INST]q[/INST]a<|eos|><|bos|>[INST]r[/INST]b<|eos|>"
     assert learned(tokenizer, ids, supervised) == ["a<|eos|>", "b<|eos|>"]
 
@@ -279,8 +260,7 @@ def test_a_bos_before_every_question_is_taken_as_the_template_has_it(tokenizing)
 def test_a_template_that_begins_with_two_bos_is_refused(tokenizing, name, between):
     tokenizer = TOKENIZERS[name]()
     own = chat_for(tokenizer, "{{ bos_token }}" + f"{{{{ '{between}' }}}}" + WRITES_BOS_EACH_TIME)
-    says = tokenizing.refused([{"question": "q", "answer": "a"}], tokenizer, own)
-    assert says == (
+    assert tokenizing.refused([QA], tokenizer, own) == (
         "data.template 'chat' begins with more than one BOS '<|bos|>'; write it once, or leave it "
         "to the tokenizer"
     )
@@ -289,7 +269,7 @@ def test_a_template_that_begins_with_two_bos_is_refused(tokenizing, name, betwee
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_a_token_that_is_both_bos_and_eos_appears_twice(tokenizing, name):
     tokenizer = adds_bos(byte_pairs())
-    ids, supervised = of(tokenizing.prepare([{"question": "q", "answer": "a"}], tokenizer, name))
+    ids, supervised = tokenizing.one(QA, tokenizer, name)
     assert ids[0] == tokenizer.bos_token_id
     assert learned(tokenizer, ids, supervised)[-1].endswith(STOPS.get(name, "<|eos|>"))
 
@@ -300,34 +280,30 @@ def test_a_token_that_is_both_bos_and_eos_appears_twice(tokenizing, name):
         {"question": "a <|bos|>", "answer": "b"},
         {"question": "a", "answer": "<|bos|>b"},
         {"instruction": "a", "input": "b<|bos|>", "output": "c"},
-        {"messages": [
-            {"role": "system", "content": "<|bos|>"}, {"role": "user", "content": "a"},
-            {"role": "assistant", "content": "b"},
-        ]},
+        {"messages": [{"role": "system", "content": "<|bos|>"}, *turns("a", "b")["messages"]]},
     ],
-)  # fmt: skip
+)
 def test_a_bos_written_in_a_row_is_refused(tokenizing, row):
-    says = tokenizing.refused([row], adds_bos(bytes_tokenizer()))
-    assert says == (
+    assert tokenizing.refused([row], adds_bos(bytes_tokenizer())) == (
         "the text contains '<|bos|>', a BOS that the tokenizer adds itself; remove it from the row"
     )
 
 
-@pytest.mark.parametrize("token", ["<|eos|>", "<|im_end|>", "<|im_start|>"])
+@pytest.mark.parametrize(
+    "token", ["<|eos|>", "<|im_end|>", "<|im_start|>", "<|pad|>", "[INST]", "<tool_call>"]
+)
 @pytest.mark.parametrize("column", ["question", "answer"])
 def test_a_control_token_written_in_a_row_is_refused(tokenizing, token, column):
-    row = {"question": "q", "answer": "a"} | {column: f"some{token}thing"}
-    says = tokenizing.refused([{"question": "q", "answer": "a"}, row], bytes_tokenizer(), "chatml")
-    assert (
-        says
-        == f"the text contains {token!r}, a control token of the tokenizer; remove it from the row"
+    tokenizer = bytes_tokenizer()
+    if token in ("[INST]", "<tool_call>"):
+        tokenizer.add_special_tokens({"additional_special_tokens": [token]})
+    assert tokenizing.refused([QA, QA | {column: f"some{token}thing"}], tokenizer, "alpaca") == (
+        f"the text contains {token!r}, a control token of the tokenizer; remove it from the row"
     )
 
 
 def test_an_eos_written_in_plain_text_is_refused(tokenizing):
-    assert "'<|eos|>'" in tokenizing.refused(
-        [{"text": "a<|eos|>b"}], bytes_tokenizer(), loss_on="all"
-    )
+    assert "'<|eos|>'" in tokenizing.refused([{"text": "a<|eos|>b"}], loss_on="all")
 
 
 # What is learned
@@ -336,7 +312,7 @@ def test_an_eos_written_in_plain_text_is_refused(tokenizing):
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_exactly_the_answer_and_its_stop_token_are_supervised(tokenizing, each_tokenizer, name):
     row = {"question": "Whatever é🙂 is it?", "answer": "é🙂 so\n\nwhatever ünd 漢字!"}
-    ids, supervised = of(tokenizing.prepare([row], each_tokenizer, name))
+    ids, supervised = tokenizing.one(row, each_tokenizer, name)
     stop = STOPS.get(name, each_tokenizer.eos_token)
     (text,) = learned(each_tokenizer, ids, supervised)
     assert text == (f" {row['answer']} {stop}" if name == "llama2" else row["answer"] + stop)
@@ -346,11 +322,8 @@ def test_exactly_the_answer_and_its_stop_token_are_supervised(tokenizing, each_t
 def test_the_eos_is_supervised_where_it_also_pads(tokenizing):
     tokenizer = byte_pairs()
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    for values, changes in (
-        ([{"question": "q", "answer": "a"}], {}),
-        ([{"text": "a"}], {"loss_on": "all"}),
-    ):
-        ids, supervised = of(tokenizing.prepare(values, tokenizer, **changes))
+    for row, loss_on in ((QA, "completion"), ({"text": "a"}, "all")):
+        ids, supervised = tokenizing.one(row, tokenizer, loss_on=loss_on)
         assert (ids[-1], supervised[-1]) == (tokenizer.eos_token_id, True)
 
 
@@ -362,17 +335,8 @@ def test_the_eos_is_supervised_where_it_also_pads(tokenizing):
     ],
 )  # fmt: skip
 def test_the_requested_turns_are_supervised(tokenizing, loss_on, expected):
-    printed = ["Hi", "Hello", "And?", "Fine"]
-    turns = [
-        {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(printed)
-    ]
-    tokenizer = bytes_tokenizer()
-    assert (
-        learned(
-            tokenizer, *of(tokenizing.prepare([{"messages": turns}], tokenizer, loss_on=loss_on))
-        )
-        == expected
-    )
+    found = tokenizing.one(turns("Hi", "Hello", "And?", "Fine"), loss_on=loss_on)
+    assert learned(bytes_tokenizer(), *found) == expected
 
 
 def test_a_template_that_ends_no_turn_gets_an_eos_behind_the_answer(tokenizing):
@@ -381,11 +345,7 @@ def test_a_template_that_ends_no_turn_gets_an_eos_behind_the_answer(tokenizing):
         "{% for m in messages %}{{ m.role + ': ' + m.content + '\n"
         "' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    ids, supervised = of(
-        tokenizing.prepare(
-            [{"question": "q", "answer": "a"}], tokenizer, chat_for(tokenizer, source)
-        )
-    )
+    ids, supervised = tokenizing.one(QA, tokenizer, chat_for(tokenizer, source))
     assert tokenizer.decode(ids) == "user: q\nassistant: a<|eos|>"
     assert learned(tokenizer, ids, supervised) == ["a<|eos|>"]
 
@@ -409,11 +369,7 @@ def test_a_turn_ended_by_its_marks_gets_no_second_eos(tokenizing):
         "{% generation %}{{ m.content + '<|im_end|>\n' }}{% endgeneration %}"
         "{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     )
-    ids, _ = of(
-        tokenizing.prepare(
-            [{"question": "q", "answer": "a"}], tokenizer, chat_for(tokenizer, source)
-        )
-    )
+    ids, _ = tokenizing.one(QA, tokenizer, chat_for(tokenizer, source))
     assert tokenizer.decode(ids) == "q<|im_end|>\na<|im_end|>\n"
 
 
@@ -421,83 +377,64 @@ def test_a_tokenizer_that_cannot_stop_is_refused(tokenizing):
     tokenizer = bytes_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(ModelError, match=r"no EOS token .*; set eos_token"):
-        tokenizing.prepare([{"text": "a"}], tokenizer, loss_on="all")
+        tokenizing.texts("a", tokenizer=tokenizer)
 
 
 # Where prompt and answer meet
 
 
 MEETINGS = [
-    ("What", "ever"),
-    ("What: ", "ever"),
-    ("What:\n\n", "ever"),
-    ("What\n", "\never"),
-    ("Wh\u00e9", "\u00e9t"),
-    ("What?", " ever"),
-]
+    ("What", "ever"), ("What: ", "ever"), ("What:\n\n", "ever"), ("What\n", "\never"),
+    ("Wh\u00e9", "\u00e9t"), ("What?", " ever"),
+]  # fmt: skip
+MEETING_ROWS = [{"prompt": prompt, "completion": answer} for prompt, answer in MEETINGS]
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_a_prompt_at_inference_has_the_tokens_it_had_in_training(tokenizing, each_tokenizer, name):
-    for prompt, answer in MEETINGS:
-        ids, supervised = of(
-            tokenizing.prepare([{"prompt": prompt, "completion": answer}], each_tokenizer, name)
-        )
-        text = template_for(each_tokenizer, name).prompt([Message("user", prompt)])
+    """And all tokens of an example are its text."""
+    template = load_template(each_tokenizer, name)
+    bos = each_tokenizer.bos_token if tokens.uses_bos(each_tokenizer) else ""
+    examples = tokenizing.prepare(MEETING_ROWS, each_tokenizer, template)
+    for number, (prompt, answer) in enumerate(MEETINGS):
+        ids, supervised = of(examples, number)
+        text = template.prompt([Message("user", prompt)])
         asked = tokens.encode_prompt(text, each_tokenizer)
         assert ids[: len(asked)] == asked, (prompt, answer)
         assert not any(supervised[: len(asked)]), (prompt, answer)
         assert supervised[len(asked)], (prompt, answer)
-
-
-SAID = ["Hi", "Hello there", "And?", "Fine", "Bye", "Bye"]
+        messages = (Message("user", prompt), Message("assistant", answer, supervised=True))
+        segments = template.segments(rows.Conversation(messages, rows.Place("r", 1)))
+        whole = each_tokenizer.decode(ids).removeprefix(bos).lstrip(" ")
+        assert whole == "".join(segment.text for segment in segments), (prompt, answer)
 
 
 def check_every_prompt(
     tokenizing: Tokenizing, tokenizer: Any, template: templates.Template
 ) -> None:
     """Check that every turn is asked with the tokens that precede its answer in training."""
+    row = turns("Hi", "Hello there", "And?", "Fine", "Bye", "Bye")
     messages = [
-        Message(("user", "assistant")[i % 2], text, supervised=i % 2 == 1)
-        for i, text in enumerate(SAID)
+        Message(turn["role"], turn["content"], supervised=turn["role"] == "assistant")
+        for turn in row["messages"]
     ]
-    values = [
-        {"messages": [{"role": message.role, "content": message.content} for message in messages]}
-    ]
-    ids, supervised = of(tokenizing.prepare(values, tokenizer, template))
+    ids, supervised = tokenizing.one(row, tokenizer, template)
+    name = tokenizer.convert_ids_to_tokens
     for turn in (1, 3, 5):
         asked = tokens.encode_prompt(template.prompt(messages[:turn]), tokenizer)
-        assert tokenizer.convert_ids_to_tokens(
-            ids[: len(asked)]
-        ) == tokenizer.convert_ids_to_tokens(asked)
+        assert name(ids[: len(asked)]) == name(asked)
         assert (supervised[len(asked) - 1], supervised[len(asked)]) == (False, True)
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_every_turn_is_asked_with_the_tokens_of_training(tokenizing, each_tokenizer, name):
-    check_every_prompt(tokenizing, each_tokenizer, template_for(each_tokenizer, name))
+    check_every_prompt(tokenizing, each_tokenizer, load_template(each_tokenizer, name))
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_control_tokens_that_swallow_a_line_end_swallow_it_in_training_too(tokenizing, name):
     tokenizer = like_llama(swallows_lines=True)
-    check_every_prompt(tokenizing, tokenizer, template_for(tokenizer, name))
-
-
-@pytest.mark.parametrize("name", BUILT_IN)
-def test_the_tokens_of_an_example_are_its_text(tokenizing, each_tokenizer, name):
-    for prompt, answer in MEETINGS:
-        ids, _ = of(
-            tokenizing.prepare([{"prompt": prompt, "completion": answer}], each_tokenizer, name)
-        )
-        messages = (Message("user", prompt), Message("assistant", answer, supervised=True))
-        segments = template_for(each_tokenizer, name).segments(
-            rows.Conversation(messages, rows.Place("r", 1))
-        )
-        bos = each_tokenizer.bos_token if tokens.uses_bos(each_tokenizer) else ""
-        assert each_tokenizer.decode(ids).removeprefix(bos).lstrip(" ") == "".join(
-            s.text for s in segments
-        )
+    check_every_prompt(tokenizing, tokenizer, load_template(tokenizer, name))
 
 
 @pytest.mark.parametrize(
@@ -513,22 +450,22 @@ def test_no_token_reaches_from_a_prompt_into_its_answer(tokenizing, merge, promp
     tokenizer = byte_pairs(merge)
     whole = tokenizer(prompt + answer)["input_ids"]
     apart = tokenizer(prompt)["input_ids"] + tokenizer(answer)["input_ids"]
-    assert len(whole) < len(apart), (
-        "the merge must reach over the boundary, or this test shows nothing"
-    )
-    ids, supervised = of(tokenizing.prepare([{"prompt": prompt, "completion": answer}], tokenizer))
+    assert len(whole) < len(apart), "without a merge over the boundary this test shows nothing"
+    ids, supervised = tokenizing.one({"prompt": prompt, "completion": answer}, tokenizer)
     assert ids == [*apart, tokenizer.eos_token_id]
     assert learned(tokenizer, ids, supervised) == [f"{answer}<|eos|>"]
 
 
 def test_a_prompt_gets_one_bos_whether_or_not_its_template_writes_it():
-    tokenizer = adds_bos(bytes_tokenizer())
-    for text in ("a", "<|bos|>a"):
-        assert tokenizer.convert_ids_to_tokens(tokens.encode_prompt(text, tokenizer)) == [
-            "<|bos|>",
-            "a",
-        ]
-    assert tokenizer.convert_ids_to_tokens(tokens.encode_prompt("a", bytes_tokenizer())) == ["a"]
+    plain, adding = bytes_tokenizer(), adds_bos(bytes_tokenizer())
+    expected = [(adding, "a", "<|bos|>a"), (adding, "<|bos|>a", "<|bos|>a"), (plain, "a", "a")]
+    for tokenizer, text, whole in expected:
+        assert tokenizer.decode(tokens.encode_prompt(text, tokenizer)) == whole
+
+
+def make_windows_small(monkeypatch: pytest.MonkeyPatch, overlap: int) -> None:
+    for name, value in {"WINDOW": 2_000, "OVERLAP": overlap, "AGREED": 8}.items():
+        monkeypatch.setattr(tokens, name, value)
 
 
 # Rows that are too long
@@ -551,19 +488,15 @@ class Recorder:
 @pytest.mark.parametrize(
     "text",
     [
-        " ".join(TEXTS) * 40,
-        "a" * 5_000 + " b",
-        "  " + "ever" * 1_250,
-        " \n" * 3_000,
+        " ".join(TEXTS) * 40, "a" * 5_000 + " b", "  " + "ever" * 1_250, " \n" * 3_000,
         "\u00e9\U0001f600e\u0301 " * 1_000,
     ],
-)
+)  # fmt: skip
 def test_a_long_text_has_the_same_tokens_in_windows(each_tokenizer, monkeypatch, text):
     """A tokenizer takes 300 times the memory of a text: 15 GB for a book of 50 MB."""
     segments = [templates.Segment("What?\n", False), templates.Segment(text, True)]
     [(ids, supervised)] = tokens.encode([segments], each_tokenizer)
-    for name, value in {"WINDOW": 2_000, "OVERLAP": 800, "AGREED": 8}.items():
-        monkeypatch.setattr(tokens, name, value)
+    make_windows_small(monkeypatch, overlap=800)
     recorder = Recorder(each_tokenizer)
     [(in_windows, same)] = tokens.encode([segments], recorder)
     assert ids.tolist() == in_windows.tolist()
@@ -573,14 +506,12 @@ def test_a_long_text_has_the_same_tokens_in_windows(each_tokenizer, monkeypatch,
 
 def test_disagreeing_windows_are_lengthened(monkeypatch):
     """How line ends pair into tokens depends on the start of their run, far before the window."""
-    tokenizer = byte_pairs(
-        ("\u010a", "\u010a"), ("a", "b")
-    )  # how GPT-2 writes the byte of a line end
+    line_ends = ("\u010a", "\u010a")  # how GPT-2 writes the byte of a line end
+    tokenizer = byte_pairs(line_ends, ("a", "b"))
     text = "xx" + "ab " * 1_501 + "\n" * 5_001 + "cd " * 1_501
     [(ids, _)] = tokens.encode([[templates.Segment(text, True)]], tokenizer)
     assert len(ids) == 2 + 2 * 1_501 + 2_501 + 3 * 1_501
-    for name, value in {"WINDOW": 2_000, "OVERLAP": 801, "AGREED": 8}.items():
-        monkeypatch.setattr(tokens, name, value)
+    make_windows_small(monkeypatch, overlap=801)
     recorder = Recorder(tokenizer)
     assert tokens.encode([[templates.Segment(text, True)]], recorder)[0][0].tolist() == ids.tolist()
     assert 2_000 < recorder.most < len(text) - 3_000
@@ -589,68 +520,40 @@ def test_disagreeing_windows_are_lengthened(monkeypatch):
 def test_no_more_characters_are_tokenised_at_once_than_memory_holds(tokenizing, monkeypatch):
     monkeypatch.setattr(tokens, "CHARACTERS_AT_ONCE", 100)
     recorder = Recorder(bytes_tokenizer())
-    examples = tokenizing.prepare(
-        [{"question": "q" * 30, "answer": "a"}] * 50, recorder, template="question_answer"
-    )
-    assert len(examples) == 50
+    values = [{"question": "q" * 30, "answer": "a"}] * 50
+    assert len(tokenizing.prepare(values, recorder, "question_answer")) == 50
     assert recorder.most < 500
 
 
-MEMORY = """\
-import json, resource, sys
-from pathlib import Path
-from finetune.data import readers, templates, tokens
-from finetune.data import examples as stored
-from finetune.errors import DataError
-from finetune.models.load import bytes_tokenizer
-folder, before = Path(sys.argv[1]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-tokenizer = bytes_tokenizer()
-special, added = tokenizer.special_tokens_map, tokenizer.get_added_vocab()
-template = templates.load("plain", "question_answer", None, special, added)
-options = tokens.Options("auto", {}, "line", None, "completion", 1000, "error")
-for name in sys.argv[2:]:
-    try:
-        sources = readers.sources(str(folder / name), None)[0]
-        stored.prepare(sources, template, tokenizer, options, str(folder / "cache"))
-    except DataError as exc:
-        print(str(exc)[:400])
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
-"""
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("long.jsonl", '{{"question": "q", "answer": "{}"}}', "1: 10,000,001 characters, over "),
+        ("broken.jsonl", '{{"question": "q", "answer": "{}', "1: broken JSON: Unterminated string"),
+        ("cell.csv", "question,answer\n{},a,b\n", "2: 3 cells, but the header names 2 columns"),
+        ("header.csv", "{}", " holds no rows"),
+    ],
+)
+def test_a_row_as_long_as_a_book_is_refused_with_little_memory(tokenizing, name, content, says):
+    path = tokenizing.folder / name
+    path.write_text(content.format("A word. " * 1_250_000))
+
+    def read() -> None:
+        before = peak_memory()
+        with pytest.raises(DataError, match=f"^{re.escape(str(path))}:{says}"):
+            tokenizing.read(str(path))
+        assert peak_memory() - before < 300 << 10
+
+    assert in_a_child(read) == 0
 
 
-@pytest.mark.slow
-def test_a_row_of_50_megabytes_is_refused_with_little_memory(tmp_path):
-    book = "A word. " * 6_250_000
-    write_jsonl(
-        tmp_path / "long.jsonl",
-        [{"question": "q", "answer": "a"}, {"question": "q", "answer": book}],
-    )
-    (tmp_path / "broken.jsonl").write_text('{"question": "q", "answer": "' + book)
-    (tmp_path / "cell.csv").write_text(f"question,answer\n{book},a,b\n")
-    (tmp_path / "header.csv").write_text(book)
-    names = ["long.jsonl", "broken.jsonl", "cell.csv", "header.csv"]
-    printed = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(tmp_path), *names],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.splitlines()
-    assert printed[0].startswith(
-        f"{tmp_path}/long.jsonl:2: 50,000,001 characters, over data.max_length 1000; "
-    )
-    assert printed[1].startswith(f"{tmp_path}/broken.jsonl:1: broken JSON: Unterminated string")
-    assert printed[2].startswith(f"{tmp_path}/cell.csv:2: 3 cells, but the header names 2 columns")
-    assert printed[3].startswith(f"{tmp_path}/header.csv: holds no rows")
-    assert int(printed[4]) < 1_500
+def peak_memory() -> int:
+    """Return the most memory that this process has held, in KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def test_a_row_over_max_length_is_refused_by_default(tokenizing):
-    says = tokenizing.refused(
-        [{"question": "q", "answer": "a"}, {"question": "q", "answer": "a" * 30}],
-        bytes_tokenizer(),
-        max_length=20,
-    )
+    says = tokenizing.refused([QA, {"question": "q", "answer": "a" * 30}], max_length=20)
     assert says.startswith(
         "32 tokens, over data.max_length 20; set data.max_length: 64, or data.truncation to "
     )
@@ -679,52 +582,34 @@ def test_a_row_over_max_length_is_refused_by_default(tokenizing):
 )  # fmt: skip
 def test_no_length_beyond_the_models_positions_is_advised(tokenizing, limit, positions, advice):
     values = [{"question": "q", "answer": "a" * 30}]
-    assert (
-        tokenizing.refused(values, bytes_tokenizer(), max_length=limit, positions=positions)
-        .partition("; ")[2]
-        .startswith(advice)
-    )
-    says = tokenizing.refused_all(
-        values * 20, bytes_tokenizer(), max_length=limit, positions=positions
-    )[1]
+    given = {"max_length": limit, "positions": positions}
+    assert tokenizing.refused(values, **given).partition("; ")[2].startswith(advice)
+    says = tokenizing.refused_all(values * 20, **given)[1]
     assert "the longest has 32 tokens" in says
     assert advice in says
-    [most] = set(re.findall(r"data.max_length: (\d+)", says)) or {limit}
-    cut = "right" if int(most) < 32 else "error"
-    assert (
-        len(
-            tokenizing.prepare(
-                values, bytes_tokenizer(), max_length=int(most), truncation=cut, positions=positions
-            )
-        )
-        == 1
-    )
+    [most] = map(int, set(re.findall(r"data.max_length: (\d+)", says)) or {limit})
+    cut = "right" if most < 32 else "error"
+    given["max_length"] = most
+    assert len(tokenizing.prepare(values, truncation=cut, **given)) == 1
 
 
-def test_no_length_beyond_the_models_positions_is_advised_for_a_cut_row(tokenizing):
+@pytest.mark.parametrize(
+    ("positions", "advice"),
+    [(20, "set data.truncation to drop"), (30, "raise data.max_length, or set")],
+)
+def test_no_length_beyond_the_models_positions_is_advised_for_a_cut_row(
+    tokenizing, positions, advice
+):
     values = [{"question": "q" * 40, "answer": "a"}]
-    assert "; set data.truncation to drop" in tokenizing.refused(
-        values, bytes_tokenizer(), max_length=20, truncation="right", positions=20
-    )
-    assert "; raise data.max_length, or set" in tokenizing.refused(
-        values, bytes_tokenizer(), max_length=20, truncation="right", positions=30
-    )
+    says = tokenizing.refused(values, max_length=20, truncation="right", positions=positions)
+    assert f"; {advice}" in says
 
 
 def test_a_row_of_exactly_max_length_is_kept_whole(tokenizing):
     for truncation in ("error", "right", "left", "drop", "split"):
-        examples = tokenizing.prepare(
-            [{"text": "a" * 9}],
-            bytes_tokenizer(),
-            loss_on="all",
-            max_length=10,
-            truncation=truncation,
-        )
-        assert (examples.lengths.tolist(), examples.num_truncated, examples.num_dropped) == (
-            [10],
-            0,
-            0,
-        )
+        examples = tokenizing.texts("a" * 9, max_length=10, truncation=truncation)
+        assert examples.lengths.tolist() == [10]
+        assert (examples.num_truncated, examples.num_dropped) == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -737,38 +622,28 @@ def test_a_row_of_exactly_max_length_is_kept_whole(tokenizing):
 )
 def test_a_row_over_max_length_is_cut_and_keeps_its_bos(tokenizing, truncation, expected):
     tokenizer = adds_bos(bytes_tokenizer())
-    examples = tokenizing.prepare(
-        [{"text": "abcdefgh"}], tokenizer, loss_on="all", max_length=5, truncation=truncation
+    examples = tokenizing.texts(
+        "abcdefgh", tokenizer=tokenizer, max_length=5, truncation=truncation
     )
-    assert [
-        tokenizer.decode(of(examples, number)[0]) for number in range(len(examples))
-    ] == expected
-    assert all(
-        of(examples, number)[1] == [False] + [True] * (n - 1)
-        for number, n in enumerate(examples.lengths)
-    )
+    found = [of(examples, number) for number in range(len(examples))]
+    assert [tokenizer.decode(ids) for ids, _ in found] == expected
+    assert all(supervised == [False] + [True] * (len(ids) - 1) for ids, supervised in found)
     assert (examples.num_rows, examples.num_truncated, examples.num_dropped) == (1, 1, 0)
 
 
 def test_cutting_from_the_left_keeps_the_answer(tokenizing):
-    tokenizer = bytes_tokenizer()
-    examples = tokenizing.prepare(
-        [{"question": "q" * 50, "answer": "abc"}], tokenizer, max_length=10, truncation="left"
-    )
-    assert tokenizer.decode(of(examples)[0]) == "qqqqqqabc<|eos|>"
-    assert learned(tokenizer, *of(examples)) == ["abc<|eos|>"]
+    row, tokenizer = {"question": "q" * 50, "answer": "abc"}, bytes_tokenizer()
+    ids, supervised = tokenizing.one(row, max_length=10, truncation="left")
+    assert tokenizer.decode(ids) == "qqqqqqabc<|eos|>"
+    assert learned(tokenizer, ids, supervised) == ["abc<|eos|>"]
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bytes and BOS"])
 @pytest.mark.parametrize("max_length", [2, 3, 4, 5, 6, 7, 8])
 def test_splitting_loses_no_token_not_even_the_last(tokenizing, tokenizer, max_length):
     tokenizer = TOKENIZERS[tokenizer]()
-    examples = tokenizing.prepare(
-        [{"text": "abcdefghijkl"}],
-        tokenizer,
-        loss_on="all",
-        max_length=max_length,
-        truncation="split",
+    examples = tokenizing.texts(
+        "abcdefghijkl", tokenizer=tokenizer, max_length=max_length, truncation="split"
     )
     pieces = [of(examples, number)[0] for number in range(len(examples))]
     assert all(2 <= len(piece) <= max_length for piece in pieces)
@@ -777,90 +652,69 @@ def test_splitting_loses_no_token_not_even_the_last(tokenizing, tokenizer, max_l
 
 
 def test_rows_over_max_length_are_dropped_and_counted(tokenizing):
-    values = [{"text": "a" * n} for n in (3, 50, 4, 60, 70)]
-    examples = tokenizing.prepare(
-        values, bytes_tokenizer(), loss_on="all", max_length=10, truncation="drop"
-    )
+    texts = ["a" * n for n in (3, 50, 4, 60, 70)]
+    examples = tokenizing.texts(*texts, max_length=10, truncation="drop")
     assert examples.lengths.tolist() == [4, 5]
     assert (examples.num_rows, examples.num_truncated, examples.num_dropped) == (5, 0, 3)
     assert examples.receipt()["dropped"] == 3
 
 
 def test_dropping_every_row_is_reported(tokenizing):
-    with pytest.raises(
-        DataError, match=r"rows\.jsonl: all 2 rows are over data\.max_length 10 and dropped"
-    ):
-        tokenizing.prepare(
-            [{"text": "a" * 50}] * 2,
-            bytes_tokenizer(),
-            loss_on="all",
-            max_length=10,
-            truncation="drop",
-        )
+    says = r"rows\.jsonl: all 2 rows are over data\.max_length 10 and dropped"
+    with pytest.raises(DataError, match=says):
+        tokenizing.texts("a" * 50, "a" * 50, max_length=10, truncation="drop")
 
 
 def test_a_cut_that_leaves_no_label_is_refused(tokenizing):
-    values = [{"question": "q", "answer": "a"}, {"question": "q" * 50, "answer": "a"}]
-    says = tokenizing.refused(values, bytes_tokenizer(), max_length=20, truncation="right")
+    values = [QA, {"question": "q" * 50, "answer": "a"}]
+    says = tokenizing.refused(values, max_length=20, truncation="right")
     assert says.startswith("no supervised token is left in 52 tokens cut to 20; ")
     assert "raise data.max_length, or set data.truncation to drop" in says
+    # The rest of an answer without its prompt is not supervised.
+    values = [{"question": "q", "answer": "a" * 50}]
+    says = tokenizing.refused(values, max_length=20, truncation="left")
+    assert says.startswith("no supervised token is left")
 
 
 def test_the_only_supervised_token_may_not_be_the_first(tokenizing):
     """Nothing predicts the first token, so a label on it alone would train nothing."""
-    says = tokenizing.refused(
-        [{"text": "ab"}], bytes_tokenizer(), loss_on="all", max_length=1, truncation="right"
-    )
+    says = tokenizing.refused([{"text": "ab"}], loss_on="all", max_length=1, truncation="right")
     assert says.startswith("no supervised token is left")
 
 
 # Where a row stands
 
 
-def test_an_example_knows_file_and_line_after_drops_splits_and_blank_lines(tmp_path):
-    (tmp_path / "a.txt").write_text("one\n\nlong long\ntwo\n")
-    (tmp_path / "b:2.jsonl").write_text('\n{"text": "x"}\n\n{"text": "long long"}\n{"text": "y"}\n')
-    a, b, tokenizer = str(tmp_path / "a.txt"), str(tmp_path / "b:2.jsonl"), bytes_tokenizer()
-
-    def places(truncation: str) -> list[str]:
-        chosen = options(loss_on="all", max_length=6, truncation=truncation)
-        examples = stored.prepare(
-            readers.sources([a, b], None)[0],
-            template_for(tokenizer, "plain"),
-            tokenizer,
-            chosen,
-            str(tmp_path / "cache"),
-        )
-        return [examples.place(number) for number in range(len(examples))]
-
-    assert places("drop") == [f"{a}:1", f"{a}:4", f"{b}:2", f"{b}:5"]
-    assert places("split") == [
-        f"{a}:1",
-        f"{a}:3",
-        f"{a}:3",
-        f"{a}:4",
-        f"{b}:2",
-        f"{b}:4",
-        f"{b}:4",
-        f"{b}:5",
-    ]
+@pytest.mark.parametrize(
+    ("truncation", "expected"),
+    [
+        ("drop", ["a.txt:1", "a.txt:4", "b:2.jsonl:2", "b:2.jsonl:5"]),
+        ("split", [f"a.txt:{n}" for n in (1, 3, 3, 4)] + [f"b:2.jsonl:{n}" for n in (2, 4, 4, 5)]),
+    ],
+)
+def test_an_example_knows_file_and_line_after_drops_splits_and_blank_lines(
+    tokenizing, tmp_path, truncation, expected
+):
+    a, b = tmp_path / "a.txt", tmp_path / "b:2.jsonl"
+    a.write_text("one\n\nlong long\ntwo\n")
+    b.write_text('\n{"text": "x"}\n\n{"text": "long long"}\n{"text": "y"}\n')
+    examples = tokenizing.read([str(a), str(b)], loss_on="all", max_length=6, truncation=truncation)
+    places = [examples.place(number) for number in range(len(examples))]
+    assert places == [f"{tmp_path}/{place}" for place in expected]
 
 
-def test_rows_keep_their_order_at_any_batch_size(tokenizing):
-    count = 2 * tokens.ROWS_AT_ONCE + 7
-    tokenizer = bytes_tokenizer()
-    examples = tokenizing.prepare(
-        [{"text": str(n)} for n in range(count)], tokenizer, loss_on="all"
-    )
-    assert len(examples) == count
-    for number in (0, tokens.ROWS_AT_ONCE - 1, tokens.ROWS_AT_ONCE, count - 1):
-        assert tokenizer.decode(of(examples, number)[0]) == f"{number}<|eos|>"
+def test_rows_keep_their_order_at_any_batch_size(tokenizing, monkeypatch):
+    monkeypatch.setattr(tokens, "ROWS_AT_ONCE", 10)
+    examples = tokenizing.texts(*map(str, range(27)))
+    assert len(examples) == 27
+    for number in range(27):
+        assert bytes_tokenizer().decode(of(examples, number)[0]) == f"{number}<|eos|>"
         assert examples.place(number).endswith(f":{number + 1}")
 
 
 def test_counts_match_the_tokens(tokenizing):
     examples = tokenizing.prepare(
-        [{"question": "ab", "answer": "cd"}, {"question": "e", "answer": "f"}], bytes_tokenizer()
+        [{"question": "ab", "answer": "cd"}, {"question": "e", "answer": "f"}]
     )
     assert examples.receipt() | {"sources": 0, "fingerprint": 0} == {
         "sources": 0, "fingerprint": 0, "rows": 2, "examples": 2, "truncated": 0, "dropped": 0,
@@ -869,12 +723,10 @@ def test_counts_match_the_tokens(tokenizing):
     assert examples.num_supervised_tokens == 5
 
 
-@pytest.mark.parametrize("tokenizer", ["bytes", "bytes and BOS"])
-def test_the_first_token_is_not_counted_as_supervised(tokenizing, tokenizer):
-    examples = tokenizing.prepare(
-        [{"text": "abc"}, {"text": "de"}], TOKENIZERS[tokenizer](), loss_on="all"
-    )
-    assert examples.num_supervised_tokens == (7 if tokenizer == "bytes and BOS" else 5)
+@pytest.mark.parametrize(("tokenizer", "count"), [("bytes", 5), ("bytes and BOS", 7)])
+def test_the_first_token_is_not_counted_as_supervised(tokenizing, tokenizer, count):
+    examples = tokenizing.texts("abc", "de", tokenizer=TOKENIZERS[tokenizer]())
+    assert examples.num_supervised_tokens == count
 
 
 # Rows set aside
@@ -882,9 +734,7 @@ def test_the_first_token_is_not_counted_as_supervised(tokenizing, tokenizer):
 
 @pytest.fixture
 def forty(tokenizing):
-    return tokenizing.prepare(
-        [{"text": f"row {n}"} for n in range(40)], bytes_tokenizer(), loss_on="all"
-    )
+    return tokenizing.texts(*(f"row {n}" for n in range(40)))
 
 
 def lines(examples: Examples) -> list[int]:
@@ -903,15 +753,7 @@ def test_held_out_rows_are_not_trained_on_and_none_is_lost(forty, fraction, coun
 def test_rows_of_a_json_file_on_one_line_are_held_out_one_by_one(tokenizing, tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([{"text": f"row {n}"} for n in range(40)]))
-    options = tokens.Options("auto", {}, "line", None, "all", 100, "error")
-    tokenizer = bytes_tokenizer()
-    examples = stored.prepare(
-        readers.sources(str(path), None)[0],
-        template_for(tokenizer, "plain"),
-        tokenizer,
-        options,
-        str(tmp_path / "cache"),
-    )
+    examples = tokenizing.read(str(path), loss_on="all")
     rest, part = stored.hold_out(examples, 0.1, seed=0)
     assert (len(rest), len(part)) == (36, 4)
     assert examples.place(7) == f"{path} row 8"
@@ -920,43 +762,27 @@ def test_rows_of_a_json_file_on_one_line_are_held_out_one_by_one(tokenizing, tmp
 def test_a_text_may_hold_what_some_vocabularies_call_special(tokenizing):
     tokenizer = bytes_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<filename>"]})
-    assert (
-        len(tokenizing.prepare([{"text": "usage: cp <filename> dst"}], tokenizer, loss_on="all"))
-        == 1
-    )
+    assert len(tokenizing.texts("usage: cp <filename> dst", tokenizer=tokenizer)) == 1
 
 
 def test_equal_rows_are_never_on_both_sides(tokenizing):
-    examples = tokenizing.prepare(
-        [{"text": f"row {n % 10}"} for n in range(40)], bytes_tokenizer(), loss_on="all"
-    )
+    examples = tokenizing.texts(*(f"row {n % 10}" for n in range(40)))
     rest, part = stored.hold_out(examples, 0.3, seed=0)
     assert (len(rest), len(part)) == (28, 12)
     assert stored.num_trained_on(part, rest) == 0
 
 
 def test_every_bad_row_is_reported_at_once(tokenizing):
-    good = {"question": "q", "answer": "a"}
-    values = [
-        good,
-        {"question": "q", "answer": None},
-        good,
-        {"question": " ", "answer": "a"},
-        {"question": "<|eos|>", "answer": "a"},
-    ]
-    with pytest.raises(DataError) as caught:
-        tokenizing.prepare(values, bytes_tokenizer())
-    says = str(caught.value).splitlines()
+    values = [QA, QA | {"answer": None}, QA, QA | {"question": " "}, QA | {"question": "<|eos|>"}]
+    says = tokenizing.refused_all(values)
     assert says[0] == "3 of 5 rows are wrong:"
     assert [line.split(": ")[0].rpartition(":")[2] for line in says[1:]] == ["2", "4", "5"]
 
 
 def test_many_bad_rows_are_counted_by_kind(tokenizing):
     """Reading finds empty answers, and tokenising control tokens."""
-    empty, control = {"question": "q", "answer": ""}, {"question": "q", "answer": "<|eos|>"}
-    says = tokenizing.refused_all(
-        [empty, control, BASE[0]] * 20, bytes_tokenizer(), format="question_answer"
-    )
+    values = [QA | {"answer": ""}, QA | {"answer": "<|eos|>"}, QA] * 20
+    says = tokenizing.refused_all(values, format="question_answer")
     assert says[0] == "40 of 60 rows are wrong:"
     assert len(says) == 3
     assert (
@@ -968,7 +794,7 @@ def test_many_bad_rows_are_counted_by_kind(tokenizing):
 
 def test_lengths_of_rows_that_are_too_long_are_summed_up(tokenizing):
     values = [{"question": "q", "answer": "a" * n} for n in range(1, 101)]
-    says = tokenizing.refused_all(values, bytes_tokenizer(), max_length=50)
+    says = tokenizing.refused_all(values, max_length=50)
     assert says[0] == "52 of 100 rows are wrong:"  # q, the answer, EOS
     assert says[1:] == [
         "  52 rows are longer than data.max_length 50; of all 100 the longest has 102 tokens and "
@@ -980,14 +806,13 @@ def test_lengths_of_rows_that_are_too_long_are_summed_up(tokenizing):
 def test_no_length_is_advised_where_rows_are_too_long_to_be_tokenised(tokenizing, monkeypatch):
     monkeypatch.setattr(tokens, "WINDOW", 1_000)
     values = [{"question": "q", "answer": "a" * n} for n in (10, *[60] * 12, 100_000)]
-    says = tokenizing.refused_all(values, bytes_tokenizer(), max_length=50)
-    assert says[1:] == [
+    assert tokenizing.refused_all(values, max_length=50)[1:] == [
         "  13 rows are longer than data.max_length 50, some by far: remove them, or set "
         "data.truncation to right, left, drop or (clm) split"
     ]
 
 
-def test_a_file_that_changes_while_it_is_read_is_refused(tokenizing, tmp_path, monkeypatch):
+def test_a_file_that_changes_while_it_is_read_is_refused(tokenizing, monkeypatch):
     """Its rows would be kept under the hash of other rows, for every run to come."""
     whole = stored._build
 
@@ -998,38 +823,15 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tokenizing, tmp_path, m
 
     monkeypatch.setattr(stored, "_build", build)
     with pytest.raises(DataError, match="changed while being read"):
-        tokenizing.prepare(BASE, bytes_tokenizer())
+        tokenizing.prepare(BASE)
     monkeypatch.undo()
-    assert len(tokenizing.prepare(BASE, bytes_tokenizer())) == len(BASE)
-
-
-def test_the_rest_of_an_answer_without_its_prompt_is_not_supervised(tokenizing):
-    says = tokenizing.refused(
-        [{"question": "q", "answer": "a" * 50}], bytes_tokenizer(), max_length=20, truncation="left"
-    )
-    assert says.startswith("no supervised token is left")
-
-
-@pytest.mark.parametrize("token", ["[INST]", "<tool_call>", "<|pad|>"])
-def test_a_special_token_in_a_row_is_refused(tokenizing, token):
-    tokenizer = bytes_tokenizer()
-    tokenizer.add_special_tokens(
-        {"additional_special_tokens": [token]}
-    ) if token != "<|pad|>" else None
-    assert "a control token" in tokenizing.refused(
-        [{"question": f"q {token}", "answer": "a"}], tokenizer
-    )
+    assert len(tokenizing.prepare(BASE)) == len(BASE)
 
 
 def test_the_pieces_of_a_row_are_held_out_together(tokenizing):
     """A row is evaluated on or trained on, never both, also where it was split."""
-    examples = tokenizing.prepare(
-        [{"text": f"row {n} " * 5} for n in range(20)],
-        bytes_tokenizer(),
-        loss_on="all",
-        max_length=12,
-        truncation="split",
-    )
+    texts = [f"row {n} " * 5 for n in range(20)]
+    examples = tokenizing.texts(*texts, max_length=12, truncation="split")
     assert len(examples) > 40
     rest, part = stored.hold_out(examples, 0.3, seed=0)
     assert len(part)
@@ -1037,19 +839,16 @@ def test_the_pieces_of_a_row_are_held_out_together(tokenizing):
 
 
 def test_what_is_held_out_follows_from_the_seed(forty):
-    assert [lines(part) for part in stored.hold_out(forty, 0.25, 1)] == [
-        lines(part) for part in stored.hold_out(forty, 0.25, 1)
-    ]
-    assert lines(stored.hold_out(forty, 0.25, 1)[1]) != lines(stored.hold_out(forty, 0.25, 2)[1])
+    first, again, other = (
+        [lines(part) for part in stored.hold_out(forty, 0.25, seed)] for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert first[1] != other[1]
 
 
 def test_holding_out_everything_is_refused(forty):
-    with pytest.raises(
-        DataError,
-        match=(
-            r"data\.eval_fraction: 0\.99 of 40 different rows leaves no rows to train on; lower it"
-        ),
-    ):
+    says = r"data\.eval_fraction: 0\.99 of 40 different rows leaves no rows to train on; lower it"
+    with pytest.raises(DataError, match=says):
         stored.hold_out(forty, 0.99, 0)
 
 
@@ -1064,13 +863,13 @@ def entries(tokenizing: Tokenizing) -> dict[str, int]:
     }
 
 
-BASE = [{"question": "q", "answer": "a"}, {"question": "r", "answer": "b"}]
+BASE = [QA, {"question": "r", "answer": "b"}]
 
 
 def test_tokens_are_cached(tokenizing):
-    first = tokenizing.prepare(BASE, bytes_tokenizer())
+    first = tokenizing.prepare(BASE)
     before = entries(tokenizing)
-    second = tokenizing.prepare(BASE, bytes_tokenizer())
+    second = tokenizing.prepare(BASE)
     assert entries(tokenizing) == before
     assert list(before) == [first.fingerprint] == [second.fingerprint]
     assert [of(first, n) for n in range(2)] == [of(second, n) for n in range(2)]
@@ -1086,7 +885,7 @@ def with_another_token() -> Any:
     "change",
     [
         {"values": [*BASE, {"question": "s", "answer": "c"}]},
-        {"values": [BASE[0], {"question": "r", "answer": "B"}]},
+        {"values": [QA, {"question": "r", "answer": "B"}]},
         {"values": BASE[::-1]},
         {"tokenizer": with_another_token},
         {"tokenizer": lambda: adds_bos(bytes_tokenizer())},
@@ -1103,46 +902,40 @@ def with_another_token() -> Any:
     ids=lambda change: next(iter(change)),
 )
 def test_any_change_of_inputs_invalidates_the_cache(tokenizing, change):
-    before = tokenizing.prepare(BASE, bytes_tokenizer())
-    own = {"values": BASE, "tokenizer": bytes_tokenizer, "template": "plain"} | change
-    after = tokenizing.prepare(
-        own.pop("values"), own.pop("tokenizer")(), own.pop("template"), **own
-    )
+    before = tokenizing.prepare(BASE)
+    own = {"values": BASE, "tokenizer": bytes_tokenizer} | change
+    after = tokenizing.prepare(own.pop("values"), own.pop("tokenizer")(), **own)
     assert after.fingerprint != before.fingerprint
     assert sorted(entries(tokenizing)) == sorted([before.fingerprint, after.fingerprint])
 
 
 def test_a_changed_template_file_is_not_served_from_the_cache(tokenizing, tmp_path):
     tokenizer, path = bytes_tokenizer(), tmp_path / "own.jinja"
-    seen = []
     for word in ("Q", "R"):
         path.write_text(
             f"{{% for m in messages %}}{word}{{{{ m.content + eos_token }}}}{{% endfor %}}{{% if "
             f"add_generation_prompt %}}{word}{{% endif %}}"
         )
-        own = templates.load(
-            str(path), "messages", None, tokenizer.special_tokens_map, tokenizer.get_added_vocab()
-        )
-        seen.append(tokenizer.decode(of(tokenizing.prepare(BASE, tokenizer, own))[0]))
-    assert seen == ["Qq<|eos|>Qa<|eos|>", "Rq<|eos|>Ra<|eos|>"]
+        ids, _ = tokenizing.one(QA, tokenizer, load_template(tokenizer, str(path), "messages"))
+        assert tokenizer.decode(ids) == f"{word}q<|eos|>{word}a<|eos|>"
 
 
 def test_a_failure_leaves_nothing_in_the_cache(tokenizing):
-    tokenizing.refused(
-        [*BASE, {"question": "q", "answer": "a" * 50}], bytes_tokenizer(), max_length=10
-    )
+    tokenizing.refused([*BASE, {"question": "q", "answer": "a" * 50}], max_length=10)
     assert entries(tokenizing) == {}
-    assert [
-        path.name
-        for path in (tokenizing.cache / "tokens").iterdir()
-        if not path.name.endswith(".lock")
-    ] == []
+    left = [path.name for path in (tokenizing.cache / "tokens").iterdir()]
+    assert all(name.endswith(".lock") for name in left)
 
 
-def flip(folder: Path, name: str, at: int = -1) -> None:
-    content = bytearray((folder / name).read_bytes())
-    content[at] ^= 1
-    (folder / name).write_bytes(content)
+def bit_flip(name: str) -> Callable[[Path], None]:
+    """Return what flips the last bit of an array in a folder."""
+
+    def flip(folder: Path) -> None:
+        content = bytearray((folder / name).read_bytes())
+        content[-1] ^= 1
+        (folder / name).write_bytes(content)
+
+    return flip
 
 
 def empty(folder: Path) -> None:
@@ -1174,10 +967,7 @@ def replace_by_a_file(folder: Path) -> None:
 
 
 DAMAGES = {
-    **{
-        f"a bit of {name}": lambda folder, name=name: flip(folder, f"{name}.npy")
-        for name in stored.ARRAYS
-    },
+    **{f"a bit of {name}": bit_flip(f"{name}.npy") for name in stored.ARRAYS},
     "a count": count_differently,
     "a count more": count_more,
     "no meta": lambda folder: (folder / "meta.json").unlink(),
@@ -1191,32 +981,28 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_cached_tokens_are_rebuilt_with_a_note(tokenizing, capsys, damage):
-    first = tokenizing.prepare(BASE, bytes_tokenizer())
+    first = tokenizing.prepare(BASE)
     folder = tokenizing.cache / "tokens" / first.fingerprint
     right = [(of(first, n), first.place(n)) for n in range(2)]
     DAMAGES[damage](folder)
-    again = tokenizing.prepare(BASE, bytes_tokenizer())
+    again = tokenizing.prepare(BASE)
     assert [(of(again, n), again.place(n)) for n in range(2)] == right
     assert (again.num_rows, len(again)) == (2, 2)
-    assert (
-        f"note: the token cache {folder} is damaged and will be built again: "
-        in capsys.readouterr().err
-    )
-    tokenizing.prepare(BASE, bytes_tokenizer())
+    note = f"note: the token cache {folder} is damaged and will be built again: "
+    assert note in capsys.readouterr().err
+    tokenizing.prepare(BASE)
     assert capsys.readouterr().err == ""
-    assert sorted(path.name for path in folder.parent.iterdir()) == [
-        folder.name,
-        f"{folder.name}.lock",
-    ]
+    left = sorted(path.name for path in folder.parent.iterdir())
+    assert left == [folder.name, f"{folder.name}.lock"]
 
 
 def test_cached_tokens_of_other_rows_are_rebuilt(tokenizing):
-    mine = tokenizing.prepare(BASE, bytes_tokenizer())
-    others = tokenizing.prepare([{"question": "other", "answer": "row"}] * 2, bytes_tokenizer())
+    mine = tokenizing.prepare(BASE)
+    others = tokenizing.prepare([{"question": "other", "answer": "row"}] * 2)
     folder = tokenizing.cache / "tokens"
     shutil.rmtree(folder / mine.fingerprint)
     shutil.copytree(folder / others.fingerprint, folder / mine.fingerprint)
-    assert of(tokenizing.prepare(BASE, bytes_tokenizer())) == of(mine)
+    assert of(tokenizing.prepare(BASE)) == of(mine)
 
 
 def test_leftovers_of_killed_runs_are_removed_but_not_of_live_ones(tokenizing):
@@ -1227,14 +1013,14 @@ def test_leftovers_of_killed_runs_are_removed_but_not_of_live_ones(tokenizing):
     (root / ".removing-dead-0123").mkdir()
     with stored._locked(root / "alive.lock", "cache") as held:
         assert held
-        tokenizing.prepare(BASE, bytes_tokenizer())
+        tokenizing.prepare(BASE)
         assert [path.name for path in root.glob(".*")] == [".building-alive-0123"]
-    tokenizing.prepare(BASE, bytes_tokenizer())
+    tokenizing.prepare(BASE)
     assert list(root.glob(".*")) == []
 
 
-def in_a_child(action: Callable[[], object]) -> int:
-    """Exit code of a child process that does it; minus the signal that killed it."""
+def forked(action: Callable[[], object]) -> int:
+    """Return the id of a child process that does it; its exit code is 0 unless it raises."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -1242,19 +1028,24 @@ def in_a_child(action: Callable[[], object]) -> int:
             action()
             code = 0
         os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return child
+
+
+def in_a_child(action: Callable[[], object]) -> int:
+    """Return the exit code of a child process that does it; minus the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(forked(action), 0)[1])
 
 
 def test_a_killed_build_of_the_cache_is_cleaned_up(tokenizing):
 
     def be_killed() -> None:
         stored._write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # in a child process
-        tokenizing.prepare(BASE, bytes_tokenizer())
+        tokenizing.prepare(BASE)
 
     assert in_a_child(be_killed) == -signal.SIGKILL
     root = tokenizing.cache / "tokens"
     assert len(list(root.glob(".building-*"))) == 1
-    tokenizing.prepare(BASE, bytes_tokenizer())
+    tokenizing.prepare(BASE)
     assert list(root.glob(".*")) == []
 
 
@@ -1279,68 +1070,40 @@ def shared_desk():
 
 
 def test_a_read_only_cache_serves_its_entries(shared_desk):
-    tokenizing, tokenizer = shared_desk, bytes_tokenizer()
-    tokenizing.prepare(BASE, tokenizer)
-    sources = readers.sources(str(tokenizing.folder / "rows.jsonl"), None).train
-    root = tokenizing.cache / "tokens"
-    for path in (tokenizing.cache, root):
+    shared_desk.prepare(BASE)
+    folders = (shared_desk.cache, shared_desk.cache / "tokens")
+    for path in folders:
         path.chmod(0o555)
 
     def prepare(**changes: Any) -> Examples:
-        return stored.prepare(
-            sources,
-            template_for(tokenizer, "plain"),
-            tokenizer,
-            options(**changes),
-            str(tokenizing.cache),
-        )
+        return shared_desk.read(str(shared_desk.rows), **changes)
 
     def is_refused() -> None:
-        with pytest.raises(
-            DataError, match=r"data\.cache_dir: .*: cannot be written: .*Permission denied"
-        ):
+        says = r"data\.cache_dir: .*: cannot be written: .*Permission denied"
+        with pytest.raises(DataError, match=says):
             prepare(max_length=999)
 
     assert as_another_user(prepare) == 0
     assert as_another_user(is_refused) == 0
-    for path in (tokenizing.cache, root):
+    for path in folders:
         path.chmod(0o755)
 
 
 def test_a_lock_of_another_user_is_respected(shared_desk):
-    tokenizing, tokenizer = shared_desk, bytes_tokenizer()
-    examples = tokenizing.prepare(BASE, tokenizer)
-    root = tokenizing.cache / "tokens"
+    examples = shared_desk.prepare(BASE)
+    root = shared_desk.cache / "tokens"
     shutil.rmtree(root / examples.fingerprint)
     root.chmod(0o777)
-    sources = readers.sources(str(tokenizing.folder / "rows.jsonl"), None).train
-    assert (
-        as_another_user(
-            lambda: stored.prepare(
-                sources,
-                template_for(tokenizer, "plain"),
-                tokenizer,
-                options(),
-                str(tokenizing.cache),
-            )
-        )
-        == 0
-    )
+    assert as_another_user(lambda: shared_desk.read(str(shared_desk.rows))) == 0
     assert (root / examples.fingerprint / "meta.json").exists()
 
 
 def test_a_second_builder_without_locks_deletes_nothing(tokenizing):
-    first = tokenizing.prepare(BASE, bytes_tokenizer())
-    folder = tokenizing.cache / "tokens" / first.fingerprint
-    sources = readers.sources(str(tokenizing.folder / "rows.jsonl"), None).train
-    made = stored._make(
-        folder,
-        sources,
-        template_for(bytes_tokenizer(), "plain"),
-        bytes_tokenizer(),
-        options(),
-        "cache",
-    )
+    first = tokenizing.prepare(BASE)
+    folder, tokenizer = tokenizing.cache / "tokens" / first.fingerprint, bytes_tokenizer()
+    sources = source_files.sources(str(tokenizing.rows), None).train
+    plain = load_template(tokenizer, "plain")
+    made = stored._make(folder, sources, plain, tokenizer, options(), "cache")
     assert of(first) == of(made)
 
 
@@ -1352,95 +1115,62 @@ def test_a_full_disk_is_reported():
         stored._write(Path("/dev/full"), np.zeros(5000))
 
 
-def test_rows_with_thoughts_make_empty_thoughts_supervised(tokenizing):
+def test_rows_with_thoughts_make_empty_thoughts_supervised(tokenizing, monkeypatch):
     from test_templates import THINKS_LAST
 
+    monkeypatch.setattr(tokens, "ROWS_AT_ONCE", 10)
     tokenizer = bytes_tokenizer()
     own = chat_for(tokenizer, THINKS_LAST)
-    without = [{"question": "q", "answer": "a"}] * tokens.ROWS_AT_ONCE
-    examples = tokenizing.prepare(without, tokenizer, own)
+    examples = tokenizing.prepare([QA] * 10, tokenizer, own)
     assert not examples.learn_opening
     assert learned(tokenizer, *of(examples)) == ["a<|im_end|>"]
+    values = [*[QA] * 10, {"question": "q", "answer": "<think>hm</think>a"}]
     for _ in range(2):  # the second time from the cache
-        examples = tokenizing.prepare(
-            [*without, {"question": "q", "answer": "<think>hm</think>a"}], tokenizer, own
-        )
+        examples = tokenizing.prepare(values, tokenizer, own)
         assert examples.learn_opening
         assert learned(tokenizer, *of(examples)) == ["<think>\n\n</think>\n\na<|im_end|>"]
-        assert learned(tokenizer, *of(examples, len(without))) == ["<think>hm</think>a<|im_end|>"]
+        assert learned(tokenizer, *of(examples, 10)) == ["<think>hm</think>a<|im_end|>"]
 
 
 def test_a_template_syntax_error_is_reported_once(tokenizing):
-    with pytest.raises(
-        UserError,
-        match=r"^[^\n]*rows\.jsonl:1: data\.template 'chat' fails: TemplateSyntaxError[^\n]*$",
-    ):
-        tokenizing.prepare(
-            BASE, bytes_tokenizer(), chat_for(bytes_tokenizer(), "{% for m in messages %}")
-        )
+    says = r"^[^\n]*rows\.jsonl:1: data\.template 'chat' fails: TemplateSyntaxError[^\n]*$"
+    with pytest.raises(UserError, match=says):
+        tokenizing.prepare(BASE, None, chat_for(bytes_tokenizer(), "{% for m in messages %}"))
 
 
 def test_an_unwritable_cache_is_reported(tokenizing, tmp_path):
     (tmp_path / "file").write_text("in the way")
     tokenizing.cache = tmp_path / "file" / "cache"
-    with pytest.raises(
-        DataError,
-        match=(
-            r"data\.cache_dir: .*file/cache: cannot be written: .*; "
-            r"choose another data\.cache_dir$"
-        ),
-    ):
-        tokenizing.prepare(BASE, bytes_tokenizer())
+    says = r"data\.cache_dir: .*file/cache: cannot be written: .*; choose another data\.cache_dir$"
+    with pytest.raises(DataError, match=says):
+        tokenizing.prepare(BASE)
 
 
-PROCESS = """\
-import hashlib, sys, time
-from pathlib import Path
-from finetune.data import examples as stored
-from finetune.data import readers, rows, templates, tokens
-from finetune.models.load import bytes_tokenizer
-folder, number = Path(sys.argv[1]), sys.argv[2]
-tokenizer = bytes_tokenizer()
-special, added = tokenizer.special_tokens_map, tokenizer.get_added_vocab()
-template = templates.load("plain", "question_answer", None, special, added)
-options = tokens.Options("auto", {}, "line", None, "completion", 1000, "error")
-(folder / f"ready-{number}").touch()
-while not (folder / "go").exists():
-    time.sleep(0.002)
-sources = readers.sources(str(folder / "rows.jsonl"), None)[0]
-examples = stored.prepare(sources, template, tokenizer, options, str(folder / "cache"))
-made = folder / "cache" / "tokens" / examples.fingerprint / "input_ids.npy"
-content = hashlib.sha256(examples.input.ids.tobytes() + examples.supervised.tobytes()).hexdigest()
-print(examples.fingerprint, len(examples), content, made.stat().st_ino)
-"""
-
-
-@pytest.mark.slow
 def test_one_of_several_processes_tokenises_for_all(tokenizing, tmp_path):
-    write_jsonl(tmp_path / "rows.jsonl", pairs(2000))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, str(tmp_path), str(n)], stdout=subprocess.PIPE,
-            text=True, cwd=ROOT,
-        )
-        for n in range(2)
-    ]  # fmt: skip
-    deadline = time.monotonic() + 60
-    while len(list(tmp_path.glob("ready-*"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    (tmp_path / "go").touch()
-    outputs = [process.communicate(timeout=60)[0].split() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    assert outputs[0] == outputs[1]
-    assert outputs[0][1] == "2000"
-    assert entries(tokenizing) == {outputs[0][0]: int(outputs[0][3])}
+    write_jsonl(tokenizing.rows, pairs(2000))
+
+    def prepare(number: int) -> None:
+        (tmp_path / f"ready-{number}").touch()
+        while len(list(tmp_path.glob("ready-*"))) < 2:
+            time.sleep(0.002)
+        examples = tokenizing.read(str(tokenizing.rows))
+        arrays = (examples.input.ids.tolist(), examples.supervised.tolist())
+        found = [entries(tokenizing), len(examples), files.json_sha256(arrays)]
+        (tmp_path / f"found-{number}.json").write_text(json.dumps(found))
+
+    children = [forked(functools.partial(prepare, number)) for number in range(2)]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    first, second = (json.loads((tmp_path / f"found-{n}.json").read_text()) for n in range(2))
+    assert first == second
+    assert first[0] == entries(tokenizing)
+    assert first[1] == 2000
     assert not list(tokenizing.cache.glob("tokens/.building-*"))
 
 
 # Real tokenizers
 
 
-@pytest.fixture(params=["phi-2", "phi-3-mini"])
+@pytest.fixture(params=["phi-2", "phi-3-mini"], scope="module")
 def real_tokenizer(request, real_data):
     return load_tokenizer(Model(path=str(real_data / "tokenizers" / request.param)))
 
@@ -1450,36 +1180,28 @@ def real_tokenizer(request, real_data):
 def test_a_real_tokenizer_supervises_every_answer_and_its_end(
     real_data, real_tokenizer, tokenizing, name
 ):
-    own = templates.load(
-        name, "question_answer", real_tokenizer.chat_template, real_tokenizer.special_tokens_map,
-        real_tokenizer.get_added_vocab()
-    )  # fmt: skip
-    values = [
-        json.loads(line)
-        for line in (real_data / "gsm8k" / "test.jsonl").read_text().splitlines()[:100]
-    ]
+    own = load_template(real_tokenizer, name, source=real_tokenizer.chat_template)
+    written = (real_data / "gsm8k" / "test.jsonl").read_text().splitlines()
+    values = [json.loads(line) for line in written[:25]]
     examples = tokenizing.prepare(values, real_tokenizer, own)
     for number, row in enumerate(values):
         ids, supervised = of(examples, number)
         asked = tokens.encode_prompt(own.prompt([Message("user", row["question"])]), real_tokenizer)
         end = int(np.flatnonzero(supervised)[-1]) + 1
         assert ids[: len(asked)] == asked
-        assert supervised == [False] * len(asked) + [True] * (end - len(asked)) + [False] * (
-            len(ids) - end
-        )
+        assert supervised == [len(asked) <= at < end for at in range(len(ids))]
         assert ids[end - 1] == real_tokenizer.convert_tokens_to_ids(own.stop_token())
         assert real_tokenizer.decode(ids[len(asked) : end - 1]).strip() == row["answer"]
 
 
-@pytest.mark.parametrize(("prompt", "answer"), MEETINGS)
-def test_a_real_tokenizer_keeps_prompt_and_answer_apart(real_tokenizer, tokenizing, prompt, answer):
-    ids, supervised = of(
-        tokenizing.prepare([{"prompt": prompt, "completion": answer}], real_tokenizer)
-    )
-    asked = tokens.encode_prompt(prompt, real_tokenizer)
-    assert ids[: len(asked)] == asked
-    assert supervised == [False] * len(asked) + [True] * (len(ids) - len(asked))
-    assert real_tokenizer.decode(ids) == prompt + answer + real_tokenizer.eos_token
+def test_a_real_tokenizer_keeps_prompt_and_answer_apart(real_tokenizer, tokenizing):
+    examples = tokenizing.prepare(MEETING_ROWS, real_tokenizer)
+    for number, (prompt, answer) in enumerate(MEETINGS):
+        ids, supervised = of(examples, number)
+        asked = tokens.encode_prompt(prompt, real_tokenizer)
+        assert ids[: len(asked)] == asked
+        assert supervised == [False] * len(asked) + [True] * (len(ids) - len(asked))
+        assert real_tokenizer.decode(ids) == prompt + answer + real_tokenizer.eos_token
 
 
 def test_every_turn_of_phi3_is_asked_with_the_tokens_of_training(real_data, tokenizing):

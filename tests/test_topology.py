@@ -13,16 +13,14 @@ from finetune.errors import ConfigError
 
 FSDP = {"WORLD_SIZE": "4", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 PARALLEL = {**FSDP, "ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true"}
+STAGE_2 = {"zero_optimization": {"stage": 2}}
 
 
 def deepspeed(folder, **values):
     file = folder / "zero.json"
     file.write_text(json.dumps(values))
-    return {
-        "WORLD_SIZE": "4",
-        "ACCELERATE_USE_DEEPSPEED": "true",
-        "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file),
-    }
+    return {**ZERO, "WORLD_SIZE": "4", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
 
 
 @pytest.mark.parametrize(
@@ -40,11 +38,8 @@ def deepspeed(folder, **values):
             {"WORLD_SIZE": "4", "ACCELERATE_USE_PARALLELISM_CONFIG": "true"},
             "needs distributed_type: FSDP",
         ),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "has no deepspeed_config_file"),
-        (
-            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "no.json"},
-            "no.json cannot be read",
-        ),
+        (ZERO, "has no deepspeed_config_file"),
+        ({**ZERO, "ACCELERATE_DEEPSPEED_CONFIG_FILE": "no.json"}, "no.json cannot be read"),
         (
             {**FSDP, "FSDP_OFFLOAD_PARAMS": "cpu"},
             "fsdp_offload_params: cpu; it must be true or false",
@@ -53,10 +48,7 @@ def deepspeed(folder, **values):
             {**PARALLEL, "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "-1"},
             "dp_replicate_size: -1; it must be a whole number",
         ),
-        (
-            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_PARALLELISM_CONFIG": "true"},
-            "needs distributed_type: FSDP",
-        ),
+        ({**ZERO, "ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "needs distributed_type: FSDP"),
         ({"ACCELERATE_GRADIENT_CLIPPING": "0.1"}, "train.max_grad_norm decides"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "asks for Megatron-LM"),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "dynamo_backend: INDUCTOR"),
@@ -89,23 +81,17 @@ def test_settings_that_would_be_dropped_are_errors(environment, message):
             {"zero_optimization": {"stage": 3, "offload_param": True}},
             "offload_param.device is True",
         ),
-        ({"zero_optimization": {"stage": 2}, "data_types": {}}, "data_types is untested"),
+        ({**STAGE_2, "data_types": {}}, "data_types is untested"),
         (
-            {"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0},
+            {**STAGE_2, "gradient_clipping": 1.0},
             "gradient_clipping is decided by train.max_grad_norm",
         ),
         (
-            {"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 4},
+            {**STAGE_2, "gradient_accumulation_steps": 4},
             "decided by train.global_batch_size and",
         ),
-        (
-            {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}},
-            "optimizer is decided by optimizer.kind",
-        ),
-        (
-            {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}},
-            "bf16 is decided by train.precision",
-        ),
+        ({**STAGE_2, "optimizer": {"type": "AdamW"}}, "optimizer is decided by optimizer.kind"),
+        ({**STAGE_2, "bf16": {"enabled": True}}, "bf16 is decided by train.precision"),
         (
             {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
             "offload_param.device is nvme",
@@ -114,10 +100,7 @@ def test_settings_that_would_be_dropped_are_errors(environment, message):
             {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
             "with stage 2 is untested",
         ),
-        (
-            {"zero_optimization": {"stage": 2}, "prescale_gradients": True},
-            "prescale_gradients is untested",
-        ),
+        ({**STAGE_2, "prescale_gradients": True}, "prescale_gradients is untested"),
     ],
 )  # fmt: skip
 def test_a_deepspeed_file_may_not_decide_what_the_run_config_does(tmp_path, values, message):
@@ -134,13 +117,8 @@ def test_parallel_settings_are_read(tmp_path):
     assert launch.read({**FSDP, "FSDP_OFFLOAD_PARAMS": "true"}) == launch.ParallelConfig(
         "fsdp2", 4, offload=True
     )
-    hybrid = launch.read(
-        {
-            **PARALLEL,
-            "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
-            "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
-        }
-    )
+    sizes = {"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2"}
+    hybrid = launch.read({**PARALLEL, **sizes})
     assert (hybrid.name, hybrid.num_replicas) == ("fsdp2_hybrid", 2)
     stage = {"stage": 3, "offload_param": {"device": "cpu"}}
     parallel = launch.read(deepspeed(tmp_path, zero_optimization=stage, gradient_clipping="auto"))
@@ -212,20 +190,10 @@ def test_the_launcher_and_the_run_config_must_agree_on_precision(workshop, monke
         workshop.train(train__precision="fp32")
 
 
-def test_the_device_of_a_single_process_has_an_index(monkeypatch):
-    """`torch.cuda.set_device` in the saver thread refuses "cuda", as Accelerate calls it."""
-    import torch
-
-    from finetune.engine.topology import start
-
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    assert start.with_index(torch.device("cuda")) == torch.device("cuda", 0)
-    assert start.with_index(torch.device("cuda", 3)) == torch.device("cuda", 3)
-    assert start.with_index(torch.device("cpu")) == torch.device("cpu")
-
-
 def test_a_topology_on_a_gpu_has_what_a_gpu_needs(monkeypatch):
-    """An indexed device, gradients in DDP's buckets, one broadcast of buffers, NCCL timeouts."""
+    """Gradients in DDP's buckets, one broadcast of buffers, NCCL timeouts, and an indexed device:
+    `torch.cuda.set_device` in the saver thread refuses "cuda", as Accelerate calls it.
+    """
     import torch
     from accelerate import Accelerator
 

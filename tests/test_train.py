@@ -5,13 +5,16 @@ import importlib.metadata
 import json
 import math
 import os
+import re
+import shutil
 import stat
 import time
 
 import pytest
 import torch
 import yaml
-from conftest import TINY_LLAMA, losses, pairs, read_jsonl, short, write_jsonl
+from conftest import TINY_LLAMA, Workshop, losses, pairs, pretrained, read_jsonl, short, write_jsonl
+from safetensors.torch import load_file, save_file
 
 from finetune import config as configs
 from finetune.data.rows import Message
@@ -22,11 +25,32 @@ from finetune.errors import (
     ModelError,
     RunDirectoryError,
     TopologyError,
-    TrainingDiverged,
     UserError,
 )
 from finetune.export.load import load_tokenizer
 from finetune.generation import generate
+
+FEW = {"train__max_steps": 2, "train__micro_batch_size": 8}
+CHATML = {"data__template": "chatml"}
+
+
+@pytest.fixture(scope="module")
+def chatml_model(tmp_path_factory):
+    """Return a model with the template chatml."""
+    return Workshop(tmp_path_factory.mktemp("base")).train("base", **FEW, **CHATML) / "model"
+
+
+@pytest.fixture
+def base(chatml_model, tmp_path):
+    """Return a copy of it, to be changed."""
+    return shutil.copytree(chatml_model, tmp_path / "base")
+
+
+def change_weights(model, change):
+    """Change the tensors of a model, which `change` gets by name."""
+    tensors = load_file(model / "model.safetensors")
+    change(tensors)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.mark.slow
@@ -66,7 +90,7 @@ def test_a_run_leaves_every_promised_file(workshop):
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(workshop):
     one, same, other = (
-        workshop.train(name, run__seed=seed) for name, seed in (("a", 1), ("b", 1), ("c", 2))
+        workshop.train(name, run__seed=seed, **FEW) for name, seed in (("a", 1), ("b", 1), ("c", 2))
     )
     assert losses(one) == losses(same)
     assert losses(one) != losses(other)
@@ -92,11 +116,11 @@ def test_clm_supervises_every_token_of_text(workshop):
 
 
 @pytest.mark.slow
-def test_check_prints_a_summary_and_writes_nothing(workshop):
-    result = workshop.launch(arguments=["--check"], data__packing=True)
-    assert result.returncode == 0, result.stderr
-    assert "35,296 parameters" in result.stderr
-    assert "[[0<|eos|>]]" in result.stderr
+def test_check_prints_a_summary_and_writes_nothing(workshop, capsys):
+    workshop.check(data__packing=True)
+    output = capsys.readouterr().out
+    assert "35,296 parameters" in output
+    assert "[[0<|eos|>]]" in output
     assert not workshop.run_dir().exists()
 
 
@@ -139,77 +163,42 @@ def test_a_misspelt_setting_of_the_architecture_is_refused(workshop):
 
 
 @pytest.mark.slow
-def test_a_config_with_fewer_layers_than_its_weights_is_refused(workshop):
-    model = workshop.train("base") / "model"
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(
-        json.dumps(config | {"num_hidden_layers": 1, "layer_types": None})
-    )
-    with pytest.raises(
-        ModelError, match="its config has fewer layers than its weights: 9 of them would be dropped"
-    ):
-        workshop.train(**from_folder(model))
-
-
-@pytest.mark.slow
-def test_nan_weights_are_refused(workshop):
-    from safetensors.torch import load_file, save_file
-
-    model = workshop.train("base") / "model"
-    weights = load_file(model / "model.safetensors")
-    weights["model.norm.weight"][3] = float("nan")
-    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+def test_nan_weights_are_refused(workshop, base):
+    change_weights(base, lambda of: of["model.norm.weight"][3].fill_(float("nan")))
     with pytest.raises(
         ModelError, match=r"1 of its weights hold NaN or infinity, such as model\.norm\.weight"
     ):
-        workshop.train(**from_folder(model))
-
-
-def from_folder(model):
-    return {
-        "model__init": "pretrained",
-        "model__path": str(model),
-        "model__config": None,
-        "model__tokenizer": None,
-    }
+        workshop.train(**pretrained(base))
 
 
 @pytest.mark.slow
-def test_settings_that_would_fail_the_export_are_errors_before_training(workshop):
-    model = workshop.train("base") / "model"
-    (model / "generation_config.json").write_text('{"max_new_tokens": -1}')
+def test_settings_that_would_fail_the_export_are_errors_before_training(workshop, base):
+    (base / "generation_config.json").write_text('{"max_new_tokens": -1}')
     with pytest.raises(ModelError, match=r"generation_config\.json cannot be saved again"):
-        workshop.train(**from_folder(model))
+        workshop.train(**pretrained(base))
     with pytest.raises(ModelError, match="saved with a model of type qwen2 it opens as"):
         workshop.train("other", model__config={**TINY_LLAMA, "model_type": "qwen2"})
 
 
 @pytest.mark.slow
-def test_a_generation_config_without_do_sample_is_exported(workshop):
-    model = workshop.train("base") / "model"
-    (model / "generation_config.json").write_text('{"temperature": 0.5}')
-    run = workshop.train(**from_folder(model))
+def test_a_generation_config_without_do_sample_is_exported(workshop, base):
+    (base / "generation_config.json").write_text('{"temperature": 0.5}')
+    run = workshop.train(**pretrained(base), **FEW)
     saved = json.loads((run / "model/generation_config.json").read_text())
     assert (saved["temperature"], saved["do_sample"]) == (0.5, True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("copied", ["all rows", "three rows"])
-def test_evaluating_on_training_rows_is_refused_or_noted(workshop, capsys, copied):
-    rows = pairs()
-    evals = (
-        rows
-        if copied == "all rows"
-        else [*rows[:3], *({"question": f"{n}?", "answer": "new"} for n in range(40))]
-    )
-    path = write_jsonl(workshop.folder / "eval.jsonl", evals)
+def test_evaluating_on_training_rows_is_refused_or_noted(workshop, capsys):
+    path = write_jsonl(workshop.folder / "eval.jsonl", pairs())
+    with pytest.raises(DataError, match="holds the same rows as data.train"):
+        workshop.check(data__eval=str(path))
     path.write_text(path.read_text() + "\n")
-    if copied == "all rows":
-        with pytest.raises(DataError, match="40 of its 40 examples are also trained on"):
-            workshop.train(data__eval=str(path))
-    else:
-        workshop.train(data__eval=str(path))
-        assert "43 examples; 3 of them are also trained on" in capsys.readouterr().out
+    with pytest.raises(DataError, match="40 of its 40 examples are also trained on"):
+        workshop.check(data__eval=str(path))
+    write_jsonl(path, [*pairs(3), *({"question": f"{n}?", "answer": "new"} for n in range(40))])
+    workshop.check(data__eval=str(path))
+    assert "43 examples; 3 of them are also trained on" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -222,7 +211,7 @@ def test_the_summary_lists_read_unread_and_useless_rows(workshop, capsys):
     )
     (folder / "more.csv").write_text("question;answer\nwhy;because\n")
     write_jsonl(folder / "test.jsonl", [{"question": "new", "answer": "new"}])
-    workshop.train(data__train=str(folder), data__eval=str(folder / "test.jsonl"))
+    workshop.check(data__train=str(folder), data__eval=str(folder / "test.jsonl"))
     says = capsys.readouterr().out
     assert "data        21 rows -> " in says
     assert (
@@ -255,12 +244,7 @@ def test_text_unit_is_for_the_text_files_of_a_folder(workshop):
 
 def test_rows_are_checked_before_anything_is_downloaded(workshop):
     """Without the Hub, what is wrong with rows can be mended all the same."""
-    hub = {
-        "model__init": "pretrained",
-        "model__config": None,
-        "model__path": "owner/no-such-model",
-        "model__tokenizer": None,
-    }
+    hub = pretrained("owner/no-such-model")
     write_jsonl(workshop.rows, [*pairs(), {"question": "q", "answer": ""}])
     with pytest.raises(DataError, match=r"rows.jsonl:41: column 'answer' is empty"):
         workshop.check(**hub)
@@ -292,8 +276,9 @@ def on_the_day_of(zone, monkeypatch):
 def test_a_template_with_the_date_keeps_that_of_the_first_start(workshop, monkeypatch, capsys):
     template = workshop.folder / "dated.jinja"
     template.write_text(THINKS)
+    settings = {"data__template": str(template), **FEW}
     with on_the_day_of("AAA12", monkeypatch):
-        first = workshop.train(data__template=str(template))
+        first = workshop.train(**settings)
     day = json.loads((first / "receipt.json").read_text())["template_date"]
     assert (
         f"the template writes the date: {day}, that of the first start" in capsys.readouterr().out
@@ -302,12 +287,12 @@ def test_a_template_with_the_date_keeps_that_of_the_first_start(workshop, monkey
         "BBB-14", monkeypatch
     ):  # 26 hours later in local time, so never the same day
         (first / "outcome.json").unlink()
-        workshop.train(data__template=str(template))
+        workshop.train(**settings)
         assert "resumed from" in capsys.readouterr().out
         with monkeypatch.context() as patched:
             patched.setenv("FINETUNE_REPLAY_OF", str(first))
-            workshop.train("again", data__template=str(template))
-        other = workshop.train("other", data__template=str(template))
+            workshop.train("again", **settings)
+        other = workshop.train("other", **settings)
     assert losses(workshop.run_dir("again")) == losses(first)
     assert json.loads((other / "receipt.json").read_text())["template_date"] != day
 
@@ -317,7 +302,7 @@ def test_the_export_gets_the_prompts_of_training(workshop):
     """The template's text before an answer ends every caller's prompt, unless it sets thinking."""
     template = workshop.folder / "thinks.jinja"
     template.write_text(THINKS)
-    tokenizer = load_tokenizer(workshop.train(data__template=str(template)) / "model")
+    tokenizer = load_tokenizer(workshop.train(**FEW, data__template=str(template)) / "model")
 
     def asked(**arguments):
         question = [{"role": "user", "content": "q"}]
@@ -338,7 +323,7 @@ def test_rows_with_thoughts_export_without_forced_empty_thoughts(workshop):
     template.write_text(THINKS.replace("loop.last", "'<think>' not in m.content"))
     rows = [*pairs(), {"question": "why", "answer": "<think>hm</think>so"}]
     path = write_jsonl(workshop.folder / "thoughts.jsonl", rows)
-    run = workshop.train(data__template=str(template), data__train=str(path))
+    run = workshop.train(**FEW, data__template=str(template), data__train=str(path))
     assert generate.chat_prompt(load_tokenizer(run / "model"), [Message("user", "q")]).endswith(
         "assistant\n"
     )
@@ -376,7 +361,7 @@ def test_a_real_template_trains_or_is_refused_with_its_reason(real_data, worksho
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["phi-2", "phi-3-mini"])
+@pytest.mark.parametrize("name", short(["phi-2", "phi-3-mini"], "phi-3-mini"))
 def test_a_real_tokenizer_and_its_template_train(real_data, workshop, name):
     run = workshop.train(model__tokenizer=str(real_data / "tokenizers" / name), train__max_steps=1)
     assert load_tokenizer(run / "model").chat_template
@@ -412,47 +397,43 @@ def test_a_template_that_rejects_a_sample_prompt_is_reported_before_training(wor
         "data__template": str(template),
         "data__train": str(write_jsonl(workshop.folder / "rows2.jsonl", rows)),
     }
-    workshop.train(**given)
+    workshop.check(**given)
     with pytest.raises(
         DataError, match=r"evaluation\.sample_prompts:1: data\.template .* no system"
     ):
-        workshop.check("other", **given, evaluation__sample_prompts=["hi"])
+        workshop.check(**given, evaluation__sample_prompts=["hi"])
 
 
 @pytest.mark.slow
-def test_a_template_that_replaces_the_models_own_is_noted(workshop, capsys):
-    model = workshop.train("base", data__template="chatml") / "model"
+def test_a_template_that_replaces_the_models_own_is_noted(workshop, chatml_model, capsys):
     rows = [{"prompt": str(n), "completion": "x"} for n in range(8)]
     path = write_jsonl(workshop.folder / "plain.jsonl", rows)
-    for name, changes, noted in (
-        ("a", {"data__train": str(path)}, "plain replaces"),
-        ("b", {"data__template": "llama2"}, "llama2 replaces"),
-        ("c", {"data__template": "chatml"}, None),
-        ("d", {}, None),
+    for changes, noted in (
+        ({"data__train": str(path)}, "plain replaces"),
+        ({"data__template": "llama2"}, "llama2 replaces"),
+        (CHATML, None),
+        ({}, None),
     ):
-        capsys.readouterr()
-        workshop.check(name, **from_folder(model), **changes)
-        says = capsys.readouterr().out
-        assert ("the model has a chat template of its own" in says) == bool(noted), name
-        assert (noted or "") in says
+        workshop.check(**pretrained(chatml_model), **changes)
+        output = capsys.readouterr().out
+        assert ("the model has a chat template of its own" in output) == bool(noted), changes
+        assert (noted or "") in output
 
 
 @pytest.mark.slow
-def test_an_unused_broken_template_is_ignored(workshop, capsys):
-    model = workshop.train("base", data__template="chatml") / "model"
-    (model / "chat_template.jinja").write_text("{% if %}")
-    capsys.readouterr()
-    workshop.check("own", **from_folder(model), data__template="question_answer")
+def test_an_unused_broken_template_is_ignored(workshop, base, capsys):
+    (base / "chat_template.jinja").write_text("{% if %}")
+    workshop.check(**pretrained(base), data__template="question_answer")
     assert "template    question_answer, objective sft\n" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_check_of_an_existing_run_checks_the_data_first(workshop):
-    workshop.train()
+    workshop.train(**FEW)
     with pytest.raises(DataError, match="nothing.jsonl: no such file"):
-        workshop.check(data__train="nothing.jsonl")
+        workshop.check(**FEW, data__train="nothing.jsonl")
     with pytest.raises(RunDirectoryError, match="holds another run"):
-        workshop.check(optimizer__lr=1e-4)
+        workshop.check(**FEW, optimizer__lr=1e-4)
 
 
 @pytest.mark.slow
@@ -465,92 +446,64 @@ def test_a_model_with_attention_sinks_trains_in_padded_batches(workshop):
         "num_local_experts": 2,
         "num_experts_per_tok": 1,
     }
-    run = workshop.train(model__config=config)
+    run = workshop.train(model__config=config, **FEW)
     assert json.loads((run / "receipt.json").read_text())["attention"] == "eager"
 
 
 @pytest.mark.slow
-def test_wrong_config_is_exit_2_with_every_problem(workshop):
-    result = workshop.launch(
-        arguments=["--optimizer.learning_rate", "1"], train__epochs=0, model__pth="x"
-    )
-    assert result.returncode == 2
-    assert "3 problems" in result.stderr
+def test_wrong_config_is_exit_2_with_every_problem(workshop, capsys):
+    arguments = ["--optimizer.learning_rate", "1"]
+    assert workshop.main(arguments=arguments, train__epochs=0, model__pth="x") == 2
+    output = capsys.readouterr().err
     for part in (
+        "3 problems",
         "--optimizer.learning_rate: unknown option; did you mean optimizer.lr?",
         "train.epochs",
         "model.pth: unknown key; did you mean model.path?",
     ):
-        assert part in result.stderr
+        assert part in output
 
 
 @pytest.mark.slow
-def test_a_bad_row_is_exit_2_and_leaves_no_run_directory(workshop):
+def test_a_bad_row_is_exit_2_and_leaves_no_run_directory(workshop, capsys):
     write_jsonl(workshop.rows, [*pairs(3), {"question": "q", "answer": None}])
-    result = workshop.launch()
-    assert result.returncode == 2
-    assert f"{workshop.rows}:4: column 'answer' should be text, got null" in result.stderr
-    assert "Traceback" not in result.stderr
+    assert workshop.main() == 2
+    output = capsys.readouterr().err
+    assert f"{workshop.rows}:4: column 'answer' should be text, got null" in output
+    assert "Traceback" not in output
     assert not workshop.run_dir().exists()
 
 
 @pytest.mark.slow
-def test_divergence_stops_before_the_weights_move_and_names_step_rate_and_rows(workshop):
-    """Weights of 1e30 overflow float32 in the first product."""
-    base = workshop.train("base")
-    from safetensors.torch import load_file, save_file
-
-    path = base / "model/model.safetensors"
-    tensors = load_file(path)
-    tensors["lm_head.weight"] *= 1e38
-    save_file(tensors, path, metadata={"format": "pt"})
-    pretrained = {
-        "model__init": "pretrained",
-        "model__path": str(base / "model"),
-        "model__config": None,
-        "model__tokenizer": None,
-    }
-    with pytest.raises(
-        TrainingDiverged,
-        match=(
-            "step 1: loss .*gradient norm (inf|nan).*learning rate 0.01; .* its rows: "
-            r".*rows.jsonl:\d+"
-        ),
-    ):
-        workshop.train("diverged", **pretrained)
-    run = workshop.run_dir("diverged")
-    outcome = json.loads((run / "outcome.json").read_text())
+def test_divergence_stops_before_the_weights_move_and_names_step_rate_and_rows(
+    workshop, base, capsys
+):
+    """Weights of 1e38 overflow float32 in the first product."""
+    change_weights(base, lambda of: of["lm_head.weight"].mul_(1e38))
+    assert workshop.main(**pretrained(base)) == 1
+    assert re.search(
+        r"step 1: loss .*gradient norm (inf|nan).*learning rate 0.01; .* its rows: .*rows.jsonl:\d",
+        capsys.readouterr().err,
+    )
+    outcome = workshop.outcome()
     assert (outcome["state"], outcome["step"]) == ("failed", 0)
-    assert not list((run / "checkpoints").iterdir())
-    assert not (run / "model").exists()
-    assert workshop.launch("diverged", **pretrained).returncode == 1
-
-
-def pretrained_of(workshop, **changes):
-    base = workshop.train("base", **changes)
-    return {
-        "model__init": "pretrained",
-        "model__path": str(base / "model"),
-        "model__config": None,
-        "model__tokenizer": None,
-    }
+    assert not list((workshop.run_dir() / "checkpoints").iterdir())
+    assert not (workshop.run_dir() / "model").exists()
 
 
 @pytest.mark.slow
-def test_an_unknown_target_module_is_named_with_the_nearest(workshop):
-    with pytest.raises(ModelError, match="no linear layer is called 'q_prj'.*did you mean q_proj?"):
+@pytest.mark.parametrize(
+    ("modules", "why"),
+    [
+        (["q_prj", "v_proj"], "no linear layer is called 'q_prj'.*did you mean q_proj?"),
+        (".*nothing", r"adapter.target_modules: '\.\*nothing'"),
+    ],
+    ids=["a name", "a pattern"],
+)
+def test_unknown_target_modules_are_errors(workshop, chatml_model, modules, why):
+    with pytest.raises(ModelError, match=why):
         workshop.train(
-            **pretrained_of(workshop),
-            adapter__kind="lora",
-            adapter__target_modules=["q_prj", "v_proj"],
-        )
-
-
-@pytest.mark.slow
-def test_a_target_pattern_that_matches_nothing_is_an_error(workshop):
-    with pytest.raises(ModelError, match=r"adapter.target_modules: '\.\*nothing'"):
-        workshop.train(
-            **pretrained_of(workshop), adapter__kind="lora", adapter__target_modules=".*nothing"
+            **pretrained(chatml_model), adapter__kind="lora", adapter__target_modules=modules
         )
 
 
@@ -561,28 +514,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_an_error(workshop):
 
 def test_a_model_that_is_not_there_is_an_error(workshop):
     with pytest.raises(ModelError, match="model.path: /no/such/folder: no such folder"):
-        workshop.train(
-            model__init="pretrained",
-            model__path="/no/such/folder",
-            model__config=None,
-            model__tokenizer=None,
-        )
-
-
-@pytest.mark.slow
-def test_weights_that_are_missing_are_an_error_not_random(workshop):
-    settings = pretrained_of(workshop)
-    from safetensors.torch import load_file, save_file
-
-    path = workshop.run_dir("base") / "model/model.safetensors"
-    tensors = load_file(path)
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-    save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(
-        ModelError,
-        match="1 weights are missing .*model.layers.1.mlp.up_proj.weight; they would be random",
-    ):
-        workshop.train(**settings)
+        workshop.train(**pretrained("/no/such/folder"))
 
 
 def test_flash_attention_without_a_gpu_is_an_error(workshop):
@@ -660,16 +592,9 @@ def test_an_output_directory_without_permission_is_an_error(workshop):
 
 @pytest.mark.slow
 def test_resume_never_refuses_where_there_are_checkpoints(workshop):
-    workshop.train()
+    workshop.train(**FEW)
     with pytest.raises(RunDirectoryError, match="checkpoint.resume is never"):
-        workshop.train(checkpoint__resume="never")
-
-
-def test_evaluation_rows_that_are_training_rows_are_an_error(workshop):
-    copy = workshop.folder / "copy.jsonl"
-    copy.write_bytes(workshop.rows.read_bytes())
-    with pytest.raises(DataError, match="holds the same rows as data.train"):
-        workshop.train(data__eval=str(copy))
+        workshop.train(**FEW, checkpoint__resume="never")
 
 
 def test_sft_on_plain_text_is_an_error(workshop):
@@ -695,8 +620,8 @@ def test_the_eos_is_supervised_when_it_is_also_the_pad_token(workshop, bytes_tok
         model__attention="sdpa",
         train__global_batch_size=4,
         train__micro_batch_size=4,
-        train__epochs=60,
-        train__max_steps=60,
+        train__epochs=40,
+        train__max_steps=40,
     )
     model, tokenizer = (
         c.from_pretrained(run / "model") for c in (AutoModelForCausalLM, AutoTokenizer)
@@ -707,26 +632,6 @@ def test_the_eos_is_supervised_when_it_is_also_the_pad_token(workshop, bytes_tok
     ids = tokenizer(prompt, return_tensors="pt")
     out = model.generate(**ids, max_new_tokens=20, do_sample=False)[0, ids["input_ids"].shape[1] :]
     assert out.tolist() == [*tokenizer("ok")["input_ids"], tokenizer.eos_token_id]
-
-
-@pytest.mark.slow
-def test_a_finished_run_without_its_model_is_not_finished(workshop):
-    import shutil
-
-    run = workshop.train()
-    shutil.rmtree(run / "model")
-    workshop.train()
-    assert (run / "model/model.safetensors").exists()
-
-
-@pytest.mark.slow
-def test_a_finished_run_of_other_data_is_not_this_run(workshop):
-    workshop.train()
-    workshop.rows.write_text(workshop.rows.read_text().replace("three", "four"))
-    with pytest.raises(
-        RunDirectoryError, match="complete, but it is another run; .*\n  training data: was"
-    ):
-        workshop.train()
 
 
 def test_files_of_different_formats_are_an_error(workshop):
@@ -775,17 +680,14 @@ def test_settings_the_launcher_would_silently_change_are_errors(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "architecture",
-    [
-        {"model_type": "mixtral", "num_local_experts": 4},
-        {"model_type": "qwen3_moe", "num_experts": 4, "moe_intermediate_size": 32},
-    ],
-    ids=["mixtral", "qwen3_moe"],
-)
-def test_a_mixture_of_experts_trains_packed(workshop, architecture):
+@pytest.mark.parametrize("kind", short(["mixtral", "qwen3_moe"], "mixtral"))
+def test_a_mixture_of_experts_trains_packed(workshop, kind):
     """Other tokens in one document change the rounding in another through experts: not a leak."""
-    config = {**TINY_LLAMA, **architecture, "num_experts_per_tok": 2}
+    experts = {
+        "mixtral": {"num_local_experts": 4},
+        "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 32},
+    }[kind]
+    config = {**TINY_LLAMA, **experts, "model_type": kind, "num_experts_per_tok": 2}
     run = workshop.train(model__config=config, data__packing=True, train__epochs=3)
     assert losses(run)[-1] < losses(run)[0]
 
@@ -797,7 +699,7 @@ def test_chunked_attention_is_not_taken_for_full(workshop):
         **TINY_LLAMA, "model_type": "llama4_text", "attention_chunk_size": 16, "head_dim": 8,
         "num_local_experts": 2, "intermediate_size_mlp": 64,
     }  # fmt: skip
-    run = workshop.train(model__config=config)
+    run = workshop.train(model__config=config, **FEW)
     assert json.loads((run / "receipt.json").read_text())["attention"] in ("sdpa", "eager")
 
 
@@ -807,10 +709,7 @@ def test_metrics_are_json_also_where_a_number_is_infinite(tmp_path):
     Log(tmp_path / "m.jsonl", print).add({"step": 1, "grad_norm": math.inf})
     assert json.loads(
         (tmp_path / "m.jsonl").read_text(), parse_constant=lambda c: pytest.fail(c)
-    ) == {
-        "step": 1,
-        "grad_norm": None,
-    }
+    ) == {"step": 1, "grad_norm": None}
 
 
 EVALUATED = {"data__eval_fraction": 0.2, "evaluation__every_steps": 1, "checkpoint__keep_last": 1}
@@ -827,65 +726,69 @@ def eval_losses(run):
     return {line["step"]: line["eval_loss"] for line in read_jsonl(run / "eval.jsonl")}
 
 
-@pytest.mark.slow
-def test_the_best_weights_are_exported_where_that_is_asked_for(workshop):
-    """At a rate of 1.0 the loss goes up and down, so the last is not the best."""
-    from safetensors.torch import load_file
+@pytest.fixture(scope="module")
+def best_exported(tmp_path_factory):
+    """A run with a rate of 1.0: the loss goes up and down, so the last is not the best."""
+    workshop = Workshop(tmp_path_factory.mktemp("best"))
+    return workshop.train(**OVERFITS, evaluation__export_best=True)
 
-    run = workshop.train(**OVERFITS, evaluation__export_best=True)
-    found = eval_losses(run)
-    best = min(found, key=found.get)
+
+@pytest.fixture
+def again(best_exported, workshop):
+    """Return its best step, its run directory without outcome, and what starts it again."""
+    run = workshop.copy_of(best_exported)
+
+    def start(export_best):
+        (run / "outcome.json").unlink(missing_ok=True)
+        workshop.train(**OVERFITS, evaluation__export_best=export_best)
+        return workshop.outcome()["exported_step"], load_file(run / "model/model.safetensors")
+
+    found = eval_losses(best_exported)
+    return min(found, key=found.get), run, start
+
+
+def same(one, other):
+    return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+@pytest.mark.slow
+def test_the_best_weights_are_exported_where_that_is_asked_for(again):
+    best, run, start = again
     assert best < 12
-    assert {p.name for p in (run / "checkpoints").iterdir()} == {
-        f"step-{best:08d}",
-        "step-00000012",
-    }
+    names = {f"step-{best:08d}", "step-00000012"}
+    assert {p.name for p in (run / "checkpoints").iterdir()} == names
     assert json.loads((run / "outcome.json").read_text())["exported_step"] == best
-    until = workshop.train("until", **(OVERFITS | {"train__max_steps": 12}))
-    assert not torch.equal(
-        *(load_file(r / "model/model.safetensors")["model.norm.weight"] for r in (run, until))
-    )
-    (run / "outcome.json").unlink()
-    again = load_file(
-        workshop.train(**OVERFITS, evaluation__export_best=True) / "model/model.safetensors"
-    )
-    assert all(
-        torch.equal(t, again[n]) for n, t in load_file(run / "model/model.safetensors").items()
-    )
+    exported = load_file(run / "model/model.safetensors")
+    step, weights = start(export_best=True)
+    assert step == best
+    assert same(weights, exported)
+    step, weights = start(export_best=False)
+    assert step == 12
+    assert not same(weights, exported)
 
 
 @pytest.mark.slow
-def test_a_run_that_stops_early_has_its_last_step_on_record(workshop):
-    run = workshop.train(**OVERFITS, evaluation__patience=2, tracking__log_every_steps=100)
-    assert [line["step"] for line in read_jsonl(run / "metrics.jsonl")] == [len(eval_losses(run))]
-
-
-@pytest.mark.slow
-def test_a_run_recovers_from_a_damaged_best_checkpoint(workshop):
-    run = workshop.train(**OVERFITS, evaluation__export_best=True)
-    best = json.loads((run / "outcome.json").read_text())["exported_step"]
-    (run / "outcome.json").unlink()
+def test_a_run_recovers_from_a_damaged_best_checkpoint(again):
+    best, run, start = again
     [shard] = (run / "checkpoints" / f"step-{best:08d}").rglob("*.distcp")
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(
         CheckpointError,
         match=r"the best evaluation, cannot be loaded.*--evaluation.export_best false",
     ):
-        workshop.train(**OVERFITS, evaluation__export_best=True)
-    workshop.train(**OVERFITS)
-    assert json.loads((run / "outcome.json").read_text())["exported_step"] == 12
+        start(export_best=True)
+    assert start(export_best=False)[0] == 12
 
 
 @pytest.mark.slow
-def test_if_the_best_checkpoint_is_lost_the_next_best_is_exported(workshop, capsys):
-    run = workshop.train(**OVERFITS)
-    (run / "outcome.json").unlink()
-    workshop.train(**OVERFITS, evaluation__export_best=True)
+def test_if_the_best_checkpoint_is_lost_the_next_best_is_exported(again, capsys):
+    best, run, start = again
+    shutil.rmtree(run / "checkpoints" / f"step-{best:08d}")
+    assert start(export_best=True)[0] == 12
     assert (
-        "the evaluation of step 1 was better, but its checkpoint was not kept"
+        f"the evaluation of step {best} was better, but its checkpoint was not kept"
         in capsys.readouterr().out
     )
-    assert json.loads((run / "outcome.json").read_text())["exported_step"] == 12
 
 
 def test_a_run_stops_early_when_patience_runs_out(workshop):
@@ -895,6 +798,7 @@ def test_a_run_stops_early_when_patience_runs_out(workshop):
         evaluation__sample_prompts=["hi"],
         evaluation__sample_every_steps=1,
         evaluation__sample_max_new_tokens=2,
+        tracking__log_every_steps=100,
     )
     outcome = json.loads((run / "outcome.json").read_text())
     assert "stopped early, of 12 steps" in outcome["reason"]
@@ -904,36 +808,35 @@ def test_a_run_stops_early_when_patience_runs_out(workshop):
     found = list(eval_losses(run).values())
     assert len(found) < 12
     assert min(found[-2:]) >= min(found[:-2])
-    assert json.loads((run / "outcome.json").read_text())["state"] == "complete"
+    assert outcome["state"] == "complete"
+    logged = [line["step"] for line in read_jsonl(run / "metrics.jsonl")]
+    assert logged == [outcome["step"]], "the last step is on record"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
-def test_samples_do_not_affect_training(workshop, adapter):
+def test_samples_do_not_affect_training(workshop, chatml_model, adapter):
     settings = {
-        "train__max_steps": 4,
+        "train__max_steps": 2,
         "data__packing": True,
         "train__global_batch_size": 2,
         "train__micro_batch_size": 2,
         "train__epochs": 9,
     }
     if adapter:
-        settings |= from_folder(workshop.train("base") / "model") | {
-            "adapter__kind": "lora",
-            "adapter__dropout": 0.1,
-        }
+        settings |= pretrained(chatml_model) | {"adapter__kind": "lora", "adapter__dropout": 0.1}
     plain = workshop.train("plain", **settings)
     sampled = workshop.train(
         "sampled",
         **settings,
         evaluation__sample_prompts=["what is 2 times three", "hi"],
-        evaluation__sample_every_steps=2,
+        evaluation__sample_every_steps=1,
         evaluation__sample_max_new_tokens=5,
     )
     assert losses(sampled) == losses(plain)
     lines = read_jsonl(sampled / "samples.jsonl")
     assert [(line["step"], line["prompt"]) for line in lines] == [
-        (2, "what is 2 times three"), (2, "hi"), (4, "what is 2 times three"), (4, "hi"),
+        (1, "what is 2 times three"), (1, "hi"), (2, "what is 2 times three"), (2, "hi"),
     ]  # fmt: skip
     config = [
         json.loads((run / "model/generation_config.json").read_text()) for run in (plain, sampled)

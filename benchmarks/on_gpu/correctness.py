@@ -22,17 +22,14 @@ from on_gpu.runner import ROOT, Clock, Ended, Helper, Row, last_words, run, side
 
 PART = "correctness"
 SHAPE = {
-    "model_type": "llama", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 1024,
+    "model_type": "llama", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024,
 }  # fmt: skip
 TINY = {**SHAPE, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 CASE_SECONDS, COMPILED_SECONDS, PYTEST_SECONDS = 100.0, 170.0, 240.0
-USUAL_SECONDS, USUAL_COMPILED_SECONDS = (
-    25.0,
-    90.0,
-)  # of a case on few cores, as long as none has ended
+USUAL_SECONDS, USUAL_COMPILED_SECONDS = 25.0, 90.0  # of a case on few cores, until one has ended
 # Times the longest so far: a case that does not start is left out, one that is killed proves
-# nothing
+# nothing.
 ENDS_WELL_WITHIN = 1.5
 REHEARSED = 5  # times as long: a laptop has other things to do
 SIGNAL_AT = 3
@@ -43,7 +40,7 @@ class Curves:
     """What a run has left behind."""
 
     code: int | None
-    said: str
+    output: str
     was_out_of_turn: bool
     seconds: float
     losses: list[float] = field(default_factory=list)
@@ -69,23 +66,23 @@ class Lab:
     helper: Helper
     clock: Clock
     is_tiny: bool
-    say: Callable[[str], None]
+    log: Callable[[str], None]
     asking: threading.Lock = field(default_factory=threading.Lock)
 
     def missing(self, case: Case) -> str:
-        """Why it cannot run here; empty if it can."""
+        """Return why a case cannot run here; empty if it can."""
         for need in sorted(case.needs):
             if need == "gpu" and not self.facts.get("gpu"):
                 return "needs a GPU"
             if need == "compiler" and not self.facts["compiler"]:
-                return "torch.compile needs a C++ compiler (CXX, or g++), and there is none"
+                return "torch.compile needs a C++ compiler (CXX, or g++)"
             if need in self.facts["left_out"]:
                 return f"needs {need}"
         return ""
 
 
 def rows(lab: Lab, jobs: int, only: str) -> Iterator[Row]:
-    """Run pytest and the matrix, which share the machine, and give a row for each test and case."""
+    """Run pytest and the matrix side by side, and give a row for each test and case."""
     found = matrix.chosen(matrix.cases(), only)
     with threads(1, lab.clock) as beside:
         tests = beside.submit(run_pytest, lab) if not only or only == "pytest" else None
@@ -103,12 +100,10 @@ def rows(lab: Lab, jobs: int, only: str) -> Iterator[Row]:
                 yield Row(PART, case.name, without[case.name], why)
                 continue
             own = turns.curves[case.name]
-            row = judge(case, own, turns.curves.get(reference(case, own)))
+            row = row_of(case, own, turns.curves.get(reference(case, own)))
             if row.status == NO_TURN and case.beside in without:
-                row.status, row.reason = (
-                    without[case.beside],
-                    f"{case.beside}, which it is compared with, has not run",
-                )
+                row.status = without[case.beside]
+                row.reason = f"{case.beside}, which it is compared with, has not run"
             yield row
         if not only:
             for topology, why in matrix.LEFT_OUT.items():
@@ -118,9 +113,7 @@ def rows(lab: Lab, jobs: int, only: str) -> Iterator[Row]:
 
 
 class Turns:
-    """Which cases run in the time of a part: those of matrix.FIRST and those asked for in any case,
-    others as long as they fit.
-    """
+    """Run the cases that fit the time of a part; those of matrix.FIRST, or asked for, always."""
 
     def __init__(self, lab: Lab, jobs: int, cases: Sequence[Case], is_asked_for: bool) -> None:
         self._lab, self._jobs, self._is_asked_for = lab, jobs, is_asked_for
@@ -152,9 +145,7 @@ class Turns:
         return Row(PART, case.name, LEFT_OUT)
 
     def why_left_out(self) -> str:
-        """With the minutes that should be enough for all, if the others take as long as those that
-        ran.
-        """
+        """Return the reason, with the minutes that should be enough for all."""
         ran = [own.seconds for own in self.curves.values()]
         usual = sum(ran) / len(ran) if ran else USUAL_SECONDS
         late = [case for name, case in self._cases.items() if name not in self.curves]
@@ -169,15 +160,16 @@ class Turns:
 
     def _run(self, case: Case, name: str, without: Sequence[int] = ()) -> Curves:
         own = self.curves[name] = run_case(case, self._lab, without, name)
-        self._lab.say(f"{name}: ended with {own.code} at {self._lab.clock.used():.0f} s")
+        self._lab.log(f"{name}: ended with {own.code} at {self._lab.clock.used():.0f} s")
         return own
 
     def _must(self, case: Case) -> bool:
         return self._is_asked_for or case.name in matrix.FIRST
 
     def _longest(self, case: Case) -> float:
-        """Seconds of the longest case of its kind so far; twice that if its reference may have to
-        run again.
+        """Return the seconds of the longest case of this kind so far.
+
+        Twice that for fp16, whose reference may have to run again.
         """
         is_compiled = "compiler" in case.needs
         alike = [
@@ -190,8 +182,7 @@ class Turns:
 
 
 def reference(case: Case, own: Curves) -> str:
-    """The run that it is compared with: that of `beside`, or the same without the steps that fp16
-    skipped.
+    """Name the run to compare with: that of `beside`, without the steps that fp16 skipped.
 
     After a skip every loss is of weights that moved once less, by other examples than the reference
     had seen by then: neither step by step nor shifted can the two runs agree. With the same steps
@@ -202,7 +193,7 @@ def reference(case: Case, own: Curves) -> str:
 
 
 def make(lab: Lab) -> None:
-    """The base model and the rows that all cases share."""
+    """Make the base model and the rows that all cases share."""
     shape = TINY if lab.is_tiny else SHAPE
     lab.helper.ask(
         "make_base", lab.clock.left(), folder=str(lab.work / "base"), shape=shape, dtype="float32"
@@ -213,7 +204,7 @@ def make(lab: Lab) -> None:
 
 
 def config(case: Case, name: str, lab: Lab) -> Path:
-    """The run config of a case, as a file."""
+    """Write the run config of a case, and return its path."""
     values = {
         "run.name": name, "run.dir": str(lab.work / "runs"), "model.path": str(lab.work / "base"),
         "data.train": str(lab.work / "rows.jsonl"), "data.cache_dir": str(lab.work / "cache"),
@@ -234,7 +225,7 @@ def sections(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def command(topology: str | None, path: Path) -> list[str]:
-    """As a user would start it; through the launcher if it has a topology file."""
+    """Return the command of a user; through the launcher if there is a topology file."""
     script = ["train.py", "--config", str(path)]
     if topology is None:
         return [sys.executable, *script]
@@ -246,8 +237,9 @@ def command(topology: str | None, path: Path) -> list[str]:
 
 
 def run_case(case: Case, lab: Lab, without: Sequence[int], name: str) -> Curves:
-    """Run it, interrupted if it is to be, and open what it exported. `without`: steps to leave out;
-    `name`: of the run.
+    """Run a case, interrupt it if it says so, and open what it exported.
+
+    `without`: steps to leave out; `name`: of the run.
     """
     path, folder, log = config(case, name, lab), lab.work / "runs" / name, lab.logs / f"{name}.log"
     limit = COMPILED_SECONDS if "compiler" in case.needs else CASE_SECONDS
@@ -272,7 +264,7 @@ def run_case(case: Case, lab: Lab, without: Sequence[int], name: str) -> Curves:
     ended = run(asked, env=env, log=log, limit=limit, clock=lab.clock)
     found = read(folder, ended, seconds + ended.seconds)
     found.problem = found.problem or problem
-    if case.is_interrupted and not problem and "resumed from" not in ended.said:
+    if case.is_interrupted and not problem and "resumed from" not in ended.output:
         found.problem = "the second attempt did not resume"
     if found.code == 0 and not found.problem:
         try:
@@ -295,7 +287,7 @@ def interrupt(process: subprocess.Popen[bytes], folder: Path) -> bool:
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """Whole lines of a file that may still grow."""
+    """Return the whole lines of a file that may be growing."""
     with contextlib.suppress(OSError):
         return [
             json.loads(line)
@@ -310,8 +302,9 @@ def read(folder: Path, ended: Ended, seconds: float) -> Curves:
         lines(folder / f"{name}.jsonl") for name in ("metrics", "eval", "saves")
     )
     return Curves(
-        ended.code, ended.said, ended.was_out_of_turn, seconds,
-        losses=[_number(line["loss"]) for line in metrics], norms=[_number(line["grad_norm"]) for line in metrics if not line.get("skipped")],
+        ended.code, ended.output, ended.was_out_of_turn, seconds,
+        losses=[_number(line["loss"]) for line in metrics],
+        norms=[_number(line["grad_norm"]) for line in metrics if not line.get("skipped")],
         evals=[_number(line["eval_loss"]) for line in evals], num_saves=len(saves),
         skipped=[number for number, line in enumerate(metrics, 1) if line.get("skipped")],
     )  # fmt: skip
@@ -321,10 +314,8 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def judge(case: Case, own: Curves, other: Curves | None) -> Row:
-    """Whether a run did what it must, by itself and compared with its reference, which left out the
-    same steps.
-    """
+def row_of(case: Case, own: Curves, other: Curves | None) -> Row:
+    """Return whether a run did what it must, by itself and compared with its reference."""
     row = Row(PART, case.name, WRONG, seconds=own.seconds)
     if own.was_out_of_turn:
         row.status, row.reason = NO_TURN, "the time of this part was up while it ran"
@@ -344,9 +335,9 @@ def judge(case: Case, own: Curves, other: Curves | None) -> Row:
             return row
     name = reference(case, own)
     if other is None or other.was_out_of_turn:
-        row.status, row.reason = (
-            NO_TURN,
-            f"the time of this part was up before {name}, which it is compared with, had ended",
+        row.status = NO_TURN
+        row.reason = (
+            f"the time of this part was up before {name}, which it is compared with, had ended"
         )
         return row
     if why := other.problem or wrong_by_itself(other, _steps(case)):
@@ -365,9 +356,15 @@ def compare(row: Row, case: Case, within: Tolerance, own: Curves, other: Curves)
         else {**found, "compared": "all"}
     )
     if not found["loss"] <= within.loss:
-        row.reason = f"losses differ by {found['loss']:.1e} from {case.beside}, more than {within.loss:.1e} ({within.why})"
+        row.reason = (
+            f"losses differ by {found['loss']:.1e} from {case.beside}, more than "
+            f"{within.loss:.1e} ({within.why})"
+        )
     elif not found["norm"] <= within.norm:
-        row.reason = f"gradient norms differ by {found['norm']:.1e} from {case.beside}, more than {within.norm:.1e}"
+        row.reason = (
+            f"gradient norms differ by {found['norm']:.1e} from {case.beside}, more than "
+            f"{within.norm:.1e}"
+        )
     else:
         row.status = RIGHT
 
@@ -377,11 +374,11 @@ def _steps(case: Case) -> int:
 
 
 def wrong_by_itself(own: Curves, steps: int) -> str:
-    """What a run has not done that each must."""
+    """Return what a run has not done that each must; empty if nothing."""
     if own.code is None:
         return f"killed, as it had not ended after {own.seconds:.0f} s"
     if own.code != 0:
-        return f"ended with {own.code}: {last_words(own.said)}"
+        return f"ended with {own.code}: {last_words(own.output)}"
     if len(own.losses) != steps:
         return f"{len(own.losses)} steps of {steps} are on record"
     if not all(map(math.isfinite, [*own.losses, *own.norms, *own.evals])):
@@ -400,8 +397,9 @@ def wrong_by_itself(own: Curves, steps: int) -> str:
 
 
 def differences(own: Curves, other: Curves, only_first: bool = False) -> dict[str, float]:
-    """Largest relative difference of losses (steps, evaluations, export) and of gradient norms; inf
-    if there are not as many.
+    """Return the largest relative differences; inf if there are not as many values.
+
+    Losses are those of steps, evaluations and the export.
     """
     if only_first:
         return {"loss": _relative(own.losses[:1], other.losses[:1]), "norm": 0.0}
@@ -429,25 +427,17 @@ def _relative(own: Sequence[float | None], other: Sequence[float | None]) -> flo
 
 
 def run_pytest(lab: Lab) -> list[Row]:
-    """tests/test_gpu.py, without plugins that other projects have installed."""
+    """Run tests/test_gpu.py, without plugins that other projects have installed."""
     if "pytest" in lab.facts["left_out"]:
         return [Row(PART, "tests/test_gpu.py", LEFT_OUT, "needs pytest")]
     results = lab.work / "pytest.xml"
-    asked = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "tests/test_gpu.py",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        f"--junitxml={results}",
-    ]
+    options = f"-q -p no:cacheprovider --junitxml={results}".split()
+    asked = [sys.executable, "-m", "pytest", "tests/test_gpu.py", *options]
     ended = run(
         asked, env=lab.env, log=lab.logs / "pytest.log", limit=PYTEST_SECONDS, clock=lab.clock
     )
     if not results.exists():
-        status, why = WRONG, f"ended with {ended.code}: {last_words(ended.said)}"
+        status, why = WRONG, f"ended with {ended.code}: {last_words(ended.output)}"
         if ended.was_out_of_turn:
             status, why = NO_TURN, "the time of this part was up"
         return [Row(PART, "tests/test_gpu.py", status, why, ended.seconds)]
@@ -455,7 +445,7 @@ def run_pytest(lab: Lab) -> list[Row]:
 
 
 def tests_in(junit: str) -> Iterator[Row]:
-    """A row for each test of a report in JUnit's format."""
+    """Give a row for each test of a report in JUnit's format."""
     for case in ElementTree.fromstring(junit).iter("testcase"):
         row = Row(
             PART, f"test_gpu.py::{case.get('name')}", RIGHT, seconds=float(case.get("time", 0))
@@ -463,10 +453,8 @@ def tests_in(junit: str) -> Iterator[Row]:
         row.values = {each.get("name", ""): each.get("value") for each in case.iter("property")}
         for kind, status in (("failure", WRONG), ("error", WRONG), ("skipped", LEFT_OUT)):
             if (found := case.find(kind)) is not None:
-                row.status, row.reason = (
-                    status,
-                    (found.get("message") or kind).splitlines()[0][:300],
-                )
+                row.status = status
+                row.reason = (found.get("message") or kind).splitlines()[0][:300]
                 if found.get("type") == "pytest.xfail":
                     row.status = KNOWN
         yield row

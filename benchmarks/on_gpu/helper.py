@@ -19,21 +19,25 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 # What train.py imports, by the name of the module; pip's name where it is another.
 REQUIRED = {
-    "torch": "torch", "transformers": "transformers", "accelerate": "accelerate", "peft": "peft", "datasets": "datasets",
-    "tokenizers": "tokenizers", "safetensors": "safetensors", "numpy": "numpy", "pydantic": "pydantic", "yaml": "PyYAML",
-    "jinja2": "Jinja2", "filelock": "filelock", "tqdm": "tqdm",
+    "torch": "torch", "transformers": "transformers", "accelerate": "accelerate", "peft": "peft",
+    "datasets": "datasets", "tokenizers": "tokenizers", "safetensors": "safetensors",
+    "numpy": "numpy", "pydantic": "pydantic", "yaml": "PyYAML", "jinja2": "Jinja2",
+    "filelock": "filelock", "tqdm": "tqdm",
 }  # fmt: skip
 OPTIONAL = {
-    "bitsandbytes": "QLoRA, 8-bit and paged optimizers, Lion", "deepspeed": "ZeRO-1, 2 and 3", "pytest": "tests/test_gpu.py",
-    "trl": "the comparison with TRL", "liger_kernel": "TRL with Liger", "flash_attn": "FlashAttention-2", "torchao": "nothing so far, as train.py does not use it yet",
-}  # fmt: skip
+    "bitsandbytes": "QLoRA, 8-bit and paged optimizers, Lion",
+    "deepspeed": "ZeRO-1, 2 and 3",
+    "pytest": "tests/test_gpu.py",
+    "trl": "the comparison with TRL",
+    "liger_kernel": "TRL with Liger",
+    "flash_attn": "FlashAttention-2",
+    "torchao": "nothing so far, as train.py does not use it yet",
+}
 OLDEST_TORCH = (2, 11)
 
 
 def facts() -> dict[str, Any]:
-    """Versions of what can be imported, what cannot and why, and the GPU. An import is what counts,
-    not a list of packages.
-    """
+    """Import what runs need; return versions, what is missing and why, and the GPU."""
     versions, missing, left_out = {"python": platform.python_version()}, {}, {}
     for module, name in REQUIRED.items():
         try:
@@ -52,11 +56,8 @@ def facts() -> dict[str, Any]:
         missing["torch"] = f"{versions['torch']} is older than {'.'.join(map(str, OLDEST_TORCH))}"
     for module, use in OPTIONAL.items() if not missing else ():
         try:
-            if module not in (
-                "trl",
-                "liger_kernel",
-                "pytest",
-            ):  # heavy, and only used in processes of their own
+            # The others are heavy, and only used in processes of their own.
+            if module not in ("trl", "liger_kernel", "pytest"):
                 importlib.import_module(module)
             versions[module] = _version(module)
         except Exception as exc:
@@ -91,8 +92,9 @@ def _machine() -> dict[str, Any]:
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info(0)
         found |= {
-            "gpu": torch.cuda.get_device_name(0), "memory_gb": total / 1e9, "free_gb": free / 1e9, "driver": _driver(),
-            "cuda": torch.version.cuda, "capability": ".".join(map(str, torch.cuda.get_device_capability(0))),
+            "gpu": torch.cuda.get_device_name(0), "memory_gb": total / 1e9, "free_gb": free / 1e9,
+            "driver": _driver(), "cuda": torch.version.cuda,
+            "capability": ".".join(map(str, torch.cuda.get_device_capability(0))),
         }  # fmt: skip
     return found
 
@@ -108,9 +110,7 @@ def _driver() -> str:
 
 
 def make_base(folder: str, shape: dict[str, Any], dtype: str) -> int:
-    """A model of random weights with the tokenizer of bytes -> its number of parameters. Made on
-    the GPU, if there is one.
-    """
+    """Save a model of random weights with the tokenizer of bytes; return its parameters."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -133,9 +133,7 @@ def make_base(folder: str, shape: dict[str, Any], dtype: str) -> int:
 
 
 def make_rows(path: str, number: int, kind: str, length: int) -> None:
-    """Questions whose answers differ in length, or texts of about `length` bytes, which are its
-    tokens.
-    """
+    """Write questions whose answers differ in length, or texts of about `length` tokens (bytes)."""
     draw = random.Random(0)
     rows: list[dict[str, str]] = []
     for i in range(number):
@@ -152,9 +150,7 @@ def make_rows(path: str, number: int, kind: str, length: int) -> None:
 
 
 def open_export(folder: str) -> float:
-    """The loss of one fixed text by an exported model, opened with plain transformers or peft, in
-    float32.
-    """
+    """Return the loss of one text by an export, opened in float32 by transformers or peft."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -173,9 +169,7 @@ def open_export(folder: str) -> float:
 
 
 def forecast(config: str, on_gpu: bool) -> dict[str, float]:
-    """Bytes that `plan` forecasts for one process, and those of them that PyTorch's allocator does
-    not count.
-    """
+    """Return the bytes that `plan` forecasts, and those that PyTorch's allocator does not count."""
     from finetune import config as configs
     from finetune.engine.topology.launch import ParallelConfig
     from finetune.forecast.choice import Chooser

@@ -1,5 +1,4 @@
-"""The cases of `make gpu PART=correctness`: what runs, and what each run must agree with. Needs no
-torch.
+"""The cases of `make gpu PART=correctness`: what runs, and what must agree. Needs no torch.
 
 A case is one real run of train.py with at least two saves. `beside` names the case whose losses,
 gradient norms, evaluations and exported model it must have, within a tolerance that comes with its
@@ -18,9 +17,7 @@ LONG = 40
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Largest relative differences of losses (of steps, of evaluations, of the opened export) and
-    of gradient norms.
-    """
+    """Largest relative differences of losses (steps, evaluations, export) and gradient norms."""
 
     loss: float
     norm: float
@@ -113,18 +110,12 @@ LEFT_OUT = {
 # With one process: what these files need besides --num_processes 1.
 SIZES = {
     "fsdp2_hybrid": [
-        "--parallelism_config_dp_replicate_size",
-        "1",
-        "--parallelism_config_dp_shard_size",
-        "1",
+        "--parallelism_config_dp_replicate_size", "1", "--parallelism_config_dp_shard_size", "1",
     ],
     "fsdp2_context": [
-        "--parallelism_config_cp_size",
-        "1",
-        "--parallelism_config_dp_shard_size",
-        "1",
+        "--parallelism_config_cp_size", "1", "--parallelism_config_dp_shard_size", "1",
     ],
-}
+}  # fmt: skip
 TOPOLOGIES = ("single", "ddp", "fsdp2", "fsdp2_offload", "zero1", "zero2", "zero3", "zero3_offload")
 
 BASE = {
@@ -153,9 +144,9 @@ STARTS = {
 QUANTIZATIONS = {"nf4": SAME_START, "fp4": NEAR_START, "int8": NEAR_START}
 
 
-# Of each topology, method, precision and of what is compiled or resumed, one, and what these are
-# compared with: about what four cores have time for. What has no turn among these ends with 1; the
-# others are left out where time is short.
+# One of each topology, method and precision, compiled and resumed, and what these are compared
+# with: about what four cores have time for. If one of these has no turn, the exit code is 1; others
+# are left out where time is short.
 FIRST = (
     "plain-full", "compiled-full", "plain-lora", "plain-qlora", "cpu-adamw", "optimizer-adamw",
     "fp16", "long-full", "resumed-single",
@@ -164,20 +155,9 @@ FIRST = (
 
 
 def cases() -> list[Case]:
-    """All of them, in the order of importance, each after what it is compared with: a lack of time
-    takes away the least.
-    """
-    found = [
-        *_methods(),
-        *_precisions(),
-        *_resumed(),
-        *_compiled(),
-        *_optimizers(),
-        *_adapters(),
-        *_layouts(),
-        *_extras(),
-    ]
-    by_name = {case.name: _with_needs(case) for case in found}
+    """Return all, the most important first, each after what it is compared with."""
+    groups = (_methods, _precisions, _resumed, _compiled, _optimizers, _adapters, _layouts, _extras)
+    by_name = {case.name: _with_needs(case) for group in groups for case in group()}
     ordered: dict[str, Case] = {}
     for name in (*FIRST, *by_name):
         if (beside := by_name[name].beside) and beside not in ordered:
@@ -188,7 +168,7 @@ def cases() -> list[Case]:
 
 
 def chosen(found: list[Case], pattern: str) -> list[Case]:
-    """Those whose names match, and what they are compared with, and that in turn."""
+    """Return the cases whose names match, and all that they are compared with."""
     by_name = {case.name: case for case in found}
     wanted = {name for name in by_name if re.search(pattern, name)}
     while references := {beside for name in wanted if (beside := by_name[name].beside)} - wanted:
@@ -197,20 +177,13 @@ def chosen(found: list[Case], pattern: str) -> list[Case]:
 
 
 def _methods() -> Iterable[Case]:
-    """Every topology with one process, every method, compared with `python train.py`; all weights
-    in float32 as well.
-    """
+    """Give every topology with one process and every method, beside `python train.py`."""
     for method, settings in METHODS.items():
         yield Case(f"plain-{method}", settings)
         for topology in TOPOLOGIES:
             full = ZERO_BF16 if topology.startswith("zero") else BF16
-            yield Case(
-                f"{topology}-{method}",
-                settings,
-                topology,
-                f"plain-{method}",
-                full if method == "full" else ADAPTERS,
-            )
+            within = full if method == "full" else ADAPTERS
+            yield Case(f"{topology}-{method}", settings, topology, f"plain-{method}", within)
     for topology in TOPOLOGIES[1:]:
         yield Case(f"{topology}-fp32", FP32, topology, "optimizer-adamw", FLOAT32)
     for topology in SIZES:
@@ -220,21 +193,15 @@ def _methods() -> Iterable[Case]:
 def _compiled() -> Iterable[Case]:
     yield Case("compiled-full", COMPILE, None, "plain-full", COMPILED)
     yield Case("compiled-recomputed", COMPILE | RECOMPUTED, None, "plain-full", COMPILED)
-    yield Case(
-        "compiled-lora-recomputed",
-        LORA | COMPILE | RECOMPUTED,
-        None,
-        "plain-lora",
-        COMPILED_ADAPTERS,
-    )
+    both = LORA | COMPILE | RECOMPUTED
+    yield Case("compiled-lora-recomputed", both, None, "plain-lora", COMPILED_ADAPTERS)
     yield Case("compiled-qlora", QLORA | COMPILE, None, "plain-qlora", COMPILED_ADAPTERS)
     yield Case("compiled-ddp", COMPILE, "ddp", "plain-full", COMPILED)
     yield Case("compiled-fsdp2", COMPILE, "fsdp2", "plain-full", COMPILED)
     yield Case("compiled-zero2", COMPILE, "zero2", "plain-full", COMPILED)
     yield Case("recomputed", RECOMPUTED, None, "plain-full", BF16)
-    yield Case(
-        "recomputed-one-layer", {"train.gradient_checkpointing": 1}, None, "plain-full", BF16
-    )
+    one_layer = {"train.gradient_checkpointing": 1}
+    yield Case("recomputed-one-layer", one_layer, None, "plain-full", BF16)
     yield Case("recomputed-lora", LORA | RECOMPUTED, None, "plain-lora", ADAPTERS)
 
 
@@ -249,17 +216,15 @@ def _precisions() -> Iterable[Case]:
 
 
 def resumed() -> Tolerance:
-    """What the project states of a resumption in float32 on a GPU. Imported late: gpu.py names
-    packages that are missing first.
+    """Return what the project states of a resumption in float32 on a GPU.
+
+    Imported late, as gpu.py first names packages that are missing.
     """
     from finetune.replay import NORM, TOLERANCE
 
     part = TOLERANCE["fp32"]
-    return Tolerance(
-        part,
-        NORM * part,
-        "as docs/spot.md states; CUDA adds up in no fixed order, so not to the bit",
-    )
+    why = "as docs/spot.md states; CUDA adds up in no fixed order, so not to the bit"
+    return Tolerance(part, NORM * part, why)
 
 
 def _resumed() -> Iterable[Case]:
@@ -278,7 +243,7 @@ def _resumed() -> Iterable[Case]:
 
 
 def _optimizers() -> Iterable[Case]:
-    """Each in float32, compared with the same on the CPU, where everything else was proved."""
+    """Give each in float32, beside the same on the CPU, where everything else was proved."""
     for kind, lr in OPTIMIZERS.items():
         settings = FP32 | {"optimizer.kind": kind, "optimizer.lr": lr}
         within = (
@@ -289,77 +254,41 @@ def _optimizers() -> Iterable[Case]:
 
 
 def _adapters() -> Iterable[Case]:
-    """Adapters start from random numbers of their own device, so losses are compared at the first
-    step.
-    """
+    """Give each start of adapters. It draws random numbers: only the first loss is compared."""
     for init, (method, within) in STARTS.items():
         if init != "default":  # that is plain-lora
+            beside = "plain-lora" if within else None
             settings = method | {"adapter.init": init}
-            yield Case(
-                f"init-{init}",
-                settings,
-                None,
-                "plain-lora" if within else None,
-                within,
-                only_first=True,
-            )
-    for quantization, within in QUANTIZATIONS.items():
-        if quantization != "nf4":  # that is plain-qlora
-            settings = QLORA | {"adapter.quantization": quantization}
-            yield Case(
-                f"qlora-{quantization}", settings, None, "plain-lora", within, only_first=True
-            )
-    yield Case(
-        "dora", LORA | {"adapter.dora": True}, None, "plain-lora", SAME_START, only_first=True
-    )
-    yield Case(
-        "qlora-dora",
-        QLORA | {"adapter.dora": True},
-        None,
-        "plain-qlora",
-        SAME_START,
-        only_first=True,
-    )
-    yield Case(
-        "rslora", LORA | {"adapter.rslora": True}, None, "plain-lora", SAME_START, only_first=True
-    )
-    whole = {"adapter.train_norms": True, "adapter.modules_to_save": ["lm_head"]}
-    yield Case("lora-whole-modules", LORA | whole, None, "plain-lora", SAME_START, only_first=True)
-    yield Case(
-        "lora-new-tokens",
-        LORA | {"model.new_tokens": ["<|a|>"]},
-        None,
-        "plain-lora",
-        SAME_START,
-        only_first=True,
-    )
-    yield Case(
-        "dropout", LORA | {"adapter.dropout": 0.1}, None, "plain-lora", SAME_START, only_first=True
-    )
+            yield Case(f"init-{init}", settings, None, beside, within, only_first=True)
+    for kind, within in QUANTIZATIONS.items():
+        if kind != "nf4":  # that is plain-qlora
+            settings = QLORA | {"adapter.quantization": kind}
+            yield Case(f"qlora-{kind}", settings, None, "plain-lora", within, only_first=True)
+    dora = QLORA | {"adapter.dora": True}
+    yield Case("qlora-dora", dora, None, "plain-qlora", SAME_START, only_first=True)
+    for name, own in {
+        "dora": {"adapter.dora": True},
+        "rslora": {"adapter.rslora": True},
+        "lora-whole-modules": {"adapter.train_norms": True, "adapter.modules_to_save": ["lm_head"]},
+        "lora-new-tokens": {"model.new_tokens": ["<|a|>"]},
+        "dropout": {"adapter.dropout": 0.1},
+    }.items():
+        yield Case(name, LORA | own, None, "plain-lora", SAME_START, only_first=True)
 
 
 def _layouts() -> Iterable[Case]:
-    """The same examples in the same steps, padded or end to end. Packs hold other examples, so they
-    cannot serve as a reference.
-    """
+    """Give the same examples in the same steps, padded or end to end; packs hold others."""
     yield Case("unpacked", UNPACKED)
     yield Case("padded-sdpa", UNPACKED | {"model.attention": "sdpa"}, None, "unpacked", LAYOUT)
     yield Case("padded-eager", UNPACKED | {"model.attention": "eager"}, None, "unpacked", LAYOUT)
-    yield Case(
-        "grouped-by-length", UNPACKED | {"data.group_by_length": True, "model.attention": "sdpa"}
-    )
+    grouped = {"data.group_by_length": True, "model.attention": "sdpa"}
+    yield Case("grouped-by-length", UNPACKED | grouped)
     yield Case("one-at-a-time", {"train.micro_batch_size": 1}, None, "plain-full", BF16)
     yield Case("as-many-as-fit", {"train.micro_batch_size": "auto"}, None, "plain-full", BF16)
     with_flash = frozenset({"flash_attn", "gpu"})  # without it `auto` is `documents`
     for attention in ("flash_attention_2", "documents"):
-        yield Case(
-            f"attention-{attention}",
-            {"model.attention": attention},
-            None,
-            "plain-full",
-            LAYOUT,
-            needs=with_flash,
-        )
+        name, own = f"attention-{attention}", {"model.attention": attention}
+        yield Case(name, own, None, "plain-full", LAYOUT, needs=with_flash)
 
 
 def _extras() -> Iterable[Case]:
@@ -371,16 +300,10 @@ def _extras() -> Iterable[Case]:
     yield Case("ema", {"train.ema_decay": 0.9}, None, "plain-full", BF16, only_first=True)
     yield Case("neftune", {"train.neftune_alpha": 5.0})
     yield Case("label-smoothing", {"objective.label_smoothing": 0.1})
-    yield Case(
-        "export-best",
-        {"evaluation.export_best": True, "checkpoint.every_steps": 2},
-        None,
-        "plain-full",
-        BF16,
-    )
-    yield Case(
-        "saves-in-the-foreground", {"checkpoint.asynchronous": False}, None, "plain-full", BF16
-    )
+    best = {"evaluation.export_best": True, "checkpoint.every_steps": 2}
+    yield Case("export-best", best, None, "plain-full", BF16)
+    waiting = {"checkpoint.asynchronous": False}
+    yield Case("saves-in-the-foreground", waiting, None, "plain-full", BF16)
 
 
 def _with_needs(case: Case) -> Case:
@@ -391,12 +314,10 @@ def _with_needs(case: Case) -> Case:
 
 
 def needs(settings: Mapping[str, Any]) -> set[str]:
-    """What a run with these settings needs besides what every run does."""
+    """Return what a run with these settings needs besides what every run does."""
     found = set()
     quantizes = settings.get("adapter.kind") == "qlora" or settings.get("adapter.init") == "loftq"
-    if quantizes or any(
-        word in settings.get("optimizer.kind", "") for word in ("8bit", "paged", "lion")
-    ):
+    if quantizes or re.search("8bit|paged|lion", settings.get("optimizer.kind", "")):
         found.add("bitsandbytes")
     if settings.get("train.compile"):
         found.add("compiler")

@@ -1,6 +1,4 @@
-"""What `plan` forecasts compared with what PyTorch's allocator has at its peak: layers of an 8B
-model, but two of them.
-"""
+"""Compare forecasts of `plan` with the allocator's peaks: two layers of an 8B model's shape."""
 
 import re
 import shutil
@@ -17,15 +15,16 @@ from on_gpu.runner import Clock, Ended, Helper, Row, last_words, run, threads
 
 PART = "memory"
 LAYER = {
-    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
-    "max_position_embeddings": 16384,
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 16384,
 }  # fmt: skip
 # Few words, tied: embeddings of 128,256 would be most of two layers, and of every checkpoint.
 SHAPE = {**LAYER, "num_hidden_layers": 2, "vocab_size": 32000, "tie_word_embeddings": True}
 TINY = {**correctness.TINY, "vocab_size": 512, "max_position_embeddings": 16384}
 BASE = {
-    "objective.kind": "clm", "data.packing": True, "data.truncation": "right", "train.precision": "bf16", "train.max_steps": 3,
-    "train.global_batch_size": 1, "train.micro_batch_size": 1, "optimizer.lr": 1e-5,
+    "objective.kind": "clm", "data.packing": True, "data.truncation": "right",
+    "train.precision": "bf16", "train.max_steps": 3, "train.global_batch_size": 1,
+    "train.micro_batch_size": 1, "optimizer.lr": 1e-5,
 }  # fmt: skip
 LORA = {"adapter.kind": "lora"}
 QLORA = {"adapter.kind": "qlora"}
@@ -45,9 +44,9 @@ CASES: dict[str, dict[str, Any]] = {
     "full, 8-bit AdamW": {"optimizer.kind": "adamw_8bit"},
 }
 CASE_SECONDS, FORECAST_SECONDS = 75.0, 60.0
-# Forecast / measured. Below, a run that was said to fit ends without memory; on an H200 0.92 and
-# 1.02 were seen. Compiled layers keep less than the same layers uncompiled, which is what is
-# forecast. A CPU's processes hold their libraries as well.
+# Forecast / measured. Below, a run that fits by its forecast ends without memory; on an H200 0.92
+# and 1.02 were seen. Compiled layers keep less than the uncompiled ones that are forecast. A CPU's
+# processes hold their libraries as well.
 RATIO, COMPILED_RATIO, CPU_RATIO = (0.9, 1.25), (0.9, 2.0), (0.3, 3.0)
 
 
@@ -62,7 +61,7 @@ class Lab:
     helper: Helper
     clock: Clock
     is_tiny: bool
-    say: Callable[[str], None]
+    log: Callable[[str], None]
 
     def config(self, name: str, settings: Mapping[str, Any]) -> Path:
         values = {
@@ -78,22 +77,23 @@ class Lab:
     def train(
         self, path: Path, limit: float, topology: str | None = None
     ) -> tuple[Ended, list[dict[str, Any]]]:
-        """(how it ended, its metrics); its directory is gone then, as checkpoints and models are
-        large.
-        """
-        name = path.stem
-        ended = run(correctness.command(topology, path), env=self.env, log=self.logs / f"{name}.log", limit=limit, clock=self.clock)  # fmt: skip
+        """Return (how the run ended, its metrics); its large directory is removed."""
+        name, command = path.stem, correctness.command(topology, path)
+        log = self.logs / f"{name}.log"
+        ended = run(command, env=self.env, log=log, limit=limit, clock=self.clock)
         metrics = correctness.lines(self.work / "runs" / name / "metrics.jsonl")
         shutil.rmtree(self.work / "runs" / name, ignore_errors=True)
         return ended, metrics
 
     def missing(self, settings: Mapping[str, Any]) -> str:
-        needs = matrix.needs(settings)
-        return next((f"needs {need}" for need in sorted(needs) if need in self.facts["left_out"] or (need == "compiler" and not self.facts["compiler"])), "")  # fmt: skip
+        """Return why a run with these settings cannot run here; empty if it can."""
+        missing = set(self.facts["left_out"])
+        missing |= set() if self.facts["compiler"] else {"compiler"}
+        return next((f"needs {need}" for need in sorted(matrix.needs(settings) & missing)), "")
 
 
 def rows(lab: Lab, only: str) -> Iterator[Row]:
-    """One run after the other; the next forecast is made meanwhile."""
+    """Run one case after the other; make the next forecast meanwhile."""
     base, texts, length = lab.work / "base", lab.work / "rows.jsonl", 256 if lab.is_tiny else 4096
     lab.helper.ask(
         "make_base",
@@ -134,7 +134,7 @@ def rows(lab: Lab, only: str) -> Iterator[Row]:
                 yield Row(PART, name, NO_TURN, "the time of this part was up")
             else:
                 yield measure(name, settings, paths[name], forecasts[name], lab)
-                lab.say(f"{name}: done at {lab.clock.used():.0f} s")
+                lab.log(f"{name}: done at {lab.clock.used():.0f} s")
 
 
 def measure(
@@ -150,36 +150,34 @@ def measure(
     except (RuntimeError, TimeoutError) as exc:
         row.reason = f"the forecast: {exc}"
         if lab.clock.left() <= 0:
-            row.status, row.reason = (
-                NO_TURN,
-                "the time of this part was up before its forecast was made",
-            )
+            row.status = NO_TURN
+            row.reason = "the time of this part was up before its forecast was made"
         return row
     peak = expected["peak"] / 1e9
     if lab.facts.get("gpu") and peak > 0.95 * lab.facts["free_gb"]:
-        row.status, row.reason = (
-            LEFT_OUT,
-            f"needs {peak:.0f} GB, and {lab.facts['free_gb']:.0f} are free",
-        )
+        row.status = LEFT_OUT
+        row.reason = f"needs {peak:.0f} GB, and {lab.facts['free_gb']:.0f} are free"
         return row
+    of_a_gpu = COMPILED_RATIO if settings.get("train.compile") else RATIO
     ended, metrics = lab.train(path, CASE_SECONDS)
     row.seconds = ended.seconds
     if ended.was_out_of_turn:
         row.status, row.reason = NO_TURN, "the time of this part was up while it ran"
     elif ended.code != 0 or not metrics:
-        row.reason = f"ended with {ended.code}: {last_words(ended.said)}"
+        row.reason = f"ended with {ended.code}: {last_words(ended.output)}"
     else:
         row.status, row.reason, row.values = verdict(
-            (expected["peak"] - expected["outside"]) / 1e9, metrics[-1]["memory_gb"],
-            CPU_RATIO if lab.is_tiny else COMPILED_RATIO if settings.get("train.compile") else RATIO,
-        )  # fmt: skip
+            (expected["peak"] - expected["outside"]) / 1e9,
+            metrics[-1]["memory_gb"],
+            CPU_RATIO if lab.is_tiny else of_a_gpu,
+        )
     return row
 
 
 def verdict(
     forecast: float, measured: float, allowed: tuple[float, float]
 ) -> tuple[str, str, dict[str, float]]:
-    """(status, reason, cells) of a forecast in GB and what was measured."""
+    """Return (status, reason, cells) of a forecast and what was measured, in GB."""
     ratio = forecast / measured
     cells = {
         "forecast, GB": round(forecast, 2),
@@ -188,8 +186,5 @@ def verdict(
     }
     if allowed[0] <= ratio <= allowed[1]:
         return RIGHT, "", cells
-    return (
-        WRONG,
-        f"forecast / measured is {ratio:.3f}, not from {allowed[0]} to {allowed[1]}",
-        cells,
-    )
+    why = f"forecast / measured is {ratio:.3f}, not from {allowed[0]} to {allowed[1]}"
+    return WRONG, why, cells

@@ -1,8 +1,7 @@
-"""Rows as a table in markdown, as JSON, and as an exit code. Needs no torch."""
+"""Write rows as a table in markdown and as JSON, and give the exit code. Needs no torch."""
 
 import json
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,20 +16,20 @@ MEASURED, KNOWN = "measured", "known failure"
 
 
 class Log:
-    """What is said goes to the terminal and into a file."""
+    """Print lines on the terminal and into a file."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("w", encoding="utf-8")
+        self._path = path
+        path.write_text("")
 
     def __call__(self, line: str) -> None:
-        for stream in (sys.stdout, self._file):
-            print(line, file=stream, flush=True)
+        print(line, flush=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
 
 def exit_code(rows: Sequence[Row]) -> int:
-    """1 if anything is wrong, nothing was right or measured, or correctness was cut short: what had
-    no turn is not proved. Else 0.
-    """
+    """Return 1 if anything is wrong, nothing ran, or correctness was cut short; else 0."""
     cut_short = any(row.part == "correctness" and row.status == NO_TURN for row in rows)
     is_wrong = any(row.status == WRONG for row in rows) or not any(
         row.status in (RIGHT, MEASURED) for row in rows
@@ -39,7 +38,7 @@ def exit_code(rows: Sequence[Row]) -> int:
 
 
 def about(facts: dict[str, Any]) -> str:
-    """One line: hardware and versions."""
+    """Return hardware and versions in one line."""
     gpu = (
         f"{facts['gpu']}, {facts['memory_gb']:.0f} GB, driver {facts['driver']}"
         if facts.get("gpu")
@@ -51,7 +50,7 @@ def about(facts: dict[str, Any]) -> str:
 
 
 def table(rows: Sequence[Row], facts: dict[str, Any]) -> str:
-    """Markdown that can be pasted into docs: what ran, then what did not, and why."""
+    """Return markdown for the docs: what ran, then what did not, and why."""
     ran = [row for row in rows if row.status in (RIGHT, MEASURED, WRONG)]
     columns = list(dict.fromkeys(key for row in ran for key in row.values))
     lines = [about(facts), ""]
@@ -60,29 +59,15 @@ def table(rows: Sequence[Row], facts: dict[str, Any]) -> str:
         lines += [_line(head), _line(["---"] * len(head))]
         for row in ran:
             status = row.status if row.status != WRONG else f"**{row.status}**: {row.reason}"
-            lines.append(
-                _line(
-                    [
-                        row.name,
-                        status,
-                        *(shown(row.values.get(key)) for key in columns),
-                        f"{row.seconds:.0f}",
-                    ]
-                )
-            )
+            cells = [shown(row.values.get(key)) for key in columns]
+            lines.append(_line([row.name, status, *cells, f"{row.seconds:.0f}"]))
     for status in (KNOWN, LEFT_OUT, NO_TURN):
         reasons: dict[str, list[str]] = {}
         for row in rows:
             if row.status == status:
                 reasons.setdefault(row.reason, []).append(row.name)
-        lines += (
-            [
-                "",
-                *(f"- {status}: {', '.join(names)}: {reason}" for reason, names in reasons.items()),
-            ]
-            if reasons
-            else []
-        )
+        lines += [""] if reasons else []
+        lines += [f"- {status}: {', '.join(names)}: {why}" for why, names in reasons.items()]
     counts = Counter(row.status for row in rows)
     shown_always = (RIGHT, WRONG, LEFT_OUT, NO_TURN)
     listed = [
@@ -98,24 +83,20 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A cell: small numbers with two digits, large ones whole."""
+    """Return a cell: small numbers with two digits, large ones whole."""
     if value is None:
         return ""
-    if isinstance(value, float):
-        return (
-            f"{value:,.0f}"
-            if abs(value) >= 1000
-            else f"{value:.4g}"
-            if abs(value) >= 1e-2 or value == 0
-            else f"{value:.1e}"
-        )
-    return str(value)
+    if not isinstance(value, float):
+        return str(value)
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}" if abs(value) >= 1e-2 or value == 0 else f"{value:.1e}"
 
 
 def write(
     folder: Path, part: str, rows: Sequence[Row], facts: dict[str, Any], seconds: float
 ) -> str:
-    """Write `part`.md and `part`.json; give the table."""
+    """Write `part`.md and `part`.json, and return the table."""
     text = table(rows, facts)
     (folder / f"{part}.md").write_text(text + "\n")
     whole = {

@@ -1,4 +1,4 @@
-"""Processes with a time limit, several at once, under one deadline. Needs no torch."""
+"""Run processes with a time limit, several at once, under one deadline. Needs no torch."""
 
 import contextlib
 import json
@@ -18,20 +18,12 @@ from typing import Any, TypeVar
 ROOT = Path(__file__).resolve().parents[2]
 T = TypeVar("T")
 MARK = "MAKE_GPU_PROCESS"
-"""A variable that every process of one start inherits: processes that have it are killed, whatever
-their parent or session has become.
-"""
-# What a cluster's or another launcher's environment would tell our processes about themselves.
+"""A variable that every process of one start inherits, by which `kill` finds them."""
+# Variables of a cluster or of another launcher, which our processes must not see.
 OTHERS = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "GROUP_RANK",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "NODE_RANK",
-)
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR",
+    "MASTER_PORT", "NODE_RANK",
+)  # fmt: skip
 
 
 def cores() -> int:
@@ -62,7 +54,7 @@ class Ended:
 
     code: int | None
     seconds: float
-    said: str
+    output: str
     was_out_of_turn: bool = False
     """The part's time was up, not its own."""
 
@@ -83,17 +75,16 @@ class Row:
 
 
 def environment(work: Path, threads: int, on_cpu: bool) -> dict[str, str]:
-    """For every process that is started: no network, no one else's launcher, few threads, nothing
-    outside `work`.
-    """
+    """Return the environment of our processes: offline, few threads, caches inside `work`."""
     kept = {
         k: v
         for k, v in os.environ.items()
         if k not in OTHERS and not k.startswith(("ACCELERATE_", "FINETUNE_", "FSDP_"))
     }
     kept |= {
-        "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "HF_HOME": str(work / "hf"), "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONUNBUFFERED": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "HF_HOME": str(work / "hf"),
+        "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
     }  # fmt: skip
     # One GPU, even where there are more; -1 hides them all.
     kept["CUDA_VISIBLE_DEVICES"] = (
@@ -106,10 +97,9 @@ def run(
     command: Sequence[str], *, env: dict[str, str], log: Path, limit: float, clock: Clock,
     meanwhile: Callable[[subprocess.Popen[bytes]], bool] = lambda process: True,
 ) -> Ended:  # fmt: skip
-    """Run until it ends or its time is up; then it and all that it started are killed. What it says
-    is appended to `log`.
+    """Run a command until it ends or its time is up, then kill all that it started.
 
-    `meanwhile` is called every twentieth of a second until it answers True.
+    Appends its output to `log`. Calls `meanwhile` every twentieth of a second until it is True.
     """
     began, is_done = time.monotonic(), False
     stop_at = began + limit
@@ -117,7 +107,8 @@ def run(
         start = out.tell()
         mark = uuid.uuid4().hex
         process = subprocess.Popen(
-            command, cwd=ROOT, env=env | {MARK: mark}, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            command, cwd=ROOT, env=env | {MARK: mark}, stdin=subprocess.DEVNULL, stdout=out,
+            stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         try:
             while process.poll() is None and time.monotonic() < stop_at and clock.left() > 0:
@@ -129,13 +120,12 @@ def run(
     seconds = time.monotonic() - began
     with log.open("rb") as file:
         file.seek(start)
-        said = file.read().decode(errors="replace")
-    return Ended(code, seconds, said, was_out_of_turn=code is None and seconds < limit)
+        output = file.read().decode(errors="replace")
+    return Ended(code, seconds, output, was_out_of_turn=code is None and seconds < limit)
 
 
 def kill(process: subprocess.Popen[bytes], mark: str) -> None:
-    """Kill everything that it started and that still runs, also if the process itself has ended,
-    and in sessions of its own.
+    """Kill a process and everything that it started, also if it has ended, in any session.
 
     A worker that outlives its launcher would keep its memory of the GPU, and the next cases would
     fail for want of it.
@@ -154,9 +144,7 @@ def kill(process: subprocess.Popen[bytes], mark: str) -> None:
 
 
 def _marked(mark: str) -> list[int]:
-    """Processes that have this mark in their environment, by Linux's /proc; those that have ended
-    have none.
-    """
+    """Return the running processes with this mark in their environment, by Linux's /proc."""
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
@@ -167,9 +155,7 @@ def _marked(mark: str) -> list[int]:
 
 @contextlib.contextmanager
 def threads(number: int, clock: Clock) -> Iterator[ThreadPoolExecutor]:
-    """Threads that are waited for; where a signal or an error interrupts, what they run is killed
-    and what waits never starts.
-    """
+    """Wait for the threads; if a signal or an error interrupts, kill what they run."""
     pool = ThreadPoolExecutor(number)
     try:
         yield pool
@@ -180,9 +166,16 @@ def threads(number: int, clock: Clock) -> Iterator[ThreadPoolExecutor]:
     pool.shutdown()
 
 
-def side_by_side(jobs: int, work: Iterable[T], do: Callable[[T], Row], clock: Clock, out_of_turn: Callable[[T], Row]) -> list[Row]:  # fmt: skip
-    """Rows of all, `jobs` at once, in the order of `work`. What would start after the deadline gets
-    no turn.
+def side_by_side(
+    jobs: int,
+    work: Iterable[T],
+    do: Callable[[T], Row],
+    clock: Clock,
+    out_of_turn: Callable[[T], Row],
+) -> list[Row]:
+    """Return the rows of all, `jobs` at once, in the order of `work`.
+
+    What would start after the deadline gets no turn.
     """
 
     def one(item: T) -> Row:
@@ -193,8 +186,7 @@ def side_by_side(jobs: int, work: Iterable[T], do: Callable[[T], Row], clock: Cl
 
 
 class Helper:
-    """A process that has torch, so that this one need not: helper.py answers one request after the
-    other.
+    """A process that has torch, so that this one need not: it runs helper.py.
 
     One that ended, or did not answer in time, is replaced at the next request: a late answer would
     be taken for the next one's.
@@ -234,8 +226,9 @@ class Helper:
 
     def _started(self) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("helper.py"))], cwd=ROOT, env=self._env | {MARK: self._mark},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, start_new_session=True,
+            [sys.executable, str(Path(__file__).with_name("helper.py"))], cwd=ROOT,
+            env=self._env | {MARK: self._mark}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=self._log, start_new_session=True,
         )  # fmt: skip
 
     def _end(self) -> None:
@@ -253,12 +246,12 @@ class Helper:
         self._log.close()
 
 
-def last_words(said: str) -> str:
-    """What a log says that went wrong: the last line of an error, in at most 300 characters."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    telling = [
+def last_words(output: str) -> str:
+    """Return the last line of an error in an output, in at most 300 characters."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [
         line
         for line in lines
         if any(word in line for word in ("rror:", "failed:", "out of memory", "preempted:"))
     ]
-    return (telling or lines or ["it said nothing"])[-1][:300]
+    return (errors or lines or ["without output"])[-1][:300]

@@ -1,5 +1,6 @@
-"""train.py that leaves some steps out, as fp16 does where gradients overflow: what an fp16 run that
-skipped is compared with.
+"""Run train.py and leave some steps out, as fp16 does where gradients overflow.
+
+An fp16 run that skipped steps is compared with such a run.
 
     python benchmarks/on_gpu/skipping.py 1,2 --config run.yaml
 
@@ -18,7 +19,7 @@ from finetune.engine.step import StepResult
 
 
 def skip(left_out: set[int]) -> None:
-    """Let no optimizer move in these steps; the first is 1."""
+    """Leave weights and optimizer alone in these steps; the first is 1."""
     train_step, done = loop.train_step, 0
 
     def skipping(

@@ -1,12 +1,12 @@
-"""Tokens a second, memory and utilisation of train.py, and of TRL on the same rows and weights
-where it is installed.
+"""Measure tokens a second, memory and utilisation of train.py, and of TRL if it is installed.
 
-Rounds alternate between the cases until the time is up, in the order of importance, which is that
-of CASES: at 25 to 30 seconds a case, five minutes are enough for about ten. The table has medians
-and says of how many rounds. 8B: eight layers of Llama-3.1-8B's shape (2.8B parameters), documents
-of 8,192 tokens, one a step, all layers recomputed: what kernels do is that of all 32 layers, and a
-run takes half a minute. 1B: Llama-3.2-1B, packs of 2,048 tokens, four at once. Every process reads
-random weights, trains STEPS steps, and the first WARM are left out.
+Rounds alternate between the cases until the time is up, in the order of CASES: at 25 to 30 seconds
+a case, five minutes are enough for about ten. The table has medians and the number of rounds.
+
+8B: eight layers of Llama-3.1-8B's shape (2.8B parameters), documents of 8,192 tokens, one a step,
+all layers recomputed: kernels do what they do in all 32 layers, and a run takes half a minute. 1B:
+Llama-3.2-1B, packs of 2,048 tokens, four at once. Each process reads random weights and trains
+STEPS steps, of which the first WARM are left out.
 """
 
 import json
@@ -27,7 +27,10 @@ from on_gpu.runner import ROOT, Row, last_words, run
 PART = "speed"
 SHAPES = {
     "8B": {**LAYER, "num_hidden_layers": 8, "vocab_size": 128256, "rope_theta": 500000.0},
-    "1B": {**LAYER, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "vocab_size": 128256, "tie_word_embeddings": True},
+    "1B": {
+        **LAYER, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "vocab_size": 128256, "tie_word_embeddings": True,
+    },
 }  # fmt: skip
 PACKS = {"8B": (8192, 1), "1B": (2048, 4)}  # tokens, sequences at once
 STEPS, WARM, ROUNDS = 12, 4, 3
@@ -38,8 +41,7 @@ RECOMPUTED = {"train.gradient_checkpointing": True}
 COMPILE = {"train.compile": True}
 BF16 = {"model.dtype": "bfloat16"}
 TRL = "trl"
-# name -> (topology, or TRL, or None for `python train.py`; settings). In the order of what matters
-# most.
+# name -> (topology, or TRL, or None for `python train.py`; settings); the most important first.
 CASES: dict[str, tuple[str | None, dict[str, Any]]] = {
     "8B lora r 16": (None, LORA | RECOMPUTED),
     "8B lora r 16, TRL": (TRL, LORA | RECOMPUTED),
@@ -83,12 +85,10 @@ class Found:
 
 
 def rows(lab: memory.Lab, only: str) -> Iterator[Row]:
-    """Round after round, as long as a case's last round fits what is left."""
+    """Run round after round, as long as a case's last round fits what is left."""
     chosen = {name: case for name, case in CASES.items() if re.search(only, name)}
-    found, left_out = (
-        {name: Found() for name in chosen},
-        {name: missing(lab, *case) for name, case in chosen.items()},
-    )
+    found = {name: Found() for name in chosen}
+    left_out = {name: missing(lab, *case) for name, case in chosen.items()}
     for number in range(1 if lab.is_tiny else ROUNDS):
         for name, (topology, settings) in chosen.items():
             own = found[name]
@@ -97,7 +97,7 @@ def rows(lab: memory.Lab, only: str) -> Iterator[Row]:
                 one_round(lab, name, topology, settings, own)
                 own.seconds = max(own.seconds, time.monotonic() - started)
                 if own.speeds:
-                    lab.say(
+                    lab.log(
                         f"round {number + 1}: {name}: {own.speeds[-1]:,.0f} tokens/s, at "
                         f"{lab.clock.used():.0f} s"
                     )
@@ -108,28 +108,28 @@ def rows(lab: memory.Lab, only: str) -> Iterator[Row]:
         if topology == TRL and ours and ours.mfu and ours.speeds:
             found[name].mfu = [speed * ours.mfu[0] / ours.speeds[0] for speed in found[name].speeds]
     for name in chosen:
-        own = found[name]
-        if left_out[name]:
-            yield Row(PART, name, LEFT_OUT, left_out[name])
-        elif own.speeds and not own.problem:
-            values = {
-                "tokens/s": median(own.speeds), "rounds": len(own.speeds), "memory, GB": round(own.memory_gb, 2),
-                "mfu": f"{median(own.mfu):.1%}" if own.mfu else "", "last loss": own.last_loss,
-            }  # fmt: skip
-            yield Row(PART, name, MEASURED, "", own.seconds, values)
-        elif own.problem:
-            yield Row(PART, name, WRONG, own.problem, own.seconds)
-        else:
-            yield Row(
-                PART,
-                name,
-                NO_TURN,
-                "the time of this part was up; ONLY= picks cases, MINUTES=15 gives more",
-            )
+        yield row_of(name, found[name], left_out[name])
+
+
+def row_of(name: str, own: Found, left_out: str) -> Row:
+    """Return the row of a case. `left_out`: why it cannot run here, if so."""
+    if left_out:
+        return Row(PART, name, LEFT_OUT, left_out)
+    if own.problem:
+        return Row(PART, name, WRONG, own.problem, own.seconds)
+    if not own.speeds:
+        why = "the time of this part was up; ONLY= picks cases, MINUTES=15 gives more"
+        return Row(PART, name, NO_TURN, why)
+    values = {
+        "tokens/s": median(own.speeds), "rounds": len(own.speeds),
+        "memory, GB": round(own.memory_gb, 2),
+        "mfu": f"{median(own.mfu):.1%}" if own.mfu else "", "last loss": own.last_loss,
+    }  # fmt: skip
+    return Row(PART, name, MEASURED, "", own.seconds, values)
 
 
 def missing(lab: memory.Lab, topology: str | None, settings: dict[str, Any]) -> str:
-    """Why it cannot run here; empty if it can."""
+    """Return why a case cannot run here; empty if it can."""
     if topology == TRL:
         return "needs trl" if TRL in lab.facts["left_out"] else ""
     if (topology or "").startswith("zero") and "deepspeed" in lab.facts["left_out"]:
@@ -142,7 +142,7 @@ def missing(lab: memory.Lab, topology: str | None, settings: dict[str, Any]) -> 
 def one_round(
     lab: memory.Lab, name: str, topology: str | None, settings: dict[str, Any], own: Found
 ) -> None:
-    """Run once and add to `own`; a run that its time cuts off adds nothing."""
+    """Run a case once and add to `own`; a run that its time cuts off adds nothing."""
     size = name.split()[0]
     length, at_once = (256, 1) if lab.is_tiny else PACKS[size]
     try:
@@ -154,9 +154,10 @@ def one_round(
         trl_round(lab, base, texts, length, at_once, settings, own)
         return
     values = {
-        "model.path": str(base), "objective.kind": "clm", "data.train": str(texts), "data.packing": True, "data.truncation": "right",
-        "data.max_length": length, "train.global_batch_size": at_once, "train.micro_batch_size": at_once, "train.max_steps": STEPS,
-        "train.precision": "bf16", "optimizer.lr": 1e-5, **settings,
+        "model.path": str(base), "objective.kind": "clm", "data.train": str(texts),
+        "data.packing": True, "data.truncation": "right", "data.max_length": length,
+        "train.global_batch_size": at_once, "train.micro_batch_size": at_once,
+        "train.max_steps": STEPS, "train.precision": "bf16", "optimizer.lr": 1e-5, **settings,
     }  # fmt: skip
     ended, metrics = lab.train(
         lab.config(re.sub(r"[^a-z0-9_]+", "-", name.lower()), values), CASE_SECONDS, topology
@@ -164,19 +165,16 @@ def one_round(
     if ended.was_out_of_turn and len(metrics) < STEPS:
         return
     if len(metrics) < STEPS or (ended.code != 0 and not ended.was_out_of_turn):
-        own.problem = f"ended with {ended.code}: {last_words(ended.said)}"
+        own.problem = f"ended with {ended.code}: {last_words(ended.output)}"
         return
     own.speeds.append(median([line["tokens_per_second"] for line in metrics[WARM:]]) or 0.0)
-    own.mfu += (
-        [value]
-        if (value := median([line["mfu"] for line in metrics[WARM:] if "mfu" in line]))
-        else []
-    )
+    if value := median([line["mfu"] for line in metrics[WARM:] if "mfu" in line]):
+        own.mfu.append(value)
     own.memory_gb, own.last_loss = max(own.memory_gb, metrics[-1]["memory_gb"]), metrics[-1]["loss"]
 
 
 def prepared(lab: memory.Lab, size: str, length: int) -> tuple[Path, Path]:
-    """The model of a shape, and texts of its length, made once."""
+    """Return the model of a shape, and texts of its length, made once."""
     base, texts = lab.work / size, lab.work / f"rows-{length}.jsonl"
     if not texts.exists():
         shape = memory.TINY if lab.is_tiny else SHAPES[size]
@@ -198,14 +196,16 @@ def trl_round(
     settings: dict[str, Any],
     own: Found,
 ) -> None:
-    """The same by TRL's SFTTrainer, at its best settings: Liger's kernels where they are installed."""
+    """Do the same by TRL's SFTTrainer, with Liger's kernels where they are installed."""
     out = lab.work / "trl"
+    has_liger = bool(lab.facts.get("gpu")) and "liger_kernel" not in lab.facts["left_out"]
     asked = {
-        "model": str(base), "rows": str(texts), "out": str(out), "steps": STEPS, "max_length": length, "precision": "bf16",
-        "dtype": "bfloat16", "lora": {"r": 16, "lora_alpha": 32} if settings.get("adapter.kind") == "lora" else None, "saves": False,
+        "model": str(base), "rows": str(texts), "out": str(out), "steps": STEPS,
+        "max_length": length, "precision": "bf16", "dtype": "bfloat16", "saves": False,
+        "lora": {"r": 16, "lora_alpha": 32} if settings.get("adapter.kind") == "lora" else None,
         "settings": {
-            "per_device_train_batch_size": at_once, "gradient_accumulation_steps": 1, "gradient_checkpointing": True, "learning_rate": 1e-5,
-            "use_liger_kernel": bool(lab.facts.get("gpu")) and "liger_kernel" not in lab.facts["left_out"],
+            "per_device_train_batch_size": at_once, "gradient_accumulation_steps": 1,
+            "gradient_checkpointing": True, "learning_rate": 1e-5, "use_liger_kernel": has_liger,
         },
     }  # fmt: skip
     command = [sys.executable, str(ROOT / "benchmarks/trl_run.py"), json.dumps(asked)]
@@ -214,7 +214,7 @@ def trl_round(
     if ended.was_out_of_turn:
         return
     if ended.code != 0 or not measured.exists():
-        own.problem = f"TRL ended with {ended.code}: {last_words(ended.said)}"
+        own.problem = f"TRL ended with {ended.code}: {last_words(ended.output)}"
         return
     answer = json.loads(measured.read_text())
     own.speeds.append(

@@ -16,14 +16,12 @@ from finetune.config.fields import (
     Lora,
     Model,
     Optimizer,
-    OwnObjective,
     QLora,
     Schedule,
     accumulation_steps,
-    code_identity,
-    own_codes,
     usual_lr,
 )
+from finetune.config.own import OwnObjective, code_identity, own_codes
 from finetune.config.reader import (
     OWN_CODE,
     PUT_BACK,

@@ -6,7 +6,10 @@ add a row. No torch here, so that a wrong config is reported at once.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+LossOn = Literal["completion", "all", "last_turn"]
+"""Which turns of a conversation to train on."""
 
 
 @dataclass(frozen=True)

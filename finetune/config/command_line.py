@@ -10,8 +10,10 @@ import yaml
 
 from finetune import failures, own_code, places
 from finetune.config import help, kinds, paths
-from finetune.config.fields import Config, OwnObjective, Section, own_objective
+from finetune.config.fields import Config
+from finetune.config.kinds import Section
 from finetune.config.messages import listed, quoted, unknown_argument
+from finetune.config.own import OwnObjective, own_objective
 from finetune.config.reader import from_dict
 from finetune.config.sections import (
     Sections,
@@ -48,7 +50,7 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
     overrides = vars(known)
     path, check = overrides.pop("config", None), overrides.pop("check", False)
     if path is None and unknown and unknown[0].endswith((".yaml", ".yml")):
-        path = unknown.pop(0)  # train.py configs/my_run.yaml
+        path = unknown.pop(0)  # train.py my_run.yaml
     taken = _taken_configs(path, overrides)
     if taken and path is None:  # without the config every required setting would be missing
         problems = _problems_of_words(path, unknown, sections) + taken
@@ -128,7 +130,7 @@ def _own_objective(kind: str, folder: Path | None, where: str) -> type[OwnObject
 def _parser(sections: Sections) -> "_Parser":
     """Make a parser with an option for each setting of the sections."""
     parser = _Parser(
-        prog="finetune train" if places.command() == "finetune" else "train.py",
+        prog=places.train_command(),
         usage="%(prog)s CONFIG [--check] [--section.field VALUE ...]",
         description="Specialise a Hugging Face language model to a task. Write the settings into a "
         "YAML file; those on the command line override it.",

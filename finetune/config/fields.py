@@ -1,28 +1,18 @@
 """Every setting of a run: its type, its default, its documentation."""
+# ruff: noqa: RUF012, as pydantic copies mutable defaults
 
-import functools
 import math
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    GetJsonSchemaHandler,
-    SerializeAsAny,
-    WithJsonSchema,
-    model_validator,
-)
-from pydantic_core import CoreSchema
+from pydantic import Field, SerializeAsAny, WithJsonSchema, model_validator
 
-from finetune import own_code
-from finetune.config import kinds, paths
-from finetune.config.choices import ADAPTER_INITS, OPTIMIZERS, QUANTIZATIONS
+from finetune.config import paths
+from finetune.config.choices import ADAPTER_INITS, OPTIMIZERS, QUANTIZATIONS, LossOn
+from finetune.config.kinds import Kind, Section, by_kind
+from finetune.config.own import OwnName, OwnObjective, own_objective
 from finetune.config.paths import ExpandedPath, PathString
 from finetune.errors import ConfigError
-from finetune.own_code import OwnCode
 
 if TYPE_CHECKING:
     AdapterInit = str
@@ -33,6 +23,7 @@ else:
     OptimizerKind = Literal[tuple(OPTIMIZERS)]
     Quantization = Literal[tuple(QUANTIZATIONS)]
 Positive = Annotated[int, Field(gt=0)]
+PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 BatchSize = Annotated[int, Field(gt=0, le=1_000_000)]
 # The names that formats give to columns; the formats themselves are in data/rows.py.
 COLUMNS = (
@@ -41,25 +32,7 @@ COLUMNS = (
 )  # fmt: skip
 # These train padded rectangles; the others take sequences end to end in one row.
 PADDED_ATTENTION = ("sdpa", "eager")
-OwnName = Annotated[str, Field(pattern=own_code.FORM, title=own_code.EXPECTED)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-
-
-class Section(BaseModel):
-    """Refuse unknown keys and wrong types; values cannot change after loading."""
-
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True
-    )
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> Any:
-        """Put each description on one line: editors would show the line breaks."""
-        schema = handler(core)
-        for setting in handler.resolve_ref_schema(schema).get("properties", {}).values():
-            if "description" in setting:
-                setting["description"] = " ".join(setting["description"].split())
-        return schema
 
 
 class Run(Section):
@@ -126,7 +99,7 @@ class Adapter(Section):
     """Folder or Hub id of an adapter to continue from; it keeps its own rank and modules."""
     r: Positive = 16
     """LoRA rank."""
-    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 32
+    alpha: PositiveNumber = 32
     """LoRA scale: the update is (alpha / r) B A."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the inputs of adapters."""
@@ -210,7 +183,7 @@ class Data(Section):
     """plain, question_answer, alpaca, llama2, chatml, chat (the tokenizer's own), or a .jinja file.
     auto: chat if the tokenizer has one, else the usual template of the format.
     """
-    loss_on: Literal["completion", "all", "last_turn"] = "completion"
+    loss_on: LossOn = "completion"
     """Train on every answer (completion), every token (all) or only the last answer (last_turn)."""
     max_length: Annotated[int, Field(gt=1)] = 1024
     """Maximum number of tokens in a sequence."""
@@ -237,96 +210,18 @@ class CrossEntropy(Section):
     """Fraction of each label to spread over the vocabulary; evaluation does not use it."""
 
 
-class _Kind(Section):
-    kind: str
-
-
-class Clm(CrossEntropy, _Kind):
+class Clm(CrossEntropy, Kind):
     """Causal language modelling."""
 
     kind: Literal["clm"]
     """Train on every token of every row."""
 
 
-class Sft(CrossEntropy, _Kind):
+class Sft(CrossEntropy, Kind):
     """Supervised fine-tuning."""
 
     kind: Literal["sft"] = "sft"
     """Train on answers, given their prompts."""
-
-
-class OwnObjective(_Kind):
-    """An objective of your own; its class defines its other settings (docs/objectives.md)."""
-
-    kind: OwnName
-    """The subclass of finetune.objectives.Objective with this NAME, or such an object."""
-    code: ClassVar[OwnCode]
-    """The file that defines it."""
-    objective: ClassVar[Any]
-    """The Objective itself."""
-
-
-OWN_NAMES = tuple(OwnObjective.__class_vars__)
-
-
-@functools.cache
-def _own_section(code: OwnCode) -> type[OwnObjective]:
-    """Return the section of a user's objective. Raises ConfigError if it is not an objective."""
-    module = sys.modules.get("finetune.objectives.base")  # missing: nothing derives from it
-    base, is_class = getattr(module, "Objective", None), isinstance(code.value, type)
-    cls = code.value if is_class else type(code.value)
-    if base is None or not issubclass(cls, base):
-        kind = f"the class {cls.__name__}" if is_class else f"of type {cls.__name__}"
-        derive = "derive it from finetune.objectives.Objective"
-        raise ConfigError(f"{code} is {kind}, not an objective; {derive}")
-    settings = cls.Settings
-    if not (isinstance(settings, type) and issubclass(settings, BaseModel)):
-        raise ConfigError(f"{code}: Settings should be a pydantic.BaseModel, got {settings!r}")
-    uses = {"kind": "names objectives", **dict.fromkeys(OWN_NAMES, "the trainer uses itself")}
-    if taken := [name for name in uses if name in settings.model_fields]:
-        name = taken[0]
-        raise ConfigError(f"{code}: Settings has a field {name}, which {uses[name]}; rename it")
-    try:
-        objective = code.value() if is_class else code.value
-        parts = get_args(Data.model_fields["loss_on"].annotation)
-        if (part := objective.supervises("completion")) not in parts:
-            listed = ", ".join(parts)
-            raise ConfigError(f"{code}: supervises should return one of {listed}, got {part!r}")
-        own = {"model_config": Section.model_config, "code": code, "objective": objective}
-        bases = (OwnObjective,) if issubclass(OwnObjective, settings) else (settings, OwnObjective)
-        return type("Own", bases, {**own, "__module__": __name__, "__doc__": OwnObjective.__doc__})
-    except ConfigError:
-        raise
-    except (Exception, SystemExit) as exc:
-        raise ConfigError(code.blame(exc)) from exc
-
-
-def own_codes(config: "Config") -> dict[str, OwnCode]:
-    """Return setting -> the user's own code that it names."""
-    found, objective, format = {}, config.objective, config.data.format
-    if isinstance(objective, OwnObjective):
-        found["objective.kind"] = objective.code
-    if own_code.is_own(format):
-        found["data.format"] = own_code.get(format)
-    return found
-
-
-def code_identity(config: "Config") -> dict[str, str]:
-    """Return the hash of each by setting and file; to resume or replay a run they must be equal."""
-    return {own_code.label(key, code.name): code.sha256 for key, code in own_codes(config).items()}
-
-
-def own_format(name: str) -> OwnCode:
-    """Return a user's function that formats rows. Raises ConfigError."""
-    code = own_code.read(name)
-    if not callable(code.value):
-        raise ConfigError(f"{code} is of type {type(code.value).__name__}, not a function of a row")
-    return code
-
-
-def own_objective(name: str) -> type[OwnObjective]:
-    """Return the section of a user's objective; read it if it was not yet. Raises ConfigError."""
-    return _own_section(own_code.read(name))
 
 
 class Optimizer(Section):
@@ -347,16 +242,16 @@ class Optimizer(Section):
     """Peak learning rate.
     null: 2e-4 for adapters and 2e-5 for all weights, a fifth of that for lion, 1e-3 for adafactor.
     """
-    embedding_lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    embedding_lr: PositiveNumber | None = None
     """Peak learning rate of embeddings and head; null: optimizer.lr."""
-    lora_plus_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    lora_plus_ratio: PositiveNumber | None = None
     """LoRA+ (Hayou et al., 2024): learning rate of B divided by that of A matrices; null: 1."""
     betas: (
         Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)]
         | None
     ) = None
     """Decay rates of the running averages; null: [0.9, 0.999], or [0.9, 0.99] for lion."""
-    eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
+    eps: PositiveNumber = 1e-8
     """Term added to Adam's denominator."""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Decoupled weight decay; norms and biases are not decayed."""
@@ -390,9 +285,9 @@ class Train(Section):
     """
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the arithmetic; auto: bf16 on GPUs that support it, else fp32."""
-    max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 1.0
+    max_grad_norm: PositiveNumber | None = 1.0
     """Clip gradients to this norm; null: do not clip."""
-    neftune_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    neftune_alpha: PositiveNumber | None = None
     """NEFTune: add noise of up to alpha / sqrt(tokens x width) to the embeddings during training.
     null: add none.
     """
@@ -409,7 +304,7 @@ class Train(Section):
     """Compile the layers with torch.compile.
     Steps are faster after a first one of a minute or two; needs a C++ compiler.
     """
-    hang_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 10.0
+    hang_minutes: PositiveNumber | None = 10.0
     """End all processes if one does not answer or finish a micro-batch in this many minutes.
     null: no limit.
     """
@@ -420,7 +315,7 @@ class Checkpoint(Section):
 
     every_steps: Positive | None = None
     """Save every N steps; null: do not save by steps."""
-    every_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 15.0
+    every_minutes: PositiveNumber | None = 15.0
     """Save every N minutes; null: do not save by time."""
     keep_last: Positive = 2
     """Number of checkpoints to keep, besides the best one and the one this attempt resumed from."""
@@ -432,7 +327,7 @@ class Checkpoint(Section):
     """Object store to copy checkpoints, logs and the model to, as s3://bucket/folder.
     A machine with an empty disk resumes from it.
     """
-    grace_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 30.0
+    grace_seconds: PositiveNumber = 30.0
     """Seconds between SIGTERM and SIGKILL on your cluster.
     The run warns if saves take longer, and waits this long at the start for another process that
     holds the run directory.
@@ -486,11 +381,11 @@ class Config(Section):
 
     run: Run
     model: Model = Model()
-    adapter: Annotated[Full | Lora | QLora, kinds.by_kind(Full, Lora, QLora)] = Full()
+    adapter: Annotated[Full | Lora | QLora, by_kind(Full, Lora, QLora)] = Full()
     """What to train: all weights, or low-rank adapters on top of frozen weights."""
     data: Data
     objective: Annotated[
-        SerializeAsAny[Clm | Sft | OwnObjective], kinds.by_kind(Sft, Clm, own=own_objective)
+        SerializeAsAny[Clm | Sft | OwnObjective], by_kind(Sft, Clm, own=own_objective)
     ] = Sft()
     """The loss."""
     optimizer: Optimizer = Optimizer()

@@ -49,7 +49,8 @@ def text(parser: argparse.ArgumentParser, asked: str) -> str:
         meant = f"; did you mean {near[0]}?" if near else "."
         answer = f"There is no section or setting {asked!r}{meant} {more}"
         return textwrap.fill(answer, width) + "\n"
-    examples = "\n".join(f"  {f'{parser.prog} {rest}':<44}{what}" for rest, what in EXAMPLES)
+    column = max(len(rest) for rest, _ in EXAMPLES) + 4
+    examples = "\n".join(f"  {parser.prog} {rest:<{column}}{what}" for rest, what in EXAMPLES)
     essential = [settings[name] for name in ESSENTIAL if name in settings]
     return (
         f"usage: {str(parser.usage) % {'prog': parser.prog}}\n\n"

@@ -1,12 +1,33 @@
-"""Sections whose `kind` decides which other settings they have. No torch."""
+"""Sections of the config; the `kind` of some decides which settings they have. No torch."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
-from pydantic import BaseModel, ValidationError, WrapValidator
-from pydantic_core import InitErrorDetails
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, ValidationError, WrapValidator
+from pydantic_core import CoreSchema, InitErrorDetails
 
 from finetune import own_code
+
+
+class Section(BaseModel):
+    """Refuse unknown keys and wrong types; values cannot change after loading."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True
+    )
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> Any:
+        """Put each description on one line: editors would show the line breaks."""
+        schema = handler(core)
+        for setting in handler.resolve_ref_schema(schema).get("properties", {}).values():
+            if "description" in setting:
+                setting["description"] = " ".join(setting["description"].split())
+        return schema
+
+
+class Kind(Section):
+    kind: str
 
 
 def by_kind(

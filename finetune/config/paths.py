@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 import stat
 import tempfile
 from typing import Annotated, Any
@@ -9,6 +10,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator
 
 DEFAULT_CACHE = "~/.cache/finetune"
+RUNS = "runs"  # the default of run.dir
+HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")  # owner/name, or the name of an old model
 
 
 def expanded(path: Any) -> Any:
@@ -124,15 +127,14 @@ def give_home() -> None:
 def is_local(name: str) -> bool:
     """Return whether a name is a path rather than one of the Hub.
 
-    It is if it exists, has the form of a path, or begins with a folder that exists.
+    It is if it exists, does not have the form of a Hub id, or begins with `runs` or a folder that
+    exists.
     """
+    first, slash, _ = name.partition("/")
     return (
         os.path.exists(name)
-        or name.startswith((".", "/", "~"))
-        or name.endswith("/")
-        or name.count("/") > 1
-        or "\\" in name
-        or ("/" in name and os.path.isdir(name.split("/")[0]))
+        or not HUB_ID.fullmatch(name)
+        or bool(slash and (first == RUNS or os.path.isdir(first)))
     )
 
 

@@ -9,8 +9,9 @@ from pydantic import ValidationError
 
 from finetune import own_code
 from finetune.config import base, names, paths
-from finetune.config.fields import Config, own_format, own_objective
+from finetune.config.fields import Config
 from finetune.config.messages import describe, joined, listed
+from finetune.config.own import own_format, own_objective
 from finetune.config.rules import conflicts
 from finetune.config.sections import field, kinds_with, sections_of_config, takes_only_lists
 from finetune.config.yaml_text import NotText, dump, read_yaml

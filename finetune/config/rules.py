@@ -6,22 +6,8 @@ from collections.abc import Iterator
 
 from finetune import own_code
 from finetune.config.choices import OPTIMIZERS, QUANTIZATIONS
-from finetune.config.fields import (
-    COLUMNS,
-    PADDED_ATTENTION,
-    Adapter,
-    Config,
-    Data,
-    Full,
-    Lora,
-    Model,
-    OwnObjective,
-    QLora,
-    Schedule,
-    Section,
-    Tracking,
-    Train,
-)
+from finetune.config.fields import COLUMNS, PADDED_ATTENTION, Config, Full, Lora, QLora
+from finetune.config.own import OwnObjective
 
 PLACES = (
     ("run", "dir"), ("model", "path"), ("model", "tokenizer"), ("adapter", "path"),
@@ -38,16 +24,15 @@ SHAPE = (
 def conflicts(config: Config) -> Iterator[str]:
     """List settings that cannot work together, or that this run would ignore."""
     yield from _blanks(config)
-    yield from _model_conflicts(config.model, config.adapter)
-    if not isinstance(config.adapter, Full):
-        yield from _adapter_conflicts(config.adapter)
+    yield from _model_conflicts(config)
+    yield from _adapter_conflicts(config)
     yield from _optimizer_conflicts(config)
     yield from _objective_conflicts(config)
-    yield from _data_conflicts(config.data, config.model)
-    yield from _schedule_conflicts(config.schedule)
+    yield from _data_conflicts(config)
+    yield from _schedule_conflicts(config)
     yield from _evaluation_conflicts(config)
-    yield from _batch_conflicts(config.train)
-    yield from _tracking_conflicts(config.tracking)
+    yield from _batch_conflicts(config)
+    yield from _tracking_conflicts(config)
 
 
 def _blanks(config: Config) -> Iterator[str]:
@@ -58,7 +43,8 @@ def _blanks(config: Config) -> Iterator[str]:
             yield f"{section}.{name}: is empty; name a folder, or remove it"
 
 
-def _model_conflicts(model: Model, adapter: Full | Adapter) -> Iterator[str]:
+def _model_conflicts(config: Config) -> Iterator[str]:
+    model, adapter = config.model, config.adapter
     if (model.path is None) == (model.config is None):
         what = "give either model.path or model.config (an architecture for init: random)"
         yield f"model.path: {what}"
@@ -69,10 +55,10 @@ def _model_conflicts(model: Model, adapter: Full | Adapter) -> Iterator[str]:
     if model.config is not None and "model_type" not in model.config:
         yield "model.config: needs model_type, for example llama"
     if model.config is not None and model.tokenizer == "bytes":
-        names = ("revision", "trust_remote_code")
-        yield from _ignored(model, "model", names, "nothing is loaded from the Hub")
+        why = "nothing is loaded from the Hub"
+        yield from _ignored(config, why, "model.revision", "model.trust_remote_code")
     if model.path is not None and os.path.isdir(model.path):
-        yield from _ignored(model, "model", ("revision",), "model.path is a folder")
+        yield from _ignored(config, "model.path is a folder", "model.revision")
     if model.init == "random" and adapter.kind != "full":
         why = "cannot be loaded again, because those weights are not saved; use full"
         yield f"adapter.kind: {adapter.kind} on random weights {why}"
@@ -90,10 +76,11 @@ def _objective_conflicts(config: Config) -> Iterator[str]:
         has_turns = objective.objective.has_turns
         trains_on_all = objective.objective.supervises("completion") == "all"
     else:
-        has_turns, trains_on_all = objective.kind == "sft", objective.kind == "clm"
+        trains_on_all = objective.kind == "clm"
+        has_turns = not trains_on_all
     if trains_on_all:
         why = f"objective.kind: {name} trains on every token"
-        yield from _ignored(data, "data", ("loss_on",), why)
+        yield from _ignored(config, why, "data.loss_on")
     elif data.truncation == "split":
         why = "would cut answers from their prompts; use it with objective.kind: clm"
         yield f"data.truncation: split {why}"
@@ -102,14 +89,15 @@ def _objective_conflicts(config: Config) -> Iterator[str]:
         yield f"objective.kind: {name} {why}"
 
 
-def _data_conflicts(data: Data, model: Model) -> Iterator[str]:
+def _data_conflicts(config: Config) -> Iterator[str]:
+    data, model = config.data, config.model
     if data.format == "text":
-        names = ("template", "system_prompt")
-        yield from _ignored(data, "data", names, "rows of text have no turns")
+        why = "rows of text have no turns"
+        yield from _ignored(config, why, "data.template", "data.system_prompt")
     if own_code.is_own(data.format):
         name = own_code.without_folder(data.format)
         why = f"{name} reads the columns of the file itself; rename them there"
-        yield from _ignored(data, "data", ("columns",), why)
+        yield from _ignored(config, why, "data.columns")
     for name in data.columns:
         if name not in COLUMNS:
             near = difflib.get_close_matches(name, COLUMNS, n=1, cutoff=0.5)
@@ -118,9 +106,9 @@ def _data_conflicts(data: Data, model: Model) -> Iterator[str]:
             yield f"data.columns: no format has a column {name!r}; {hint}"
     sources = [*_listed(data.train), *_listed(data.eval)]
     if not any(_may_hold_text(source) for source in sources):
-        yield from _ignored(data, "data", ("text_unit",), "no source is a .txt file")
+        yield from _ignored(config, "no source is a .txt file", "data.text_unit")
     if data.eval is not None:
-        yield from _ignored(data, "data", ("eval_fraction",), "data.eval gives the evaluation rows")
+        yield from _ignored(config, "data.eval gives the evaluation rows", "data.eval_fraction")
     if data.packing and model.attention in PADDED_ATTENTION:
         why = "packed documents would see each other; use auto"
         yield f"data.packing: with model.attention: {model.attention} {why}"
@@ -128,13 +116,13 @@ def _data_conflicts(data: Data, model: Model) -> Iterator[str]:
         yield "data.group_by_length: would be ignored: data.packing fills every sequence; remove it"
 
 
-def _schedule_conflicts(schedule: Schedule) -> Iterator[str]:
+def _schedule_conflicts(config: Config) -> Iterator[str]:
+    schedule = config.schedule
     if schedule.kind in ("constant", "inverse_sqrt"):
         why = f"schedule.kind: {schedule.kind} has no final learning rate"
-        yield from _ignored(schedule, "schedule", ("min_lr_fraction",), why)
+        yield from _ignored(config, why, "schedule.min_lr_fraction")
     if schedule.kind != "wsd":
-        why = "it belongs to schedule.kind: wsd"
-        yield from _ignored(schedule, "schedule", ("decay_fraction",), why)
+        yield from _ignored(config, "it belongs to schedule.kind: wsd", "schedule.decay_fraction")
     if schedule.kind == "inverse_sqrt" and schedule.warmup_steps == 0:
         why = "falls as sqrt(warmup_steps / step), so give at least 1"
         yield f"schedule.warmup_steps: inverse_sqrt {why}"
@@ -143,8 +131,8 @@ def _schedule_conflicts(schedule: Schedule) -> Iterator[str]:
 def _evaluation_conflicts(config: Config) -> Iterator[str]:
     evaluation = config.evaluation
     if not evaluation.sample_prompts:
-        names: tuple[str, ...] = ("sample_every_steps", "sample_max_new_tokens")
-        yield from _ignored(evaluation, "evaluation", names, "evaluation.sample_prompts is empty")
+        names = ("evaluation.sample_every_steps", "evaluation.sample_max_new_tokens")
+        yield from _ignored(config, "evaluation.sample_prompts is empty", *names)
     if evaluation.every_steps is None:
         why = "needs evaluation.every_steps; there is only one evaluation, at the end"
         if evaluation.patience is not None:
@@ -154,41 +142,41 @@ def _evaluation_conflicts(config: Config) -> Iterator[str]:
     if any(not prompt.strip() for prompt in evaluation.sample_prompts):
         yield "evaluation.sample_prompts: one is empty"
     if config.data.eval is None and config.data.eval_fraction == 0:
-        names = ("every_steps", "micro_batch_size", "patience", "export_best")
+        needing_rows = ("every_steps", "micro_batch_size", "patience", "export_best")
         why = "the run has no evaluation rows (data.eval)"
-        yield from _ignored(evaluation, "evaluation", names, why)
+        yield from _ignored(config, why, *(f"evaluation.{name}" for name in needing_rows))
 
 
-def _batch_conflicts(train: Train) -> Iterator[str]:
-    size, micro = train.global_batch_size, train.micro_batch_size
+def _batch_conflicts(config: Config) -> Iterator[str]:
+    size, micro = config.train.global_batch_size, config.train.micro_batch_size
     if micro != "auto" and size % micro:
-        yield (
-            f"train.global_batch_size: {size} is not a multiple of train.micro_batch_size {micro}"
-        )
+        what = f"is not a multiple of train.micro_batch_size {micro}"
+        yield f"train.global_batch_size: {size} {what}"
 
 
-def _tracking_conflicts(tracking: Tracking) -> Iterator[str]:
-    trackers = tracking.trackers
+def _tracking_conflicts(config: Config) -> Iterator[str]:
+    tracking, trackers = config.tracking, config.tracking.trackers
     if not {"wandb", "trackio"} & set(trackers):
-        why = "only wandb and trackio have projects"
-        yield from _ignored(tracking, "tracking", ("project",), why)
+        yield from _ignored(config, "only wandb and trackio have projects", "tracking.project")
     if "wandb" not in trackers:
-        why = "wandb is not among tracking.trackers"
-        yield from _ignored(tracking, "tracking", ("wandb_mode",), why)
+        yield from _ignored(config, "wandb is not among tracking.trackers", "tracking.wandb_mode")
     if len(set(trackers)) < len(trackers):
         yield "tracking.trackers: names one twice"
     if "wandb" in trackers and (bad := set(tracking.project) & set("/\\#?%:")):
         yield f"tracking.project: W&B takes no {' '.join(sorted(bad))} in the name of a project"
 
 
-def _adapter_conflicts(adapter: Adapter) -> Iterator[str]:
+def _adapter_conflicts(config: Config) -> Iterator[str]:
+    adapter = config.adapter
+    if isinstance(adapter, Full):
+        return
     has_eight_bits = isinstance(adapter, QLora) and QUANTIZATIONS[adapter.quantization].bits == 8
     if has_eight_bits:
-        names = ("double_quantization", "compute_dtype")
-        yield from _ignored(adapter, "adapter", names, "it is for 4 bits")
+        of_four = ("adapter.double_quantization", "adapter.compute_dtype")
+        yield from _ignored(config, "it is for 4 bits", *of_four)
     if adapter.path is not None:
         why = "the adapter in adapter.path has its own shape"
-        yield from _ignored(adapter, "adapter", SHAPE, why)
+        yield from _ignored(config, why, *(f"adapter.{name}" for name in SHAPE))
         return
     init = adapter.init
     if adapter.kind == "qlora" and init == "pissa":
@@ -209,20 +197,19 @@ def _adapter_conflicts(adapter: Adapter) -> Iterator[str]:
 
 
 def _optimizer_conflicts(config: Config) -> Iterator[str]:
-    optimizer, kind = config.optimizer, config.optimizer.kind
-    row = OPTIMIZERS[kind]
+    kind, row = config.optimizer.kind, OPTIMIZERS[config.optimizer.kind]
     if config.trains_in_16_bits and kind != "adamw":
         yield (
             f"optimizer.kind: {kind} rounds weights in 16 bits to the nearest, which loses most "
             "updates; use adamw, which rounds them stochastically, or model.dtype: auto"
         )
-    names = tuple(name for name in ("betas", "eps") if name not in row.takes)
-    yield from _ignored(optimizer, "optimizer", names, row.ignores)
+    unused = (f"optimizer.{name}" for name in ("betas", "eps") if name not in row.takes)
+    yield from _ignored(config, row.ignores, *unused)
     if config.adapter.kind != "full" and row.not_for_adapters:
         yield f"optimizer.kind: {row.not_for_adapters}"
     if config.adapter.kind == "full":
         why = "adapter.kind: full has no adapter"
-        yield from _ignored(optimizer, "optimizer", ("lora_plus_ratio",), why)
+        yield from _ignored(config, why, "optimizer.lora_plus_ratio")
 
 
 def _may_hold_text(source: str) -> bool:
@@ -235,13 +222,15 @@ def _listed(value: str | list[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else value or []
 
 
-def _ignored(values: Section, section: str, names: tuple[str, ...], why: str) -> Iterator[str]:
+def _ignored(config: Config, why: str, *keys: str) -> Iterator[str]:
     """List those of the settings that the user gave. `why`: the reason for ignoring them."""
-    fields, given = type(values).model_fields, values.model_fields_set
-    for name in names:
+    for key in keys:
+        section, name = key.split(".")
+        values = getattr(config, section)
+        fields, given = type(values).model_fields, values.model_fields_set
         default = fields[name].default
         # A default that is written out counts too, except in a config.yaml of a run, which has all
         # settings of the section.
         meant = name in given and default not in NOTHING and len(given) < len(fields)
         if meant or getattr(values, name) != default:
-            yield f"{section}.{name}: would be ignored: {why}; remove it"
+            yield f"{key}: would be ignored: {why}; remove it"

@@ -5,7 +5,9 @@ from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 from finetune import own_code
 from finetune.config import kinds
-from finetune.config.fields import Config, OwnObjective, Section, own_objective
+from finetune.config.fields import Config
+from finetune.config.kinds import Section
+from finetune.config.own import OwnObjective, own_objective
 
 Sections = dict[str, tuple[type[Section], ...]]
 """Section -> its classes: one, or one for each kind."""

@@ -4,40 +4,32 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+Test = Callable[[Any], bool]
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is(*types: type) -> Test:
+    """Return a test of a value's type; true and false are not numbers."""
+    is_bool = bool in types
+    return lambda value: isinstance(value, types) and (is_bool or not isinstance(value, bool))
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def is_switch(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def is_object(value: Any) -> bool:
-    return isinstance(value, dict)
+_is_number, _is_whole, _is_text, _is_list = _is(int, float), _is(int), _is(str), _is(list)
+is_switch, is_object = _is(bool), _is(dict)
 
 
 def are_words(value: Any) -> bool:
     return isinstance(value, list) and all(map(_is_text, value))
 
 
-def _or_null(allows: Callable[[Any], bool]) -> Callable[[Any], bool]:
+def _or_null(allows: Test) -> Test:
     return lambda value: value is None or allows(value)
 
 
-def _dtype_in(names: tuple[str, ...]) -> Callable[[Any], bool]:
+def _dtype_in(names: tuple[str, ...]) -> Test:
     return _or_null(lambda value: str(value).removeprefix("torch.") in names)
 
 
-Rules = Mapping[str, tuple[Callable[[Any], bool], str]]
+Rules = Mapping[str, tuple[Test, str]]
 """Key -> (a test of its value, what the value should be)."""
 BITS = ("load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit")
 SWITCH, OPTIONAL_SWITCH = (is_switch, "true or false"), (_or_null(is_switch), "true or false")
@@ -53,23 +45,12 @@ OF_BITSANDBYTES: Rules = {
 }  # fmt: skip
 
 
-def _are_names(value: Any) -> bool:
-    return value is None or _is_text(value) or are_words(value)
-
-
-def _are_numbers(value: Any) -> bool:
-    return value is None or (is_object(value) and all(map(_is_number, value.values())))
-
-
-def _are_layers(value: Any) -> bool:
-    is_list = isinstance(value, list) and all(map(_is_whole, value))
-    return value is None or _is_whole(value) or is_list
-
-
-def _is_template(value: Any) -> bool:
-    return value is None or isinstance(value, str | list | dict)
-
-
+_are_names = _or_null(lambda value: _is_text(value) or are_words(value))
+_are_numbers = _or_null(lambda value: is_object(value) and all(map(_is_number, value.values())))
+_are_whole = _or_null(
+    lambda value: _is_whole(value) or (_is_list(value) and all(map(_is_whole, value)))
+)
+_is_template = _or_null(_is(str, list, dict))
 NAMES = (_are_names, "a list of names, or an expression")
 NUMBERS = (_are_numbers, "a mapping of names to numbers")
 OF_LORA: Rules = {
@@ -85,7 +66,7 @@ OF_LORA: Rules = {
     "target_modules": NAMES, "exclude_modules": NAMES,
     "modules_to_save": (_or_null(are_words), "a list of names"),
     "rank_pattern": NUMBERS, "alpha_pattern": NUMBERS,
-    "layers_to_transform": (_are_layers, "a list of whole numbers"),
+    "layers_to_transform": (_are_whole, "a list of whole numbers"),
     **dict.fromkeys(
         ("use_dora", "use_rslora", "fan_in_fan_out", "ensure_weight_tying", "inference_mode"),
         OPTIONAL_SWITCH,
@@ -97,7 +78,7 @@ OF_TOKENIZER: Mapping[str, Rules] = {
         "model": (
             lambda value: is_object(value) and "vocab" in value, "an object with the vocabulary",
         ),
-        "added_tokens": (lambda value: isinstance(value, list), "a list"),
+        "added_tokens": (_is_list, "a list"),
     },
     "tokenizer_config.json": {
         "added_tokens_decoder": (is_object, "an object"),

@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from finetune import failures, files
-from finetune.data import readers, tokens
+from finetune.data import readers, source_files, tokens
 from finetune.data.rows import Place
 from finetune.data.templates import Template
 from finetune.data.tokens import Options
@@ -231,7 +231,7 @@ def _make(
         build.mkdir()
     try:
         _build(build, names, template, tokenizer, options, cache_dir)
-        if changed := [name for name in names if readers.fingerprint(name) != sources[name]]:
+        if changed := [name for name in names if source_files.fingerprint(name) != sources[name]]:
             raise DataError(
                 f"{readers.printable(changed[0])}: changed while being read; start again once it "
                 "is whole"

@@ -8,9 +8,7 @@ name its line and "42" in a CSV must stay text. pyarrow reads Parquet; `datasets
 import codecs
 import contextlib
 import csv
-import glob
 import gzip
-import hashlib
 import io
 import json
 import os
@@ -19,13 +17,12 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from finetune import failures, places
 from finetune.errors import DataError
-from finetune.files import sha256
 
 # Types that other tools read. A name with such an ending means a file, even a missing one.
 OTHER_TYPES = (
@@ -33,22 +30,10 @@ OTHER_TYPES = (
     ".jsonlines .log .lz4 .md .ndjson .npy .npz .ods .orc .pdf .pkl .psv .pt .rar .rtf .sql "
     ".sqlite .tar .tex .text .tgz .xls .xlsx .xml .xz .yaml .yml .zip .zst"
 ).split()
-# Files that describe data, by name and ending.
-DESCRIPTIONS = {
-    **dict.fromkeys(
-        "readme license licence copying notice citation changelog contributing".split(),
-        ("", "md", "txt", "rst", "cff"),
-    ),
-    **dict.fromkeys("dataset_info dataset_infos dataset_dict".split(), ("json",)),
-}
-SPLIT_WORDS = {
-    "train": {"train", "training"},
-    "validation": {"validation", "valid", "val", "dev", "eval", "evaluation", "held", "heldout"},
-    "test": {"test", "testing"},
-}
 DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
 SNIFFED_LINES = 100  # of a CSV, to find its delimiter
 SNIFFED_CHARACTERS = 1 << 16  # of each of these lines
+LIST_HINT = "; a file that holds one list is .json"
 PARQUET_BYTES = 64 << 20  # read at once: a row may be a book
 # The first bytes of files that are not text, whatever their name.
 SIGNATURES = {
@@ -85,6 +70,11 @@ class Place:
         return f"{name} row {self.row}" if self.row else f"{name}:{self.line}"
 
 
+def wrong(where: str | Place, what: str) -> DataError:
+    """Return an error about a source, or about a row of it."""
+    return DataError(f"{printable(str(where))}: {what}")
+
+
 @dataclass(frozen=True)
 class Row:
     """One record of a user's file."""
@@ -93,178 +83,11 @@ class Row:
     values: dict[str, Any]
 
 
-class Sources(NamedTuple):
-    """Files, saved data sets and Hub names of data.train and data.eval -> hash of their content."""
-
-    train: dict[str, str]
-    eval: dict[str, str]
-    notes: list[str]
-    """Which files of folders and globs are not read, and why; doubts that names raise."""
-
-
-# ---------------------------------------------------------------------------------- which files
-
-
-def sources(train: str | list[str], evaluation: str | list[str] | None) -> Sources:
-    """Return the training and evaluation sources. Raise DataError for one that is named twice."""
-    train_names = [train] if isinstance(train, str) else train
-    eval_names = [evaluation] if isinstance(evaluation, str) else evaluation or []
-    if not train_names:
-        raise DataError("data.train: the list is empty; name at least one file")
-    if evaluation is not None and not eval_names:
-        raise DataError(
-            "data.eval: the list is empty; name at least one file, or remove it to train without "
-            "evaluation"
-        )
-    known: dict[str, str] = {}
-    found = Sources({}, {}, [])
-    groups = ((found.train, "data.train", train_names), (found.eval, "data.eval", eval_names))
-    for own, key, names in groups:
-        for name in names:
-            files, notes = expand(name, key)
-            found.notes.extend(note for note in notes if note not in found.notes)
-            for file in files:
-                content = fingerprint(file)
-                if content in known:
-                    raise DataError(
-                        f"{key}: {printable(file)} holds the same rows as {known[content]}; do not "
-                        "evaluate on training rows, and list each file once"
-                    )
-                known[content] = f"{key} {printable(file)}"
-                own[file] = content
-    return found
-
-
-def expand(name: str, key: str) -> tuple[list[str], list[str]]:
-    """Return the files of a file, folder, glob or Hub name, and notes about files not read.
-
-    `key` is data.train, or anything else for rows to evaluate on. Raises DataError.
-    """
-    path = os.path.expanduser(name)
-    pattern = not os.path.lexists(path) and glob.has_magic(path) and "\0" not in path
-    if is_hub_name(path):
-        return [path], []
-    if not os.path.exists(path) and not pattern:
-        raise _absent(name, key)
-    if not pattern and not os.path.isfile(path) and not os.path.isdir(path):
-        raise DataError(
-            f"{key}: {printable(name)} is a device or a pipe, which cannot be read twice; write "
-            "its rows into a file"
-        )
-    if not pattern and (not os.path.isdir(path) or _is_saved(path)):
-        return [path], []
-    files: list[str] = []
-    left_out: list[tuple[str, str]] = []
-    with _readable(path):
-        if pattern:
-            seen: set[str] = set()
-            for match in sorted(glob.glob(path, recursive=True)):
-                _collect(match, seen, files, left_out)
-            if not files and not left_out:
-                raise DataError(
-                    f"{key}: {printable(name)} matches no file; searched in "
-                    f"{printable(places.looked_in())}"
-                )
-        else:
-            _collect(path, set(), files, left_out)
-    literal = re.split(r"[*?[]", path)[0] if pattern else path + "/"
-    notes: list[str] = []
-    root = literal[: literal.rfind("/") + 1]
-    wanted = _of_split(name, root, files, left_out, key, pattern, notes)
-    if not wanted:
-        why = f"; not read: {_listed_reasons(left_out)}" if left_out else ""
-        raise DataError(f"{key}: {printable(name)} holds no file with rows{why}")
-    if left_out:
-        notes.append(f"{key} does not read {_listed_reasons(left_out)}")
-    return wanted, notes
-
-
-def _collect(path: str, seen: set[str], files: list[str], left_out: list[tuple[str, str]]) -> None:
-    """Add a file, or a folder's files in order of name. A file with several links counts once."""
-    real = os.path.realpath(path)
-    if real in seen:
-        return
-    name, _, ending = os.path.basename(path.rstrip("/")).lower().partition(".")
-    # A link with another ending does not stand for its file.
-    if os.path.isdir(path) or _type(path) in READERS:
-        seen.add(real)
-    if os.path.isdir(path) and not _is_saved(path):
-        for entry in sorted(os.listdir(path)):
-            inside = os.path.join(path, entry)
-            if entry.startswith("."):
-                left_out.append((inside + "/" * os.path.isdir(inside), "hidden"))
-            else:
-                _collect(inside, seen, files, left_out)
-    elif not os.path.exists(path):
-        raise DataError(
-            f"{printable(path)}: links to {printable(real)}, which does not exist; restore the "
-            "file or remove the link"
-        )
-    elif os.path.isdir(path):
-        files.append(path)
-    elif ending in DESCRIPTIONS.get(name, ()):
-        left_out.append((path, "describes data"))
-    elif not os.path.isfile(path):
-        left_out.append((path, "a device or a pipe"))
-    elif _type(path) not in READERS:
-        left_out.append((path, "type not known"))
-    elif os.path.getsize(path) == 0:
-        left_out.append((path, "empty"))
-    else:
-        files.append(path)
-
-
-def _of_split(
-    name: str, root: str, files: list[str], left_out: list[tuple[str, str]], key: str,
-    pattern: bool, notes: list[str],
-) -> list[str]:  # fmt: skip
-    """Return the files of a folder or glob whose names fit `key`: training or evaluation."""
-    splits = {file: _split(file.removeprefix(root)) for file in files}
-    held_out = [file for file in files if splits[file] in ("validation", "test")]
-    held = f"{some(held_out)} {'is' if len(held_out) == 1 else 'are'}"
-    has_train = "train" in splits.values()
-    if key == "data.train":
-        if held_out and has_train:
-            left_out += [(file, f"named as {splits[file]} rows") for file in held_out]
-            return [file for file in files if file not in held_out]
-        if held_out and pattern:
-            notes.append(f"data.train: {held} trained on, though named as rows to hold out")
-        elif held_out:
-            everything = printable(os.path.join(name, "**", "*"))
-            raise DataError(
-                f"data.train: {held} named as rows to hold out, and no file of {printable(name)} "
-                f"is named as training rows; list the files to train on, or write {everything} to "
-                "train on all of them"
-            )
-    elif held_out and has_train:
-        best = "validation" if "validation" in splits.values() else "test"
-        left_out += [(file, f"not named as {best} rows") for file in files if splits[file] != best]
-        return [file for file in files if splits[file] == best]
-    return files
-
-
-def _split(path: str) -> str | None:
-    """Return train, validation or test, from the name of a file, else from its nearest folder."""
-    for part in reversed(path.split("/")):
-        words = {word.removesuffix("set") for word in re.findall(r"[a-z]+", part.lower())}
-        found = [split for split, known in SPLIT_WORDS.items() if words & known]
-        if found:
-            return found[0] if len(found) == 1 else None
-    return None
-
-
 def some(paths: list[str], most: int = 3) -> str:
     """Name a few of many files: a, b, c and 4 others."""
     listed = ", ".join(printable(path) for path in paths[:most])
     others = len(paths) - most
     return listed + (f" and {others:,} others" if others > 0 else "")
-
-
-def _listed_reasons(left_out: list[tuple[str, str]]) -> str:
-    reasons: dict[str, list[str]] = {}
-    for path, why in left_out:
-        reasons.setdefault(why, []).append(path)
-    return "; ".join(f"{some(paths)} ({why})" for why, paths in reasons.items())
 
 
 def is_hub_name(name: str) -> bool:
@@ -276,7 +99,7 @@ def is_hub_name(name: str) -> bool:
     return not looks_like_file and not os.path.isdir(owner)
 
 
-def _absent(name: str, key: str = "data.train") -> DataError:
+def absent(name: str, key: str = "data.train") -> DataError:
     takes = f"{key} takes" if key.startswith("--") else "data.train and data.eval take"
     what = "files, folders, globs, or Hub names as owner/name[:split]"
     path = os.path.expanduser(name)
@@ -298,32 +121,16 @@ def _absent(name: str, key: str = "data.train") -> DataError:
     )
 
 
-def fingerprint(source: str) -> str:
-    """Return a hash of what a source holds; it changes when any byte does."""
-    with _readable(source):
-        if os.path.isfile(source):
-            return sha256(Path(source))
-        if os.path.isdir(source):
-            digest = hashlib.sha256()
-            for path in sorted(p for p in Path(source).rglob("*") if p.is_file()):
-                digest.update(os.fsencode(path.relative_to(source)))
-                digest.update(f" {fingerprint(str(path))}\n".encode())
-            return digest.hexdigest()
-    if is_hub_name(source):
-        return str(_load_dataset(source)._fingerprint)
-    raise _absent(source)
-
-
 def describe(source: str) -> str:
     """Return a file's name, and what is unusual about how it is read."""
     unusual = []
-    if _type(source) in (".csv", ".tsv"):
+    if type_of(source) in (".csv", ".tsv"):
         delimiter, _, has_blanks = _dialect(source)
-        if delimiter != ("\t" if _type(source) == ".tsv" else ","):
+        if delimiter != ("\t" if type_of(source) == ".tsv" else ","):
             unusual.append(f"separated by {DELIMITERS.get(delimiter, repr(delimiter))}")
         if has_blanks:
             unusual.append("without the blanks after each separator")
-    if os.path.isfile(source) and _type(source) != ".parquet":
+    if os.path.isfile(source) and type_of(source) != ".parquet":
         with _opened(source) as file:
             encoding = _encoding_by_mark(file)
         if encoding:
@@ -336,41 +143,37 @@ def describe(source: str) -> str:
 
 def read(source: str, text_unit: str = "line") -> Iterator[Row]:
     """Yield the rows of one source, in order. Raise DataError that names file and line."""
-    if _is_saved(source) or is_hub_name(source):
+    if is_saved(source) or is_hub_name(source):
         rows = _read_with_datasets(source)
     elif not os.path.exists(source):
-        raise _absent(source)
-    elif _type(source) not in READERS:
-        raise DataError(
-            f"{printable(source)}: unknown file type {_type(source)!r}; use one of {known_types()}"
-        )
-    elif _type(source) == ".txt":
+        raise absent(source)
+    elif type_of(source) not in READERS:
+        raise wrong(source, f"unknown file type {type_of(source)!r}; use one of {known_types()}")
+    elif type_of(source) == ".txt":
         rows = _read_text(source, text_unit)
     else:
-        rows = READERS[_type(source)](source)
+        rows = READERS[type_of(source)](source)
     empty = True
-    with _readable(source):
+    with readable(source):
         for row in rows:
             empty = False
             yield row
     if empty:
-        raise DataError(f"{printable(source)}: holds no rows; is it the right file?")
+        raise wrong(source, "holds no rows; is it the right file?")
 
 
 @contextlib.contextmanager
-def _readable(source: str) -> Iterator[None]:
+def readable(source: str) -> Iterator[None]:
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as exc:
-        raise DataError(
-            f"{printable(source)}: damaged or incomplete: {exc}; create it again"
-        ) from exc
+        raise wrong(source, f"damaged or incomplete: {exc}; create it again") from exc
     except OSError as exc:
         failures.reraise(exc, f"{printable(source)}: cannot be read now")
-        raise DataError(f"{printable(source)}: cannot be read: {exc.strerror or exc}") from exc
+        raise wrong(source, f"cannot be read: {exc.strerror or exc}") from exc
 
 
-def _type(source: str) -> str:
+def type_of(source: str) -> str:
     """Return the ending that decides how to read a file; .gz is looked through for lines."""
     name = os.path.basename(source).lower()
     inner = name.removesuffix(".gz")
@@ -381,7 +184,7 @@ def _type(source: str) -> str:
 
 def is_text(source: str) -> bool:
     """Return whether data.text_unit applies to a source."""
-    return _type(source) == ".txt"
+    return type_of(source) == ".txt"
 
 
 def known_types() -> str:
@@ -410,10 +213,9 @@ def _lines(source: str) -> Iterator[tuple[int, str]]:
             try:
                 line = raw.removeprefix(codecs.BOM_UTF8).decode("utf-8")
             except UnicodeDecodeError as exc:
-                raise DataError(
-                    f"{printable(source)}:{number}: byte {raw[exc.start]:#04x} at position "
-                    f"{exc.start + 1} is not UTF-8; " + _remedy(source, raw, exc, saw_utf8)
-                ) from exc
+                what = f"byte {raw[exc.start]:#04x} at position {exc.start + 1} is not UTF-8"
+                remedy = _remedy(source, raw, exc, saw_utf8)
+                raise wrong(Place(source, number), f"{what}; {remedy}") from exc
             saw_utf8 = saw_utf8 or not line.isascii()
             yield number, line
 
@@ -425,35 +227,28 @@ def _marked_lines(source: str, file: IO[bytes], encoding: str) -> Iterator[tuple
             for number, line in enumerate(text, 1):
                 yield number, line
     except UnicodeError as exc:
-        raise DataError(
-            f"{printable(source)}:{number + 1}: broken {encoding.upper()}: {exc.args[-1]}; is the "
-            "file whole? Save it as UTF-8"
-        ) from exc
+        what = f"broken {encoding.upper()}: {exc.args[-1]}; is the file whole? Save it as UTF-8"
+        raise wrong(Place(source, number + 1), what) from exc
 
 
 def _require_text(source: str, start: bytes) -> None:
     """Raise DataError for a file whose first bytes are not of the type that its name says."""
     for signature, what in SIGNATURES.items():
         if start.startswith(signature):
-            raise DataError(
-                f"{printable(source)}: this file is {what}, not {_type(source)}; export it as one "
-                f"of {known_types()}"
-            )
+            remedy = f"export it as one of {known_types()}"
+            raise wrong(source, f"this file is {what}, not {type_of(source)}; {remedy}")
     if b"\r" in start[:-1] and b"\n" not in start:
-        raise DataError(
-            f"{printable(source)}:1: lines end in CR alone, as on an old Macintosh; convert them, "
-            f"for example with tr '\\r' '\\n' < {printable(source)} > {_converted(source)}"
-        )
+        what = "lines end in CR alone, as on an old Macintosh; convert them, for example with"
+        command = f"tr '\\r' '\\n' < {printable(source)} > {_converted(source)}"
+        raise wrong(Place(source, 1), f"{what} {command}")
     if b"\0" in start:
         even, odd = start[::2].count(0), start[1::2].count(0)
         probable = "not text"
         if max(even, odd) > 0.3 * len(start) / 2:
             command = _iconv(source, "UTF-16LE" if odd > even else "UTF-16BE")
-            probable = (
-                "probably UTF-16 without a byte order mark; save it as UTF-8, for example with "
-                f"{command}"
-            )
-        raise DataError(f"{printable(source)}:1: holds zero bytes: {probable}")
+            what = "probably UTF-16 without a byte order mark; save it as UTF-8"
+            probable = f"{what}, for example with {command}"
+        raise wrong(Place(source, 1), f"holds zero bytes: {probable}")
 
 
 def _remedy(source: str, raw: bytes, exc: UnicodeDecodeError, saw_utf8: bool) -> str:
@@ -497,11 +292,8 @@ def _probable_encoding(sample: bytes) -> str | None:
 
 def _record(place: Place, value: Any) -> Row:
     if not isinstance(value, dict):
-        is_list = isinstance(value, list) and place.row == 0
-        hint = "; a file that holds one list is .json" if is_list else ""
-        raise DataError(
-            f"{place}: a row should be an object like {{...}}, got {short(value)}{hint}"
-        )
+        hint = LIST_HINT if isinstance(value, list) and place.row == 0 else ""
+        raise wrong(place, f"a row should be an object like {{...}}, got {short(value)}{hint}")
     return Row(place, value)
 
 
@@ -524,12 +316,9 @@ def _read_jsonl(source: str) -> Iterator[Row]:
                 why = failures.parsing_reason(exc)
                 if isinstance(exc, json.JSONDecodeError):
                     why = f"{exc.msg} at character {exc.pos + 1}"
-                is_list = line.lstrip().startswith("[")
-                hint = "; a file that holds one list is .json" if is_list else ""
-                raise DataError(
-                    f"{Place(source, number)}: broken JSON: {why}: {short(line.strip())}; correct "
-                    f"or remove it{hint}"
-                ) from exc
+                hint = LIST_HINT if line.lstrip().startswith("[") else ""
+                what = f"broken JSON: {why}: {short(line.strip())}; correct or remove it{hint}"
+                raise wrong(Place(source, number), what) from exc
             yield _record(Place(source, number), value)
 
 
@@ -537,10 +326,8 @@ def _read_json(source: str) -> Iterator[Row]:
     """Yield the objects of a list; their places are row numbers."""
     text = "".join(line for _, line in _lines(source))
     if not text.lstrip().startswith("["):
-        raise DataError(
-            f"{printable(source)}: a .json file should hold a list of rows, [ {{...}}, ... ]; one "
-            "object per line is .jsonl"
-        )
+        what = "a .json file should hold a list of rows, [ {...}, ... ]"
+        raise wrong(source, f"{what}; one object per line is .jsonl")
     try:
         values = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as exc:
@@ -564,7 +351,7 @@ class _Dialect(NamedTuple):
 
 def _dialect(source: str) -> _Dialect:
     lines = [line[:SNIFFED_CHARACTERS] for _, line in islice(_lines(source), SNIFFED_LINES)]
-    delimiter, skipped = _delimiter(lines, "\t" if _type(source) == ".tsv" else ",")
+    delimiter, skipped = _delimiter(lines, "\t" if type_of(source) == ".tsv" else ",")
     first = [line for line in lines[skipped:] if line.strip()][:1]
     header = next(csv.reader(first, delimiter=delimiter), [])
     names = [name for name in header[1:] if name.strip()]
@@ -612,27 +399,22 @@ def _read_csv(source: str) -> Iterator[Row]:
             if cells and not any(map(str.strip, cells)):
                 cells = [""] * len(header)  # spreadsheets write any number of separators
             if list(map(str.strip, cells)) == names:
-                raise DataError(
-                    f"{Place(source, start)}: repeats the header; were files joined? Remove this "
-                    "line"
-                )
+                what = "repeats the header; were files joined? Remove this line"
+                raise wrong(Place(source, start), what)
             if cells and len(cells) != len(header):
                 name = DELIMITERS.get(delimiter, repr(delimiter))
                 hint = f"put quotes around cells that hold {name}"
                 if any(cell.startswith(' "') for cell in cells):
                     hint = "put the quote right after the separator, without a space"
-                raise DataError(
-                    f"{Place(source, start)}: {len(cells)} cells, but the header names "
-                    f"{len(header)} columns {list_columns(header)}; {hint}"
-                )
+                names_columns = f"the header names {len(header)} columns {list_columns(header)}"
+                what = f"{len(cells)} cells, but {names_columns}; {hint}"
+                raise wrong(Place(source, start), what)
             if cells:
                 yield Row(Place(source, start), dict(zip(header, cells)))
             start = reader.line_num + skipped + 1
     except csv.Error as exc:
-        raise DataError(
-            f"{Place(source, start)}: broken CSV: {exc}; check the quotes of the row that begins "
-            "here"
-        ) from exc
+        what = f"broken CSV: {exc}; check the quotes of the row that begins here"
+        raise wrong(Place(source, start), what) from exc
 
 
 def is_empty(row: Row) -> bool:
@@ -640,9 +422,8 @@ def is_empty(row: Row) -> bool:
 
     In formats that name the columns in each row, an empty row is a mistake.
     """
-    return _type(row.place.source) in (".csv", ".tsv") and not any(
-        map(str.strip, row.values.values())
-    )
+    is_table = type_of(row.place.source) in (".csv", ".tsv")
+    return is_table and not any(map(str.strip, row.values.values()))
 
 
 def _header(place: Place, cells: list[str]) -> list[str]:
@@ -650,25 +431,21 @@ def _header(place: Place, cells: list[str]) -> list[str]:
     header = [cell.strip() for cell in cells]
     twice = next((name for name in header if name and header.count(name) > 1), None)
     if twice:
-        raise DataError(
-            f"{place}: the header names the column {short(twice)!r} twice: {list_columns(header)}; "
-            "rename one"
-        )
+        listed = f"{list_columns(header)}; rename one"
+        raise wrong(place, f"the header names the column {short(twice)!r} twice: {listed}")
     return [name or f"(column {number})" for number, name in enumerate(header, 1)]
 
 
 def _read_text(source: str, unit: str) -> Iterator[Row]:
     start, block = 1, []
-    for number, line in _lines(source):
-        boundary = unit == "line" or (unit == "paragraph" and not line.strip())
+    for number, line in chain(_lines(source), [(0, "")]):  # the last ends any unit
+        is_end = number == 0 or unit == "line" or (unit == "paragraph" and not line.strip())
         if unit != "paragraph" or line.strip():
             block.append(line)
-        if boundary:
+        if is_end:
             if (text := "".join(block).strip("\r\n")).strip():
                 yield Row(Place(source, start), {"text": text})
             start, block = number + 1, []
-    if (text := "".join(block).strip("\r\n")).strip():
-        yield Row(Place(source, start), {"text": text})
 
 
 def _read_parquet(source: str) -> Iterator[Row]:
@@ -678,9 +455,7 @@ def _read_parquet(source: str) -> Iterator[Row]:
         file = parquet.ParquetFile(source)
         columns = file.schema_arrow.names
         if len(set(columns)) < len(columns):
-            raise DataError(
-                f"{printable(source)}: names a column twice: {list_columns(columns)}; rename one"
-            )
+            raise wrong(source, f"names a column twice: {list_columns(columns)}; rename one")
         groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
         size = sum(group.total_byte_size for group in groups) // max(1, file.metadata.num_rows)
         number = 0
@@ -690,9 +465,7 @@ def _read_parquet(source: str) -> Iterator[Row]:
                 number += 1
                 yield Row(Place(source, number), values)
     except ArrowException as exc:
-        raise DataError(
-            f"{printable(source)}: not a whole Parquet file: {exc}; create it again"
-        ) from exc
+        raise wrong(source, f"not a whole Parquet file: {exc}; create it again") from exc
 
 
 READERS: dict[str, Callable[[str], Iterator[Row]]] = {
@@ -705,7 +478,7 @@ READERS: dict[str, Callable[[str], Iterator[Row]]] = {
 }
 
 
-def _is_saved(path: str) -> bool:
+def is_saved(path: str) -> bool:
     """Return whether datasets.Dataset.save_to_disk wrote a folder."""
     files = (os.path.join(path, name) for name in ("state.json", "dataset_info.json"))
     return all(map(os.path.isfile, files))
@@ -716,6 +489,11 @@ def _read_with_datasets(source: str) -> Iterator[Row]:
         yield Row(Place(source, number), values)
 
 
+def hub_fingerprint(source: str) -> str:
+    """Return a hash of what a Hub name holds."""
+    return str(_load_dataset(source)._fingerprint)
+
+
 def _load_dataset(source: str) -> Any:
     """Load a data set of save_to_disk, or a Hub name with an optional :split."""
     import datasets
@@ -723,14 +501,12 @@ def _load_dataset(source: str) -> Any:
     datasets.disable_progress_bars()
     name, _, split = source.partition(":")
     try:
-        if _is_saved(source):
+        if is_saved(source):
             return datasets.load_from_disk(source)
         return datasets.load_dataset(name, split=split or "train")
     except Exception as exc:  # of a dozen kinds, many of them plain ValueError and OSError
-        if _is_saved(source):
-            raise DataError(
-                f"{printable(source)}: damaged: {type(exc).__name__}: {short(str(exc))}"
-            ) from exc
+        if is_saved(source):
+            raise wrong(source, f"damaged: {type(exc).__name__}: {short(str(exc))}") from exc
         failures.reraise(exc, f"{source}: datasets cannot load it now, {NO_HUB}")
         raise DataError(
             f"{source}: datasets cannot load it: {type(exc).__name__}: {exc}; {NO_HUB}"

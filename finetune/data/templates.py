@@ -1,9 +1,8 @@
 """Render conversations as text segments, each supervised or not.
 
-Every template is a Jinja chat template, the built-in ones too, so that training sees what
-`tokenizer.apply_chat_template` renders from the exported model. An answer starts where the rendered
-prompt before it ends, and ends where text appended to its content would appear. No answer is
-searched for by a string.
+Every template is a Jinja chat template, so that training sees what `tokenizer.apply_chat_template`
+renders from the exported model. An answer starts where the rendered prompt before it ends, and ends
+where text appended to its content would appear. No answer is searched for by a string.
 """
 
 import contextlib
@@ -13,85 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from finetune.data.rows import Conversation, Message, Place
 from finetune.errors import ConfigError, DataError
-
-_QUESTION_ANSWER = """\
-{% for message in messages %}\
-{% if message.role == 'system' %}{{ message.content }}
-
-{% elif message.role == 'user' %}### Question:
-{{ message.content }}
-
-{% else %}### Answer:
-{{ message.content }}{{ eos_token }}{% if not loop.last %}{{ '\n\n' }}{% endif %}{% endif %}\
-{% endfor %}\
-{% if add_generation_prompt %}### Answer:
-{% endif %}"""
-
-_ALPACA = """\
-{% for message in messages %}\
-{% if message.role == 'system' %}{{ message.content }}
-
-{% elif message.role == 'user' %}\
-{% if message.context %}Below is an instruction that describes a task, paired with an input that \
-provides further context. Write a response that appropriately completes the request.
-
-### Instruction:
-{{ message.content }}
-
-### Input:
-{{ message.context }}
-
-{% else %}{% if loop.index0 < 2 %}Below is an instruction that describes a task. \
-Write a response that appropriately completes the request.
-
-{% endif %}### Instruction:
-{{ message.content }}
-
-{% endif %}\
-{% else %}### Response:
-{{ message.content }}{{ eos_token }}{% if not loop.last %}{{ '\n\n' }}{% endif %}{% endif %}\
-{% endfor %}\
-{% if add_generation_prompt %}### Response:
-{% endif %}"""
-
-_LLAMA2 = """\
-{% for message in messages %}\
-{% if message.role == 'system' %}{% elif message.role == 'user' %}[INST] \
-{% if loop.index0 == 1 and messages[0].role == 'system' %}<<SYS>>
-{{ messages[0].content }}
-<</SYS>>
-
-{% endif %}{{ message.content }} [/INST]\
-{% else %} {{ message.content }} {{ eos_token }}{% endif %}\
-{% endfor %}"""
-
-_CHATML = """\
-{% for message in messages %}\
-<|im_start|>{{ message.role }}
-{{ message.content }}<|im_end|>
-{% endfor %}\
-{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
-
-_PLAIN = """\
-{% for message in messages %}\
-{{ message.content }}{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}\
-{% endfor %}"""
-
-BUILT_IN = {
-    "plain": _PLAIN,
-    "question_answer": _QUESTION_ANSWER,
-    "alpaca": _ALPACA,
-    "llama2": _LLAMA2,
-    "chatml": _CHATML,
-}
-# What `auto` selects for a tokenizer without a chat template.
-USUAL = {"question_answer": "question_answer", "instruction": "alpaca", "messages": "chatml"}
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _MARK = "\ufdd0"  # a Unicode noncharacter: no text contains it
@@ -128,11 +52,8 @@ class Template:
 
     @property
     def fingerprint(self) -> str:
-        parts = [
-            self.source,
-            *sorted(f"{k}={v}" for k, v in self.special_tokens.items()),
-            *self.turn_ends,
-        ]
+        tokens = sorted(f"{name}={token}" for name, token in self.special_tokens.items())
+        parts = [self.source, *tokens, *self.turn_ends]
         parts += [f"date={self.date}"] * self.writes_date + ["learn_opening"] * self.learn_opening
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
@@ -153,9 +74,7 @@ class Template:
         for messages in tried:
             try:
                 self._render(Conversation(messages, PROMPT), add_generation_prompt=True)
-                self._render(
-                    Conversation((*messages, Message("assistant", "b", supervised=True)), PROMPT)
-                )
+                self._render(_answered(messages, "b"))
                 return messages
             except DataError as exc:
                 found = found or exc
@@ -171,8 +90,7 @@ class Template:
         """
         with contextlib.suppress(DataError):
             asked = self._render(Conversation(self.probe, PROMPT), add_generation_prompt=True)
-            answer = Message("assistant", _MARK, supervised=True)
-            answered = self._render(Conversation((*self.probe, answer), PROMPT))
+            answered = self._render(_answered(self.probe, _MARK))
             opening = answered[len(asked) : max(answered.find(_MARK), 0)]
             if answered.startswith(asked) and opening.strip():
                 return opening
@@ -193,11 +111,10 @@ class Template:
         messages = conversation.messages
         if messages[0].role == "text":
             if loss_on != "all":
-                raise DataError(
-                    f"{conversation.place}: the row is plain text without an answer, but "
-                    "objective.kind: sft learns answers; use objective.kind: clm, or rows with "
-                    "prompts and answers"
-                )
+                why = "but objective.kind: sft learns answers"
+                remedy = "use objective.kind: clm, or rows with prompts and answers"
+                what = f"the row is plain text without an answer, {why}; {remedy}"
+                raise DataError(f"{conversation.place}: {what}")
             return [Segment(messages[0].content, True)]
         text = self._render(conversation)
         answers = [i for i, message in enumerate(messages) if message.supervised]
@@ -214,11 +131,12 @@ class Template:
         segments = _cut(text, spans)
         if self.stop_of(segments) is None:
             if len(spans) > 1:
-                raise DataError(
-                    f"{conversation.place}: data.template {self.name!r} ends answers without a "
-                    f"token of the tokenizer, so only the last of {len(spans)} would teach the "
-                    "model to stop; set data.loss_on: last_turn, or use a template that writes "
-                    "{{ eos_token }} or another special token after each answer"
+                raise self._wrong(
+                    conversation,
+                    "ends answers without a token of the tokenizer, so only the last of "
+                    f"{len(spans)} would teach the model to stop; set data.loss_on: last_turn, or "
+                    "use a template that writes {{ eos_token }} or another special token after "
+                    "each answer",
                 )
             segments = _cut(text[: spans[-1][1]], spans)
         return segments
@@ -242,11 +160,7 @@ class Template:
 
         `conversation`: a row that the template takes; by default `example`, or the shortest.
         """
-        conversation = conversation or self.example
-        if conversation is None:
-            conversation = Conversation(
-                (*self.probe, Message("assistant", "b", supervised=True)), PROMPT
-            )
+        conversation = conversation or self.example or _answered(self.probe, "b")
         return self.stop_of(self.segments(conversation, "last_turn"))
 
     def stop_of(self, segments: Sequence[Segment]) -> str | None:
@@ -261,24 +175,21 @@ class Template:
 
         `mark`: the span of its {% generation %} block, in templates that have them.
         """
-        messages, place = conversation.messages, conversation.place
-        until = Conversation(messages[: turn + 1], place)
+        messages = conversation.messages
+        until = replace(conversation, messages=messages[: turn + 1])
         alone = text if len(until.messages) == len(messages) else self._render(until)
         start = len(self._prompt_of(conversation, text, alone, turn))
-        if mark is None:
-            end = self._end(conversation, text, start, turn)
-        else:
-            self._end(conversation, text, start, turn)  # for the errors it raises
+        end = self._end(conversation, text, start, turn)  # raises errors in any case
+        if mark is not None:
             start = mark[0] if text[start : mark[0]].strip() else start
             end = self._with_turn_end(text, mark[1])
         if not alone.startswith(text[:end]) or self._with_turn_end(alone, end) != end:
             raise self._differs(conversation, turn)
         if not _holds(text[start:end], messages[turn].content):
-            raise DataError(
-                f"{place}: data.template {self.name!r} drops or rewrites the answer "
-                f"{_short(messages[turn].content)}: it renders {_short(text[start:end])}; use "
-                "another data.template, or data.loss_on: last_turn"
-            )
+            what = f"drops or rewrites the answer {_short(messages[turn].content)}"
+            renders = f"it renders {_short(text[start:end])}"
+            remedy = "use another data.template, or data.loss_on: last_turn"
+            raise self._wrong(conversation, f"{what}: {renders}; {remedy}")
         return start, end
 
     def _prompt_of(self, conversation: Conversation, text: str, alone: str, turn: int) -> str:
@@ -286,16 +197,14 @@ class Template:
 
         `alone`: the rendered text without the messages after `turn`.
         """
-        asked = self._render(
-            Conversation(conversation.messages[:turn], conversation.place),
-            add_generation_prompt=True,
-        )
+        before = replace(conversation, messages=conversation.messages[:turn])
+        asked = self._render(before, add_generation_prompt=True)
         if not text.startswith(asked):
-            raise DataError(
-                f"{conversation.place}: data.template {self.name!r} renders the prompt of message "
-                f"{turn + 1} differently once the answer is there, so what is trained would not be "
-                "what is asked; use data.loss_on: last_turn, or a template whose "
-                "add_generation_prompt gives what stands before the answer"
+            raise self._wrong(
+                conversation,
+                f"renders the prompt of message {turn + 1} differently once the answer is there, "
+                "so what is trained would not be what is asked; use data.loss_on: last_turn, or a "
+                "template whose add_generation_prompt gives what stands before the answer",
             )
         if self.learn_opening or asked.endswith(self.opening):
             return asked
@@ -307,38 +216,34 @@ class Template:
         return asked
 
     def _differs(self, conversation: Conversation, turn: int) -> DataError:
-        return DataError(
-            f"{conversation.place}: data.template {self.name!r} renders the answer in message "
-            f"{turn + 1} differently once later turns are there, so what is trained would not be "
-            "what is asked; use data.loss_on: last_turn, or make a row of each answer with the "
-            "turns before it"
+        return self._wrong(
+            conversation,
+            f"renders the answer in message {turn + 1} differently once later turns are there, so "
+            "what is trained would not be what is asked; use data.loss_on: last_turn, or make a "
+            "row of each answer with the turns before it",
         )
+
+    def _wrong(self, conversation: Conversation, what: str) -> DataError:
+        return DataError(f"{conversation.place}: data.template {self.name!r} {what}")
 
     def _end(self, conversation: Conversation, text: str, start: int, turn: int) -> int:
         messages = conversation.messages
         marked = Message("assistant", messages[turn].content.rstrip() + _MARK, supervised=True)
-        moved = self._render(
-            Conversation((*messages[:turn], marked, *messages[turn + 1 :]), conversation.place)
-        )
-        end = moved.find(_MARK)
+        with_mark = (*messages[:turn], marked, *messages[turn + 1 :])
+        moved = self._render(replace(conversation, messages=with_mark))
+        end, shown = moved.find(_MARK), f"({_short(messages[turn].content)})"
         if end < start:
-            raise DataError(
-                f"{conversation.place}: data.template {self.name!r} drops the answer in message "
-                f"{turn + 1} ({_short(messages[turn].content)}); use another data.template"
-            )
+            what = f"drops the answer in message {turn + 1} {shown}; use another data.template"
+            raise self._wrong(conversation, what)
         if moved.count(_MARK) > 1:
-            raise DataError(
-                f"{conversation.place}: data.template {self.name!r} writes the answer in message "
-                f"{turn + 1} more than once ({_short(messages[turn].content)}); correct the "
-                "template, or use another data.template"
-            )
+            what = f"writes the answer in message {turn + 1} more than once {shown}"
+            remedy = "correct the template, or use another data.template"
+            raise self._wrong(conversation, f"{what}; {remedy}")
         return self._with_turn_end(text, end)
 
     def _with_turn_end(self, text: str, end: int) -> int:
         """Move the end of an answer past the token that ends its turn, if that follows."""
-        if text[:end].rstrip().endswith(tuple(self.turn_ends)):
-            return end
-        if not self.turn_ends:
+        if not self.turn_ends or text[:end].rstrip().endswith(tuple(self.turn_ends)):
             return end
         stop = re.compile(r"\s*(?:" + "|".join(map(re.escape, self.turn_ends)) + ")")
         match = stop.match(text, end)
@@ -352,15 +257,12 @@ class Template:
             return [None] * len(answers)
         spans: list[tuple[int, int]] = []
         self._render(conversation, spans=spans)
-        assistants = [
-            i for i, message in enumerate(conversation.messages) if message.role == "assistant"
-        ]
+        roles = [message.role for message in conversation.messages]
+        assistants = [turn for turn, role in enumerate(roles) if role == "assistant"]
         if len(spans) != len(assistants):
-            raise DataError(
-                f"{conversation.place}: data.template {self.name!r} marks {len(spans)} {{% "
-                f"generation %}} blocks for {len(assistants)} assistant messages; there should be "
-                "one around each"
-            )
+            what = f"marks {len(spans)} {{% generation %}} blocks"
+            of = f"for {len(assistants)} assistant messages; there should be one around each"
+            raise self._wrong(conversation, f"{what} {of}")
         return [spans[assistants.index(turn)] for turn in answers]
 
     @cached_property
@@ -387,10 +289,8 @@ class Template:
                     f"data.system_prompt: would be ignored: data.template {self.name!r} drops or "
                     "changes system messages; remove the setting, or use another data.template"
                 )
-            raise DataError(
-                f"{conversation.place}: data.template {self.name!r} drops or changes the "
-                f"{message.role} message {number} ({_short(content)}); use another data.template"
-            )
+            what = f"drops or changes the {message.role} message {number} ({_short(content)})"
+            raise self._wrong(conversation, f"{what}; use another data.template")
 
     def _plain(self, conversation: Conversation) -> list[dict[str, str]]:
         """Return messages as the template sees them.
@@ -426,23 +326,22 @@ class Template:
             text.encode()
             return text
         except UnicodeEncodeError as exc:
-            raise DataError(
-                f"{conversation.place}: data.template {self.name!r} writes "
-                f"{exc.object[exc.start]!a}, half of a character, which no tokenizer can read; "
-                "correct the template"
-            ) from exc
+            what = f"writes {exc.object[exc.start]!a}, half of a character"
+            remedy = "which no tokenizer can read; correct the template"
+            raise self._wrong(conversation, f"{what}, {remedy}") from exc
         except Exception as exc:  # a template is a program: it can divide by zero, or never end
             why = f"{type(exc).__name__}: {exc}"
-            fails = f"{conversation.place}: data.template {self.name!r} fails: {why}"
+            fails = self._wrong(conversation, f"fails: {why}")
             if isinstance(exc, TemplateSyntaxError):
                 raise BrokenTemplate(f"{fails} (line {exc.lineno} of the template)") from exc
             first, *others = conversation.messages
             if first.from_setting and self._takes(others, add_generation_prompt):
                 raise ConfigError(
                     f"data.system_prompt: data.template {self.name!r} takes no system message: "
-                    f"{type(exc).__name__}: {exc}; remove the setting, or use another data.template"
+                    f"{why}; remove the setting, or use another data.template"
                 ) from exc
-            raise DataError(fails + self._remedy(conversation, add_generation_prompt)) from exc
+            remedy = self._remedy(conversation, add_generation_prompt)
+            raise DataError(f"{fails}{remedy}") from exc
 
     def _jinja(
         self,
@@ -492,135 +391,19 @@ class BrokenTemplate(ConfigError):
     """The template renders no conversation at all, so one row suffices to report it."""
 
 
-def _is_text(source: str) -> bool:
-    """Return whether a source can be encoded: half a character (a lone surrogate) cannot."""
-    try:
-        source.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def load(
-    name: str, format: str, chat_template: str | Mapping[str, str] | None,
-    special_tokens: Mapping[str, str], vocabulary: Mapping[str, int], date: str | None = None,
-) -> Template:  # fmt: skip
-    """Find a template by its config name. Raise DataError if it is missing or unfit.
-
-    `chat_template`: the tokenizer's own, or several by name, of which `default` is taken as
-    transformers does. `date`: the day for templates that write it.
-    """
-    found = _find(name, format, chat_template, special_tokens, vocabulary)
-    if not _is_text(found.source):
-        raise DataError(
-            f"data.template: {found.name}: holds half of a character; correct the template"
-        )
-    if _is_random(found):
-        raise DataError(
-            f"data.template: {found.name}: uses chance (random, lipsum), so each start would train "
-            "other text; use another template"
-        )
-    if date is not None and _writes_time(found):
-        raise DataError(
-            f"data.template: {found.name}: writes the time, so each prompt would differ from those "
-            "of training; take it out of the template (the date alone may stay)"
-        )
-    return replace(found, date=date if found.writes_date else None)
-
-
-def _find(
-    name: str, format: str, chat_template: str | Mapping[str, str] | None,
-    special_tokens: Mapping[str, str], vocabulary: Mapping[str, int],
-) -> Template:  # fmt: skip
-    if name == "auto":
-        if format == "prompt_completion" or format == "text":
-            name = "plain"
-        else:
-            name = "chat" if chat_template else USUAL[format]
-    turn_ends = tuple(
-        dict.fromkeys([*special_tokens.values(), *(t for t in vocabulary if _looks_special(t))])
-    )
-    if name == "chat":
-        if not chat_template:
-            raise DataError(
-                "data.template: chat, but the tokenizer has no chat template; use one of "
-                f"{', '.join(BUILT_IN)}, or a .jinja file"
-            )
-        if not isinstance(chat_template, str):
-            if "default" not in chat_template:
-                raise DataError(
-                    "data.template: the tokenizer has the chat templates "
-                    f"{', '.join(chat_template)}, but none named default; write the one you want "
-                    "into a .jinja file and give that"
-                )
-            chat_template = chat_template["default"]
-        return Template(name, chat_template, special_tokens, turn_ends)
-    if name in BUILT_IN:
-        needed = ("<|im_start|>", "<|im_end|>") if name == "chatml" else ()
-        missing = [token for token in needed if token not in vocabulary]
-        if missing:
-            raise DataError(
-                "data.template: chatml ends turns with the token <|im_end|>, but the tokenizer has "
-                f"no {' and '.join(missing)}; add them with model.new_tokens: "
-                f"[{', '.join(missing)}], or use question_answer, alpaca or llama2"
-            )
-        return Template(name, BUILT_IN[name], special_tokens, turn_ends)
-    if name.endswith(".jinja"):
-        try:
-            return Template(
-                name, Path(name).read_text(encoding="utf-8-sig"), special_tokens, turn_ends
-            )
-        except (OSError, UnicodeDecodeError) as exc:
-            raise DataError(f"data.template: {name}: cannot be read: {exc}") from exc
-    raise DataError(
-        f"data.template: {name!r} is not one of auto, chat, {', '.join(BUILT_IN)}, or a .jinja file"
-    )
+def _answered(prompt: Sequence[Message], answer: str) -> Conversation:
+    """Return a conversation that is not in a file, which ends with this answer."""
+    return Conversation((*prompt, Message("assistant", answer, supervised=True)), PROMPT)
 
 
 def sample_prompt(template: Template | None, prompt: str, system_prompt: str | None) -> str:
     """Render one of evaluation.sample_prompts; without a template return the prompt itself."""
-    system = (
-        [Message("system", system_prompt, from_setting=True)] if system_prompt is not None else []
-    )
-    place = Place("evaluation.sample_prompts", 1)
-    return template.prompt([*system, Message("user", prompt)], place) if template else prompt
-
-
-def _writes_time(template: Template) -> bool:
-    """Return whether the template renders other text at another time of the same day."""
-    if not template.writes_date:
-        return False
-    with contextlib.suppress(DataError):  # reported with the first row
-        times = ("04:05:06.000007", "17:38:49.500000")
-        clocks = [replace(template, date=f"2001-02-03T{time}") for time in times]
-        early, late = (
-            clock._render(Conversation(clock.probe, PROMPT), add_generation_prompt=True)
-            for clock in clocks
-        )
-        return early != late
-    return False
-
-
-def _is_random(template: Template) -> bool:
-    """Return whether the template uses Jinja's sources of chance."""
-    if not re.search("random|lipsum", template.source):
-        return False
-    from jinja2 import TemplateSyntaxError, nodes
-    from transformers.utils import chat_template_utils
-
-    try:
-        compiled = chat_template_utils._compile_jinja_template(template.source)
-        parsed = compiled.environment.parse(template.source)
-    except TemplateSyntaxError:
-        return False  # reported with the first row
-    filters, names = parsed.find_all(nodes.Filter), parsed.find_all(nodes.Name)
-    is_random = any(each.name == "random" for each in filters)
-    return is_random or any(each.name == "lipsum" for each in names)
-
-
-def _looks_special(token: str) -> bool:
-    in_bars = token.startswith("<|") and token.endswith("|>")
-    return in_bars or (token.startswith("<") and token.endswith("_of_turn>"))
+    if template is None:
+        return prompt
+    messages = [Message("user", prompt)]
+    if system_prompt is not None:
+        messages.insert(0, Message("system", system_prompt, from_setting=True))
+    return template.prompt(messages, Place("evaluation.sample_prompts", 1))
 
 
 def _holds(rendered: str, message: str, may_go: re.Pattern[str] = _THINKING) -> bool:

@@ -18,8 +18,8 @@ from finetune import config as configs
 from finetune import failures, files, own_code
 from finetune.config import paths
 from finetune.config.base import model_argument, require_model
-from finetune.config.fields import own_format
-from finetune.data import readers, rows
+from finetune.config.own import own_format
+from finetune.data import readers, rows, source_files
 from finetune.data.rows import Conversation
 from finetune.errors import ConfigError, DataError, Outage, UserError
 from finetune.evaluation import scores
@@ -136,7 +136,7 @@ def require_output(output: Path, data: str) -> None:
         raise UserError(
             f"--output: {output} is a folder; name a file, such as {output / 'answers.jsonl'}"
         )
-    for source in map(Path, readers.expand(data, "--data")[0]):
+    for source in map(Path, source_files.expand(data, "--data")[0]):
         is_same = output.exists() and source.exists() and output.samefile(source)
         if is_same or (source.is_dir() and source.resolve() in output.resolve().parents):
             raise UserError(
@@ -203,7 +203,7 @@ def read(
 
     Each row ends with an answer.
     """
-    found, notes = readers.expand(source, "--data")
+    found, notes = source_files.expand(source, "--data")
     for note in notes:
         _note(note)
     problems, unread = rows.Problems(), Counter[str]()

@@ -1,4 +1,4 @@
-"""Merge adapters into their base and save full weights: `finetune export --merge`."""
+"""Merge adapters into their base and save full weights: `finetune merge`."""
 
 import argparse
 import os
@@ -138,6 +138,8 @@ def _beside_quantized_base(
 def _require_output(sources: Sequence[Path], target: Path) -> None:
     """Raise ModelError if a source is not an adapter, or `target` cannot be created."""
     for source in sources:
+        if not source.exists():
+            raise ModelError(f"{source}: no such folder; give the run of an adapter")
         if not is_adapter(source):
             raise ModelError(
                 f"{source}: no adapter_config.json, so there is nothing to merge; give the model "
@@ -196,10 +198,11 @@ def require_mergeable(sources: Sequence[Path]) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--merge", action="store_true", required=True, help="merge adapters into their base")
+    add, none = parser.add_argument, argparse.SUPPRESS
     what = "adapter, as runs/<name> or runs/<name>/model, or several of one base"
-    add("--model", required=True, type=model_argument, nargs="+", help=what)
+    add("model", nargs="*", type=model_argument, metavar="RUN", default=none, help=what)
+    what = "the same, as an option"
+    add("--model", type=model_argument, nargs="+", metavar="RUN", help=what)
     add("--output", required=True, type=paths.argument, help="folder to write")
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     what = "dtype of the weights; auto: that of the base"
@@ -209,6 +212,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
+    if not arguments.model:
+        raise ModelError("name an adapter, such as runs/my_run")
     for name in arguments.model:
         require_model(name, "--model")
     require_base(arguments.base)

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, TextStreamer
 
-from finetune.data import templates
+from finetune.data import chat_templates, templates
 from finetune.data.rows import Conversation, Message, Place, Problems
 from finetune.data.templates import Template
 from finetune.data.tokens import ControlTokens, encode_prompt
@@ -192,4 +192,4 @@ def without_opening(tokenizer: Any, answers: Sequence[str]) -> list[str]:
 
 def _own_template(tokenizer: Any, vocabulary: Mapping[str, int] = MappingProxyType({})) -> Template:
     special = tokenizer.special_tokens_map
-    return templates.load("chat", "messages", tokenizer.chat_template, special, vocabulary)
+    return chat_templates.load("chat", "messages", tokenizer.chat_template, special, vocabulary)

@@ -14,8 +14,9 @@ from transformers.pytorch_utils import Conv1D
 
 from finetune import failures
 from finetune.config import Adapter, Full, Lora, Model, QLora
-from finetune.config.base import ADAPTER_WEIGHTS, adapter_problem
+from finetune.config.base import adapter_problem
 from finetune.config.choices import ADAPTER_INITS, QUANTIZATIONS
+from finetune.config.model_files import ADAPTER_WEIGHTS
 from finetune.errors import ModelError
 from finetune.models import adapter_init, base_identity, load
 from finetune.models.embeddings import embedding_and_head

@@ -16,7 +16,8 @@ from torch import nn
 from transformers.utils import cached_file
 
 from finetune.config import values as allowed
-from finetune.config.base import WEIGHTS, name_of, object_in
+from finetune.config.model_files import WEIGHTS, object_in
+from finetune.config.quantized import name_of
 from finetune.errors import ModelError
 from finetune.models.embeddings import embedding_and_head
 

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from finetune import failures, places
-from finetune.config import Model, base
+from finetune.config import Model, base, model_files, quantized
 from finetune.errors import ModelError
 from finetune.models import attention as attention  # registers the kernel for documents
 from finetune.models import base_identity, embeddings
@@ -107,7 +107,7 @@ def load_config(model: Model) -> Any:
     if problem := problem or base.architecture_problem(str(model.path), values):
         raise ModelError(f"model.path: {problem}")
     is_quantized = hasattr(config, "quantization_config")
-    if is_quantized and (model.init == "random" or base.quantization(vars(config)) is None):
+    if is_quantized and (model.init == "random" or quantized.quantization(vars(config)) is None):
         del config.quantization_config  # the weights are not used, or have neither 4 nor 8 bits
     return config
 
@@ -211,7 +211,7 @@ def quantized_as(config: Any, quantization: dict[str, Any] | None) -> dict[str, 
 
     A saved quantisation is kept, with the compute dtype of `quantization`.
     """
-    saved = base.quantization(vars(config))
+    saved = quantized.quantization(vars(config))
     if saved is None or quantization is None:
         wanted = BitsAndBytesConfig(**quantization) if quantization else None
         return {"config": config, "quantization_config": wanted}
@@ -311,8 +311,8 @@ def check_weights(skeleton: Any, model: Model) -> None:
     if model.init != "pretrained":
         return
     folder = model.path or ""
-    saved = base.shapes(folder) or shapes_of_pickle(Path(folder, "pytorch_model.bin"))
-    if saved is None or base.quantization(skeleton.config.to_dict()) is not None:
+    saved = model_files.shapes(folder) or shapes_of_pickle(Path(folder, "pytorch_model.bin"))
+    if saved is None or quantized.quantization(skeleton.config.to_dict()) is not None:
         return
     parameters = dict(skeleton.named_parameters(remove_duplicate=False))
     known = parameters.keys() | dict(skeleton.named_buffers()).keys()
@@ -338,7 +338,7 @@ def check_weights(skeleton: Any, model: Model) -> None:
 
 def shapes_of_file(file: Path) -> dict[str, list[int]] | None:
     """Return names and shapes in one file of weights; None for formats before torch 1.6."""
-    return shapes_of_pickle(file) if file.suffix == ".bin" else base.tensors_in(file)[0]
+    return shapes_of_pickle(file) if file.suffix == ".bin" else model_files.tensors_in(file)[0]
 
 
 def shapes_of_pickle(file: Path) -> dict[str, list[int]] | None:
@@ -352,7 +352,7 @@ def shapes_of_pickle(file: Path) -> dict[str, list[int]] | None:
         found = torch.load(file, map_location="meta", weights_only=True, mmap=True)
     if not isinstance(found, dict):
         raise ModelError(
-            f"{file}: holds {type(found).__name__}, not weights by their names; {base.AGAIN}"
+            f"{file}: holds {type(found).__name__}, not weights by their names; {model_files.AGAIN}"
         )
     tensors = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
     return {name: list(tensor.shape) for name, tensor in tensors.items()}
@@ -436,7 +436,7 @@ def _reason(exc: Exception, values: Mapping[str, Any]) -> str:
     if isinstance(exc, KeyError):
         return (
             f"one of its files lacks the key {exc}, or holds a word that transformers does not "
-            f"know; correct it, or {base.AGAIN}"
+            f"know; correct it, or {model_files.AGAIN}"
         )
     return " ".join(lines[:2]) or type(exc).__name__
 

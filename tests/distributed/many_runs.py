@@ -3,10 +3,10 @@
     accelerate launch tests/distributed/many_runs.py A.yaml B.yaml forget:runs/b:3 B.yaml \\
         break:one_shard C.yaml
 
-Most of a small run is the start of its processes. `forget:DIR:STEP` takes a run back to the
-checkpoint of a step, as if the machine had gone after it; `break:NAME` breaks the next run on
-purpose, so that the tests of the others are seen to fail; `topology:NAME` has all that follow share
-the model in another way; `compiler:NAME` compiles all that follow by another backend.
+Most of a small run is the start of its processes. `forget:DIR:STEP` keeps a copy of a run and takes
+it back to the checkpoint of a step, as if the machine had gone after it; `break:NAME` breaks the
+next run on purpose, so that the tests of the others are seen to fail; `topology:NAME` has all that
+follow share the model in another way.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from conftest import forget_process_state
+from faults.forked import forget
 
 from finetune import config as configs
 from finetune import loop
@@ -30,37 +31,30 @@ from finetune.survival.preemption import StopFlag
 
 def main() -> None:
     asked_by_launcher = dict(os.environ)
-    Topology.close = lambda self: (
-        self.accelerator.free_memory()
-    )  # the processes stay together for the next run
-    mend, compiler = lambda: None, torch.compile
+    # The processes stay together for the next run.
+    Topology.close = lambda self: self.accelerator.free_memory()
+    mends = []
     for argument in sys.argv[1:]:
         if argument.startswith("forget:"):
             if os.environ.get("RANK", "0") == "0":
-                forget(Path(argument.split(":")[1]), int(argument.split(":")[2]))
+                run, step = argument.split(":")[1:]
+                shutil.copytree(run, whole_of(Path(run)))
+                forget(Path(run), int(step))
             if torch.distributed.is_initialized():
                 torch.distributed.barrier()
         elif argument.startswith("break:"):
-            mend = BREAKS[argument.removeprefix("break:")]()
-        elif argument.startswith(
-            "compiler:"
-        ):  # "aot_eager" captures the same graphs, and generates no code
-            instead(
-                torch,
-                "compile",
-                functools.partial(compiler, backend=argument.removeprefix("compiler:")),
-            )
+            mends.append(BREAKS[argument.removeprefix("break:")]())
         elif argument.startswith("topology:"):
-            asked_by_launcher = environment_of(
-                argument.removeprefix("topology:"), asked_by_launcher
-            )
+            name = argument.removeprefix("topology:")
+            asked_by_launcher = environment_of(name, asked_by_launcher)
         else:
             for name in [name for name in os.environ if name.startswith(OF_A_TOPOLOGY)]:
                 del os.environ[name]
             os.environ.update(asked_by_launcher)
             forget_process_state()
             loop.run(*configs.parse(["--config", argument]), StopFlag())
-            mend()
+            while mends:
+                mends.pop()()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -70,22 +64,16 @@ OF_A_TOPOLOGY = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
 
 def environment_of(topology: str, asked_by_launcher: dict[str, str]) -> dict[str, str]:
     """Return the launcher's environment for another topology, with the same rendezvous."""
-    file = [
-        "--config_file",
-        f"accelerate_configs/{topology}.yaml",
-        "--num_processes",
-        os.environ["WORLD_SIZE"],
-    ]
-    planned = launcher.read([*file, "train.py"])[0][int(os.environ["RANK"])]
+    file = ["--config_file", f"accelerate_configs/{topology}.yaml"]
+    words = [*file, "--num_processes", os.environ["WORLD_SIZE"], "train.py"]
+    planned = launcher.read(words)[0][int(os.environ["RANK"])]
     mine = {name: value for name, value in planned.items() if name.startswith(OF_A_TOPOLOGY)}
     return {n: v for n, v in asked_by_launcher.items() if not n.startswith(OF_A_TOPOLOGY)} | mine
 
 
-def forget(run: Path, step: int) -> None:
-    for later in (run / "checkpoints").glob("step-*"):
-        if int(later.name.removeprefix("step-")) > step:
-            shutil.rmtree(later)
-    (run / "outcome.json").unlink()
+def whole_of(run: Path) -> Path:
+    """Where the copy of a run is that `forget` took back."""
+    return run.with_name(f"{run.name}-whole")
 
 
 def instead(owner: object, name: str, value: object) -> functools.partial:

@@ -30,7 +30,7 @@ from finetune.survival import launcher
 
 PROTOCOL = {
     str(ROOT / "finetune/engine/checkpoint" / name)
-    for name in ("finding.py", "folder.py", "saver.py", "shards.py")
+    for name in ("contents.py", "folder.py", "resume.py", "saver.py")
 }
 
 
@@ -101,11 +101,8 @@ def trace(death: Death | None) -> dict[str, int]:
 
     def call(frame: Any, event: str, argument: Any) -> Any:
         code = frame.f_code
-        return (
-            line
-            if code.co_filename in PROTOCOL and code.co_name not in ("is_time", "has_ended")
-            else None
-        )
+        is_asked_often = code.co_name in ("is_time", "has_ended")
+        return line if code.co_filename in PROTOCOL and not is_asked_often else None
 
     sys.settrace(call)
     threading.settrace(call)
@@ -114,9 +111,8 @@ def trace(death: Death | None) -> dict[str, int]:
 
 KILLS = int(os.environ.get("FINETUNE_KILLS", "6"))  # make faults: 201
 long_form = pytest.mark.fault
-os.environ["PYTHONPATH"] = (
-    f"{ROOT}:{ROOT / 'tests'}"  # the server finds what it is to import by this alone
-)
+# The server finds what it is to import by this alone.
+os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(["faults.preloaded"])
 
@@ -158,15 +154,8 @@ def start(
     """Start train.py, or a script that runs it; `death` is for the process of rank `dies`."""
     settings = {"FINETUNE_JOIN_MINUTES": "0.3", **environment}
     logs = [config.with_suffix(f".{rank}.log") for rank in range(processes)]
-    return fork(
-        script,
-        ["--config", str(config), *arguments],
-        topology,
-        logs,
-        settings,
-        death=death,
-        dies=dies,
-    )
+    words = ["--config", str(config), *arguments]
+    return fork(script, words, topology, logs, settings, death=death, dies=dies)
 
 
 def fork(
@@ -178,40 +167,24 @@ def fork(
 
     `each`: further arguments of each process.
     """
-    file = [
-        "--config_file",
-        f"accelerate_configs/{topology}.yaml",
-        "--num_processes",
-        str(len(logs)),
-        *extra,
-    ]
-    options = [
-        [*file, *(["--num_machines", str(nodes), "--machine_rank", str(node)] if nodes > 1 else [])]
-        for node in range(nodes)
-    ]
+    file = ["--config_file", f"accelerate_configs/{topology}.yaml"]
+    options = [[*file, "--num_processes", str(len(logs)), *extra]]
     if topology == "single" and len(logs) == 1:
         options = [[]]
+    if nodes > 1:
+        several = ["--num_machines", str(nodes), "--machine_rank"]
+        options = [[*options[0], *several, str(node)] for node in range(nodes)]
     with contextlib.chdir(ROOT):
         planned = [one for own in options for one in launcher.read([*own, "train.py"])[0]]
     started = []
     for rank, given in enumerate(planned):
         logs[rank].unlink(missing_ok=True)
+        settings = (given | environment).items()
+        own = {name: value for name, value in settings if os.environ.get(name) != value}
+        words = [*arguments, *(each[rank] if each else [])]
         mine = death if rank == dies else None
-        own = {
-            name: value
-            for name, value in (given | environment).items()
-            if os.environ.get(name) != value
-        }
         process = _forks.Process(
-            target=child,
-            args=(
-                rank,
-                script,
-                [*arguments, *(each[rank] if each else [])],
-                own,
-                str(logs[rank]),
-                mine,
-            ),
+            target=child, args=(rank, script, words, own, str(logs[rank]), mine)
         )
         process.start()
         started.append(process)
@@ -228,12 +201,12 @@ def end_all() -> None:
         launch.kill(list(range(len(launch.processes))))
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = 60.0, every: float = 0.002) -> Any:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if found := condition():
             return found
-        time.sleep(0.002)
+        time.sleep(every)
     raise AssertionError(f"waited {seconds:.0f} s in vain")
 
 
@@ -254,14 +227,16 @@ def assert_same_end(run: Path, undisturbed: Path) -> None:
     assert [line["step"] for line in lines] == [line["step"] for line in wanted]
     for name in ("loss", "grad_norm", "lr", "tokens", "supervised_tokens"):
         assert [line[name] for line in lines] == [line[name] for line in wanted], name
-    own, other = (
-        load_file(next((each / "model").glob("*.safetensors"))) for each in (run, undisturbed)
-    )
+    own, other = (weights(each) for each in (run, undisturbed))
     assert own.keys() == other.keys()
     assert all(torch.equal(own[name], other[name]) for name in own)
-    assert not [p.name for p in (run / "checkpoints").iterdir() if p.name.startswith(".")], (
-        "torn writes are swept away"
-    )
+    torn = list((run / "checkpoints").glob(".*"))
+    assert not torn, "torn writes are swept away"
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """The exported weights of a run, or those of its adapter."""
+    return load_file(next((run / "model").glob("*.safetensors")))
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Disks fill up, forbid, flip bits and lose ends: earlier checkpoints stay, and errors name it."""
 
 import contextlib
+import itertools
 import shutil
 import subprocess
 from pathlib import Path
@@ -53,7 +54,7 @@ def test_a_full_disk_keeps_what_was_saved_and_stops_the_run_at_the_third_failure
 ):
     """Known before anything is written, or found out in the middle."""
     settings = SETTINGS | {
-        "train__max_steps": 100,
+        "train__max_steps": 60,
         "train__epochs": 99,
         "run__dir": str(small_disk),
     }
@@ -70,7 +71,7 @@ def test_a_full_disk_keeps_what_was_saved_and_stops_the_run_at_the_third_failure
     assert kept
     ballast.unlink()
     run_to_completion(config)
-    assert [line["step"] for line in read_jsonl(run / "metrics.jsonl")] == list(range(1, 101))
+    assert [line["step"] for line in read_jsonl(run / "metrics.jsonl")] == list(range(1, 61))
 
 
 @pytest.mark.parametrize("where", ["run__dir", "data__cache_dir"])
@@ -84,7 +85,7 @@ def test_a_full_disk_at_the_start_is_not_a_config_error(workshop, small_disk, wh
 
 def test_a_temporarily_full_disk_costs_only_one_checkpoint(workshop, small_disk):
     settings = SETTINGS | {
-        "train__max_steps": 120,
+        "train__max_steps": 75,
         "train__epochs": 99,
         "checkpoint__every_steps": 25,
     }
@@ -110,7 +111,8 @@ DAMAGES = {
     "cut short": lambda content: content[:-1],
     "empty": lambda content: b"",
 }  # fmt: skip
-KINDS = {
+WAYS = [*DAMAGES, "missing"]
+FILES = {
     "single": ["manifest.json", "process-0000.json", "shards/.metadata", "shards/__0_0.distcp"],
     "zero2": [
         "shards/engine/mp_rank_00_model_states.pt",
@@ -119,16 +121,16 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module", params=list(KINDS))
+@pytest.fixture(
+    scope="module",
+    params=[("single", 1), pytest.param(("zero2", 2), marks=long_form)],
+    ids=["single", "zero2"],
+)
 def saved(request, tmp_path_factory) -> tuple[Workshop, str, int]:
-    workshop = Workshop(tmp_path_factory.mktemp("saved"))
-    processes = 1 if request.param == "single" else 2
-    run_to_completion(
-        workshop.write(workshop.config(**SETTINGS, checkpoint__keep_last=9)),
-        request.param,
-        processes,
-    )
-    return workshop, request.param, processes
+    workshop, (topology, processes) = Workshop(tmp_path_factory.mktemp("saved")), request.param
+    config = workshop.write(workshop.config(**SETTINGS, checkpoint__keep_last=9))
+    run_to_completion(config, topology, processes)
+    return workshop, topology, processes
 
 
 def copy_of(saved: tuple[Workshop, str, int], folder: Path) -> Launch:
@@ -158,24 +160,24 @@ def assert_passed_over(output: str, newest: Path, kind: str, is_missing: bool) -
     assert "at step 10" in output
 
 
-def test_damage_is_reported_and_the_previous_checkpoint_used(saved, tmp_path, capfd):
-    """One process tries every file and damage; two that share, each kind in its own launch."""
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=long_form)])
+def test_damage_is_reported_and_the_previous_checkpoint_used(saved, tmp_path, capfd, every):
+    """Each file damaged in one way, or in every way."""
     workshop, topology, processes = saved
-    ways = [*DAMAGES, "missing"] if topology == "single" else ["cut short"]
-    for kind in KINDS[topology]:
-        for how in ways:
-            folder = tmp_path / kind.replace("/", "-") / how
-            newest = damaged(saved, folder, kind, how)
-            if topology == "single":
-                capfd.readouterr()
-                workshop.train(**SETTINGS, checkpoint__keep_last=9, run__dir=str(folder))
-                output = "".join(capfd.readouterr())
-            else:
-                launch = copy_of(saved, folder)
-                assert launch.codes() == [0] * processes, launch.output()
-                output = launch.output()
-            assert_passed_over(output, newest, kind, how == "missing")
-            assert_same_end(folder / "run", workshop.run_dir())
+    combined = itertools.product if every else zip
+    for file, how in combined(FILES[topology], WAYS):
+        folder = tmp_path / file.replace("/", "-") / how
+        newest = damaged(saved, folder, file, how)
+        if topology == "single":
+            capfd.readouterr()
+            workshop.train(**SETTINGS, checkpoint__keep_last=9, run__dir=str(folder))
+            output = "".join(capfd.readouterr())
+        else:
+            launch = copy_of(saved, folder)
+            assert launch.codes() == [0] * processes, launch.output()
+            output = launch.output()
+        assert_passed_over(output, newest, file, how == "missing")
+        assert_same_end(folder / "run", workshop.run_dir())
 
 
 def test_when_nothing_is_valid_the_run_stops_and_deletes_nothing(saved, tmp_path):

@@ -45,7 +45,8 @@ def test_a_dead_process_ends_the_other_and_is_reported(workshop, topology, rank)
     )
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=long_form), 1])
+@long_form
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_stopped_process_ends_the_other_and_is_reported(workshop, rank):
     launch = begun(workshop, "ddp", 2)
     launch.kill([rank], signal.SIGSTOP)

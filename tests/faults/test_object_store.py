@@ -16,6 +16,7 @@ SETTINGS = {
     "checkpoint__every_steps": 3, "checkpoint__every_minutes": None,
     "data__eval_fraction": 0.2, "evaluation__every_steps": 4,
 }  # fmt: skip
+KEPT = {**SETTINGS, "checkpoint__storage": "s3://bucket/stored", "checkpoint__keep_last": 9}
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +44,11 @@ def store():
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> Workshop:
-    workshop = Workshop(tmp_path_factory.mktemp("undisturbed"))
-    run_to_completion(workshop.write(workshop.config("single", **SETTINGS)))
+def stored(tmp_path_factory, store) -> Workshop:
+    """A run that nothing disturbed, whole on its disk and in s3://bucket/stored."""
+    workshop = Workshop(tmp_path_factory.mktemp("stored"))
+    config = workshop.write(workshop.config("single", **KEPT))
+    to_the_end_of(start(config, **store[0]))
     return workshop
 
 
@@ -54,10 +57,15 @@ def objects(client, folder: str) -> list[str]:
     return [each["Key"].removeprefix(folder) for each in listed]
 
 
+def wait_for_step(client, folder: str, step: int) -> None:
+    manifest = f"checkpoints/step-{step:08d}/manifest.json"
+    wait_for(lambda: manifest in objects(client, folder), every=0.02)
+
+
 @pytest.mark.parametrize(
     ("topology", "processes"), [("single", 1), pytest.param("fsdp2", 2, marks=long_form)]
 )
-def test_a_machine_with_an_empty_disk_resumes(workshop, undisturbed, store, topology, processes):
+def test_a_machine_with_an_empty_disk_resumes(workshop, stored, store, topology, processes):
     environment, client = store
     folder = f"machines/{topology}/"
     config = workshop.write(
@@ -65,7 +73,7 @@ def test_a_machine_with_an_empty_disk_resumes(workshop, undisturbed, store, topo
     )
     run = workshop.run_dir(topology)
     launch = start(config, topology, processes, **environment)
-    wait_for(lambda: "checkpoints/step-00000006/manifest.json" in objects(client, folder))
+    wait_for_step(client, folder, 6)
     launch.kill(list(range(processes)))
     launch.codes()
     shutil.rmtree(run)
@@ -74,10 +82,8 @@ def test_a_machine_with_an_empty_disk_resumes(workshop, undisturbed, store, topo
     assert "restored from s3://bucket/machines" in launch.output()
     assert "resumed from" in launch.output()
     if topology != "single":
-        run_to_completion(
-            undisturbed.write(undisturbed.config(topology, **SETTINGS)), topology, processes
-        )
-    assert_same_end(run, undisturbed.run_dir(topology))
+        run_to_completion(stored.write(stored.config(topology, **SETTINGS)), topology, processes)
+    assert_same_end(run, stored.run_dir(topology))
     there = objects(client, folder)
     steps = {name.split("/")[1] for name in there if name.startswith("checkpoints/")}
     assert steps == {p.name for p in (run / "checkpoints").iterdir()}, (
@@ -93,24 +99,19 @@ def test_a_machine_with_an_empty_disk_resumes(workshop, undisturbed, store, topo
     assert (run / "model/model.safetensors").exists()
 
 
-def test_a_newest_checkpoint_that_arrived_damaged_is_skipped(workshop, undisturbed, store):
+def test_a_newest_checkpoint_that_arrived_damaged_is_skipped(workshop, stored, store):
     environment, client = store
-    settings = {
-        **SETTINGS,
-        "checkpoint__storage": "s3://bucket/damaged",
-        "checkpoint__keep_last": 9,
-    }
-    config = workshop.write(workshop.config("single", **settings))
-    to_the_end_of(start(config, **environment))
-    shutil.rmtree(workshop.run_dir("single"))
-    client.delete_object(Bucket="bucket", Key="damaged/single/outcome.json")
-    key = "damaged/single/checkpoints/step-00000012/shards/__0_0.distcp"
-    body = client.get_object(Bucket="bucket", Key=key)["Body"].read()
-    client.put_object(Bucket="bucket", Key=key, Body=body[:-1] + bytes([body[-1] ^ 1]))
-    launch = to_the_end_of(start(config, **environment))
+    for name in set(objects(client, "stored/single/")) - {"outcome.json"}:
+        body = client.get_object(Bucket="bucket", Key=f"stored/single/{name}")["Body"].read()
+        if name == "checkpoints/step-00000012/shards/__0_0.distcp":
+            body = body[:-1] + bytes([body[-1] ^ 1])
+        client.put_object(Bucket="bucket", Key=f"damaged/single/{name}", Body=body)
+    settings = KEPT | {"checkpoint__storage": "s3://bucket/damaged"}
+    config = workshop.config("single", **settings, data__train=str(stored.rows))
+    launch = to_the_end_of(start(workshop.write(config), **environment))
     assert "__0_0.distcp" in launch.output()
     assert "at step 9" in launch.output()
-    assert_same_end(workshop.run_dir("single"), undisturbed.run_dir("single"))
+    assert_same_end(workshop.run_dir("single"), stored.run_dir("single"))
 
 
 def test_a_run_taken_over_by_another_machine_stops(workshop, tmp_path, store):
@@ -136,7 +137,7 @@ def test_a_run_taken_over_by_another_machine_stops(workshop, tmp_path, store):
     assert second.processes[0].is_alive()
 
 
-def test_a_newer_store_wins_over_an_older_disk(workshop, undisturbed, store):
+def test_a_newer_store_wins_over_an_older_disk(workshop, stored, store):
     """Machine A, then B, then A again with what its disk still has."""
     environment, client = store
     config = workshop.write(
@@ -146,7 +147,7 @@ def test_a_newer_store_wins_over_an_older_disk(workshop, undisturbed, store):
     )
     run = workshop.run_dir("single")
     launch = start(config, **environment)
-    wait_for(lambda: "checkpoints/step-00000003/manifest.json" in objects(client, "again/single/"))
+    wait_for_step(client, "again/single/", 3)
     launch.kill([0])
     launch.codes()
     for later in sorted((run / "checkpoints").glob("step-*"))[1:]:
@@ -154,16 +155,14 @@ def test_a_newer_store_wins_over_an_older_disk(workshop, undisturbed, store):
     old = workshop.folder / "old"
     run.rename(old)
     launch = start(config, **environment)
-    wait_for(lambda: "checkpoints/step-00000009/manifest.json" in objects(client, "again/single/"))
+    wait_for_step(client, "again/single/", 9)
     launch.kill([0])
     launch.codes()
     shutil.rmtree(run)
     old.rename(run)
     to_the_end_of(start(config, **environment))
-    assert_same_end(run, undisturbed.run_dir("single"))
-    assert read_jsonl(run / "eval.jsonl") == read_jsonl(
-        undisturbed.run_dir("single") / "eval.jsonl"
-    )
+    assert_same_end(run, stored.run_dir("single"))
+    assert read_jsonl(run / "eval.jsonl") == read_jsonl(stored.run_dir("single") / "eval.jsonl")
     steps = {
         name.split("/")[1]
         for name in objects(client, "again/single/")
@@ -174,34 +173,24 @@ def test_a_newer_store_wins_over_an_older_disk(workshop, undisturbed, store):
     )
 
 
-def test_another_run_of_that_name_in_the_store_is_refused_and_the_disk_stays(workshop, store):
-    environment, _ = store
-    to_the_end_of(
-        start(
-            workshop.write(workshop.config(**SETTINGS, checkpoint__storage="s3://bucket/two")),
-            **environment,
-        )
-    )
-    shutil.rmtree(workshop.run_dir())
-    mine = {**SETTINGS, "optimizer__lr": 0.02}
-    run_to_completion(workshop.write(workshop.config(**mine)))
-    files = {p: p.read_bytes() for p in workshop.run_dir().rglob("*") if p.is_file()}
-    launch = start(
-        workshop.write(workshop.config(**mine, checkpoint__storage="s3://bucket/two")),
-        **environment,
-    )
+def test_another_run_of_that_name_in_the_store_is_refused_and_the_disk_stays(
+    workshop, stored, store
+):
+    mine = {**SETTINGS, "optimizer__lr": 0.02, "data__train": str(stored.rows)}
+    run_to_completion(workshop.write(workshop.config("single", **mine)))
+    run = workshop.run_dir("single")
+    files = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    config = workshop.config("single", **mine, checkpoint__storage="s3://bucket/stored")
+    launch = start(workshop.write(config), **store[0])
     assert launch.codes() == [2], launch.output()
-    assert "s3://bucket/two/run holds another run" in launch.output()
+    assert "s3://bucket/stored/single holds another run" in launch.output()
     assert "optimizer.lr: was 0.01, now 0.02" in launch.output()
-    assert {p: p.read_bytes() for p in workshop.run_dir().rglob("*") if p.is_file()} == files
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == files
 
 
-def test_resume_never_refuses_what_is_in_the_store(workshop, store):
-    environment, _ = store
-    config = workshop.write(workshop.config(**SETTINGS, checkpoint__storage="s3://bucket/never"))
-    to_the_end_of(start(config, **environment))
-    shutil.rmtree(workshop.run_dir())
-    launch = start(config, "single", 1, "--checkpoint.resume", "never", **environment)
+def test_resume_never_refuses_what_is_in_the_store(workshop, stored, store):
+    config = workshop.write(workshop.config("single", **KEPT))
+    launch = start(config, "single", 1, "--checkpoint.resume", "never", **store[0])
     assert launch.codes() == [2], launch.output()
     assert "checkpoint.resume is never" in launch.output()
 

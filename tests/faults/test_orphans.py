@@ -34,8 +34,11 @@ def test_death_of_accelerate_launch_leaves_no_script(workshop, trial):
         wait_for(lambda: not session(process.pid))
         run = workshop.run_dir()
         if (run / "metrics.jsonl").exists():  # it was in the loop
-            assert workshop.outcome()["state"] == "preempted"
-            assert list((run / "checkpoints").glob("step-*")), "nothing was saved"
+            outcome = workshop.outcome()
+            assert outcome["state"] == "preempted"
+            said = f"the launcher has died at step {outcome['step']}; saved"
+            assert outcome["reason"].startswith(said)
+            assert (run / f"checkpoints/step-{outcome['step']:08d}/manifest.json").exists()
         else:
             assert not (run / "model").exists()
     finally:

@@ -5,14 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_LLAMA, Workshop, losses, pairs, read_jsonl, write_jsonl
+from conftest import TINY_LLAMA, Workshop, losses, pairs, read_jsonl, short, write_jsonl
 from safetensors.torch import load_file
 
 from finetune import loop
 from finetune.data.batches import Batches
 from finetune.data.examples import prepare
 from finetune.data.order import Sequences
-from finetune.data.readers import sources
+from finetune.data.source_files import sources
 from finetune.data.tokens import Options
 from finetune.objectives.sft import Sft
 
@@ -32,8 +32,16 @@ def assert_same_weights(one, other, tolerance=2e-4):
         torch.testing.assert_close(one[name], other[name], atol=tolerance, rtol=tolerance, msg=name)
 
 
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    """A run of five steps that several tests compare theirs with, or train on."""
+    workshop = Workshop(tmp_path_factory.mktemp("shop"))
+    workshop.train("plain")
+    return workshop
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("tied", short([False, True], True), ids=["untied", "tied"])
 def test_accumulation_1x8_equals_8x1(workshop, tied):
     config = {**TINY_LLAMA, "tie_word_embeddings": tied}
     runs = [
@@ -41,7 +49,7 @@ def test_accumulation_1x8_equals_8x1(workshop, tied):
             f"micro{size}",
             model__config=config,
             train__micro_batch_size=size,
-            train__max_steps=10,
+            train__max_steps=6,
             train__epochs=2,
         )
         for size in (8, 2, 1)
@@ -53,7 +61,8 @@ def test_accumulation_1x8_equals_8x1(workshop, tied):
 
 def test_accumulation_by_a_mean_of_means_would_be_caught(workshop, monkeypatch):
     """The test above can fail: the rows differ enough for a wrong average to show."""
-    right = workshop.train("right", train__micro_batch_size=1)
+    settings = {"train__micro_batch_size": 1, "train__max_steps": 2}
+    right = workshop.train("right", **settings)
     whole = loop.train_step
 
     def mean_of_means(
@@ -71,22 +80,22 @@ def test_accumulation_by_a_mean_of_means_would_be_caught(workshop, monkeypatch):
         return whole(topology, policy, optimizer, Wrong(), settings, batches, totals, **keywords)
 
     monkeypatch.setattr(loop, "train_step", mean_of_means)
-    wrong = workshop.train("wrong", train__micro_batch_size=1)
+    wrong = workshop.train("wrong", **settings)
     assert losses(wrong) != pytest.approx(losses(right), rel=1e-2)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_padded_equals_end_to_end(workshop, attention):
-    end_to_end = workshop.train("end_to_end")
-    padded = workshop.train("padded", model__attention=attention)
-    assert losses(padded) == pytest.approx(losses(end_to_end), rel=REORDERED)
-    assert_same_weights(padded, end_to_end)
+LAYOUTS = {
+    "padded by sdpa": {"model__attention": "sdpa"},
+    "padded by eager": {"model__attention": "eager"},
+    "recomputed": {"train__gradient_checkpointing": True},
+}
 
 
-def test_gradient_checkpointing_changes_nothing(workshop):
-    plain = workshop.train("plain")
-    recomputed = workshop.train("recomputed", train__gradient_checkpointing=True)
-    assert losses(recomputed) == pytest.approx(losses(plain), rel=REORDERED)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_padding_and_gradient_checkpointing_change_nothing(shop, layout):
+    run, plain = shop.train(layout.replace(" ", "_"), **LAYOUTS[layout]), shop.run_dir("plain")
+    assert losses(run) == pytest.approx(losses(plain), rel=REORDERED)
+    assert_same_weights(run, plain)
 
 
 def tiny_model(**changes):
@@ -126,10 +135,10 @@ def test_packed_and_unpacked_give_the_same_loss_for_every_token(
     tmp_path, bytes_tokenizer, architecture
 ):
     """Also with sliding windows shorter than the documents."""
-    from finetune.data import templates
+    from finetune.data import chat_templates
     from finetune.models import attention  # noqa: F401  registers "documents"
 
-    template = templates.load(
+    template = chat_templates.load(
         "question_answer", "question_answer", None, bytes_tokenizer.special_tokens_map, {}
     )
     options = Options("question_answer", {}, "line", None, "completion", 256, "error")
@@ -176,45 +185,34 @@ def test_packing_keeps_the_loss_of_an_epoch(workshop):
     assert evaluated[0]["eval_loss"] == pytest.approx(evaluated[1]["eval_loss"], rel=1e-6)
 
 
-def test_merged_equals_adapter(workshop):
-    """The merged weight is W + (alpha / r) B A by hand; logits agree; training moved them."""
+def test_only_adapters_train_and_merged_equals_adapter(shop):
+    """The base stays; the merged weight is W + (alpha / r) B A by hand; logits agree."""
     from finetune.export.merge import merge
 
-    base = workshop.train("base")
-    run = workshop.train(
+    base = shop.run_dir("plain")
+    before, in_base = (base / "model/model.safetensors").read_bytes(), weights(base)
+    run = shop.train(
         "lora", model__init="pretrained", model__path=str(base / "model"), model__config=None,
         model__tokenizer=None, adapter__kind="lora", adapter__r=4, adapter__alpha=10.0,
+        train__global_batch_size=40, train__micro_batch_size=8, train__epochs=5,
     )  # fmt: skip
-    difference = merge([run / "model"], workshop.folder / "merged", "auto")
-    adapter, merged = (
-        load_file(run / "model/adapter_model.safetensors"),
-        load_file(workshop.folder / "merged/model.safetensors"),
-    )
-    before = weights(base)
+    assert losses(run)[-1] < losses(run)[0]
+    assert (base / "model/model.safetensors").read_bytes() == before
+    adapter = load_file(run / "model/adapter_model.safetensors")
+    linear = 2 * 7  # q k v o gate up down of two layers
+    assert len(adapter) == 2 * linear
+    assert all(tensor.any() for tensor in adapter.values())
+
+    difference = merge([run / "model"], shop.folder / "merged", "auto")
+    merged = load_file(shop.folder / "merged/model.safetensors")
     name = "model.layers.1.mlp.down_proj"
     a, b = (adapter[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
     torch.testing.assert_close(
-        merged[f"{name}.weight"], before[f"{name}.weight"] + 10.0 / 4 * b @ a
+        merged[f"{name}.weight"], in_base[f"{name}.weight"] + 10.0 / 4 * b @ a
     )
-    assert not torch.equal(merged[f"{name}.weight"], before[f"{name}.weight"])
+    assert not torch.equal(merged[f"{name}.weight"], in_base[f"{name}.weight"])
     assert difference.rounding < 1e-4
     assert difference.quantization is None
-
-
-def test_only_adapters_train_and_the_base_stays(workshop):
-    base = workshop.train("base")
-    before = (base / "model/model.safetensors").read_bytes()
-    run = workshop.train(
-        "lora", model__init="pretrained", model__path=str(base / "model"), model__config=None,
-        model__tokenizer=None,
-        adapter__kind="lora",
-    )  # fmt: skip
-    assert (base / "model/model.safetensors").read_bytes() == before
-    saved = load_file(run / "model/adapter_model.safetensors")
-    linear = 2 * 7  # q k v o gate up down of two layers
-    assert len(saved) == 2 * linear
-    assert all(tensor.any() for tensor in saved.values())
-    assert losses(run)[-1] < losses(run)[0]
 
 
 def test_reported_loss_is_sum_over_count(workshop):
@@ -251,8 +249,8 @@ def test_reported_loss_is_sum_over_count(workshop):
     assert np.isfinite(line["grad_norm"])
 
 
-def test_bf16_follows_fp32(workshop: Workshop):
+def test_bf16_follows_fp32(shop):
     """Autocast keeps 8 bits in each product; the loss curve stays within a percent or two."""
-    exact, mixed = workshop.train("exact"), workshop.train("mixed", train__precision="bf16")
+    exact, mixed = shop.run_dir("plain"), shop.train("mixed", train__precision="bf16")
     assert losses(mixed) != losses(exact)
     assert losses(mixed) == pytest.approx(losses(exact), rel=2e-2)

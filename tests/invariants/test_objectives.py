@@ -1,15 +1,15 @@
 """Objectives of a user's own: cut up, packed or shared between processes, they learn the same."""
 
 import pytest
-from conftest import Workshop, losses, read_jsonl
-from faults.forked import fork
+from conftest import losses, read_jsonl, short
 from invariants import objectives
+from invariants.test_topologies import several
 from safetensors.torch import load_file
 
 from finetune.data.batches import Batches
 
-SIX = {
-    "train__max_steps": 6, "train__epochs": 9, "train__global_batch_size": 4, "optimizer__lr": 1e-3,
+FOUR_STEPS = {
+    "train__max_steps": 4, "train__epochs": 9, "train__global_batch_size": 4, "optimizer__lr": 1e-3,
     "data__max_length": 256,
     "data__eval_fraction": 0.2,
 }  # fmt: skip
@@ -35,7 +35,7 @@ def curves(run):
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", objectives.SETTINGS)
 def test_splitting_and_layout_of_a_step_change_nothing(workshop, objective):
-    own = SIX | objectives.SETTINGS[objective]
+    own = FOUR_STEPS | objectives.SETTINGS[objective]
     runs = [workshop.train(name.replace(" ", "_"), **own, **way) for name, way in WAYS.items()]
     for run in runs[1:]:
         assert curves(run) == pytest.approx(curves(runs[0]), rel=1e-4)
@@ -49,7 +49,7 @@ def test_splitting_and_layout_of_a_step_change_nothing(workshop, objective):
 def test_a_total_of_only_one_micro_batch_would_be_caught(workshop, monkeypatch):
     """A deliberate break: each sum divided by what the first micro-batch alone counts."""
     monkeypatch.setattr(Batches, "totals", lambda batches, step: batches.at(step)[0].counts)
-    own = {**SIX, **objectives.SETTINGS["Dft"], "train__max_steps": 1}
+    own = {**FOUR_STEPS, **objectives.SETTINGS["Dft"], "train__max_steps": 1}
     one, other = (
         workshop.train(f"run{size}", **own, train__micro_batch_size=size) for size in (4, 1)
     )
@@ -60,7 +60,7 @@ def test_a_total_of_only_one_micro_batch_would_be_caught(workshop, monkeypatch):
 def test_packed_examples_get_the_gradients_they_get_alone(workshop, objective):
     """One step over all rows, so that packs hold the same examples as the steps without them."""
     whole = {
-        **SIX,
+        **FOUR_STEPS,
         **objectives.SETTINGS[objective],
         "train__max_steps": 3,
         "train__global_batch_size": 40,
@@ -73,36 +73,34 @@ def test_packed_examples_get_the_gradients_they_get_alone(workshop, objective):
     assert curves(packed) == pytest.approx(curves(alone), rel=1e-4)
 
 
-CONTEXT = ["fsdp2_context"]
+# Processes, and topologies one after the other with their objectives.
+ALL = [*objectives.SETTINGS]
+LAUNCHES = {
+    "two": (2, {"ddp": ["Dft", "Unlikelihood"], "zero3": ["Pairwise"]}),
+    "context": (4, {"fsdp2_context": ["Pairwise"]}),
+    "two in full": (2, {"ddp": ALL, "fsdp2": ALL, "zero3": ALL}),
+    "context in full": (4, {"fsdp2_context": ALL}),
+}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    ("topologies", "processes"),
-    [(["ddp", "zero3"], 2), pytest.param(["fsdp2"], 2, marks=pytest.mark.proof), (CONTEXT, 4)],
-    ids=["two", "fsdp2", "context"],
-)
-def test_several_processes_train_like_one(tmp_path, topologies, processes):
-    from invariants.test_topologies import FOUR
-
-    workshop, arguments = Workshop(tmp_path), []
-    settings = {**SIX, "train__micro_batch_size": 1, "data__packing": True}
-    for name, own in objectives.SETTINGS.items():
-        workshop.train(f"{name}_alone", **settings, **own)
-    for topology in topologies:
+@pytest.mark.parametrize("launched", short([*LAUNCHES], "two", "context"))
+def test_several_processes_train_like_one(workshop, launched):
+    processes, topologies = LAUNCHES[launched]
+    settings = {**FOUR_STEPS, "train__micro_batch_size": 1, "data__packing": True}
+    arguments, runs, alone = [], [], {}
+    for name in sorted({name for names in topologies.values() for name in names}):
+        alone[name] = workshop.train(f"{name}_alone", **settings, **objectives.SETTINGS[name])
+    for topology, names in topologies.items():
         arguments += [f"topology:{topology}"] if processes == 2 else []
-        for name, own in objectives.SETTINGS.items():
-            config = workshop.config(f"{topology}_{name}", **settings, **own)
-            arguments.append(str(workshop.write(config)))
-    logs = [tmp_path / f"{rank}.log" for rank in range(processes)]
-    launch = fork(
-        "distributed.many_runs", arguments, topologies[0], logs, {}, FOUR.get(topologies[0], [])
-    )
-    assert launch.codes(280) == [0] * processes, launch.output()
-    for topology in topologies:
-        for name in objectives.SETTINGS:
-            own, alone = workshop.run_dir(f"{topology}_{name}"), workshop.run_dir(f"{name}_alone")
-            assert curves(own) == pytest.approx(curves(alone), rel=1e-4), (topology, name)
-            one, other = (load_file(run / "model/model.safetensors") for run in (own, alone))
-            assert all((one[key] - other[key]).abs().max() < 1e-4 for key in one), (topology, name)
+        for name in names:
+            own = workshop.config(f"{topology}_{name}", **settings, **objectives.SETTINGS[name])
+            arguments.append(workshop.write(own))
+            runs.append((workshop.run_dir(f"{topology}_{name}"), alone[name]))
+    launch = several(workshop.folder, next(iter(topologies)), processes, *arguments)
+    assert launch.codes() == [0] * processes, launch.output()
+    for shared, single in runs:
+        assert curves(shared) == pytest.approx(curves(single), rel=1e-4), shared
+        one, other = (load_file(run / "model/model.safetensors") for run in (shared, single))
+        assert all((one[key] - other[key]).abs().max() < 1e-4 for key in one), shared

@@ -5,15 +5,18 @@ processes. Every file of accelerate_configs/ and ds_configs/ is launched here, o
 tests/distributed/test_nodes.py.
 """
 
+import functools
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, TINY_LLAMA, Workshop, losses, made_once, read_jsonl
+from distributed.many_runs import whole_of
 from distributed.test_nodes import FILES as ON_NODES
-from faults.forked import Launch, fork
-from safetensors.torch import load_file
+from faults.forked import Launch, fork, weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -33,13 +36,16 @@ SIX = {
 CASES = {
     "untied": {},
     "tied": {"model__config": {**TINY_LLAMA, "tie_word_embeddings": True}},
-    "clipped": {"train__max_grad_norm": 0.1},
     "packed_recomputed": {
         "data__packing": True,
         "train__gradient_checkpointing": True,
         "train__micro_batch_size": 1,
     },
-    "padded": {"model__attention": "sdpa", "data__group_by_length": True},
+    "padded_clipped": {
+        "model__attention": "sdpa",
+        "data__group_by_length": True,
+        "train__max_grad_norm": 0.1,
+    },
     "lora": {
         "adapter__kind": "lora",
         "adapter__modules_to_save": ["input_layernorm", "norm", "post_attention_layernorm"],
@@ -55,15 +61,14 @@ CASES = {
 }
 NOT_ZERO = ["weights_in_bf16", "as_many_as_fit"]
 ALL, PLAIN = [case for case in CASES if case not in NOT_ZERO], ["untied", "tied"]
+LIKE_UNTIED = ["as_many_as_fit", "compiled"]  # whose run by one process is that of "untied"
 # Of each launch: processes, and topologies one after the other, with their cases. Each case runs
-# under one of each kind of sharing; tests/invariants/test_trajectories.py has tied, packed,
-# adapters and quantised bases under each.
+# under one kind of sharing; tests/invariants/test_trajectories.py has packs, adapters and quantised
+# bases under the others.
 SHORT = {
     "two": (2, {
-        "ddp": ["untied", "compiled"],
-        "fsdp2": [case for case in CASES if case not in ("tied", "qlora", "compiled", "bf16")],
-        "fsdp2_offload": ["tied"],
-        "zero1": ["untied"], "zero2": ["bf16"], "zero3": ["clipped", "padded", "packed_recomputed"],
+        "ddp": ["as_many_as_fit"], "fsdp2": ["lora", "weights_in_bf16"], "fsdp2_offload": ["tied"],
+        "zero1": ["untied"], "zero2": ["bf16"], "zero3": ["padded_clipped", "packed_recomputed"],
     }),
     "hybrid": (4, {"fsdp2_hybrid": ["untied"]}),
 }  # fmt: skip
@@ -82,42 +87,35 @@ LONG = {
     "zero3_offload": (2, {"zero3_offload": [*PLAIN, "lora"]}),
 }  # fmt: skip
 LAUNCHES = SHORT | LONG
-RESUMED = {"ddp", "fsdp2", "zero2", "zero3"}
+# Trained a second time from the checkpoint of step 4, to the same bits.
+RESUMED = {"ddp": "untied", "fsdp2": "lora", "zero2": "bf16", "zero3": "padded_clipped"}
 FOUR = {
-    "fsdp2_hybrid": [
-        "--parallelism_config_dp_replicate_size",
-        "2",
-        "--parallelism_config_dp_shard_size",
-        "2",
-    ],
-    "fsdp2_context": [
-        "--parallelism_config_cp_size",
-        "2",
-        "--parallelism_config_dp_shard_size",
-        "2",
-    ],
+    name: f"--parallelism_config_{what}_size 2 --parallelism_config_dp_shard_size 2".split()
+    for name, what in (("fsdp2_hybrid", "dp_replicate"), ("fsdp2_context", "cp"))
 }
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> Workshop:
-    """Every case by one process, in this one; nothing compiled."""
+def alone(tmp_path_factory) -> Callable[[str], Path]:
+    """Return a function: the run of a case by one process, trained when first asked for."""
 
-    def train(folder: Path) -> None:
-        workshop = Workshop(folder)
-        for name in CASES:
-            workshop.train(name, **settings(workshop, name) | {"train__compile": False})
+    def run_of(case: str) -> Path:
+        case = "untied" if case in LIKE_UNTIED else case
 
-    return Workshop(made_once(tmp_path_factory, "alone", train))
+        def train(folder: Path) -> None:
+            Workshop(folder).train(**settings(case, run_of))
+
+        return Workshop(made_once(tmp_path_factory, f"alone-{case}", train)).run_dir()
+
+    return run_of
 
 
-def settings(workshop: Workshop, case: str) -> dict:
+def settings(case: str, alone: Callable[[str], Path]) -> dict:
     changes = {**SIX, **CASES[case]}
-    if "adapter__kind" in changes:  # on the tied model, trained before
-        path = str(workshop.run_dir("tied") / "model")
+    if "adapter__kind" in changes:
         changes |= {
             "model__init": "pretrained",
-            "model__path": path,
+            "model__path": str(alone("tied") / "model"),
             "model__config": None,
             "model__tokenizer": None,
         }
@@ -145,7 +143,7 @@ def difference(run, reference) -> dict[str, float]:
             )
         ]
         found[name] = max(abs(one - other) / one for one, other in pairs)
-    one, other = (load_file(next((r / "model").glob("*.safetensors"))) for r in (reference, run))
+    one, other = weights(reference), weights(run)
     assert {n: (w.shape, w.dtype) for n, w in one.items()} == {
         n: (w.shape, w.dtype) for n, w in other.items()
     }
@@ -165,32 +163,17 @@ def agree(found: dict[str, float], half: bool = False) -> bool:
     )
 
 
-def files_of(
-    workshop: Workshop, alone: Workshop, topology: str, cases: list[str], is_resumed: bool
-) -> list[object]:
-    """List many_runs.py's arguments for one topology: each case, then its resumption at step 4."""
-    files: list[object] = [f"topology:{topology}"]
+def files_of(workshop: Workshop, alone: Callable[[str], Path], topology: str, cases: list[str]):
+    """List many_runs.py's arguments for one topology: each case, one of them resumed at step 4."""
+    saves = {"checkpoint__every_steps": 4, "checkpoint__keep_last": 9}
     for case in cases:
-        config = workshop.config(case, **settings(alone, case))
-        config["run"]["dir"] = str(workshop.folder / topology)
-        config["data"]["train"] = str(alone.rows)
-        files.append(workshop.write(config).rename(workshop.folder / f"{topology}-{case}.yaml"))
-    if is_resumed:
-        method = settings(alone, "lora") if topology == "fsdp2" else SIX
-        resumed = {
-            "train__micro_batch_size": 2,
-            "checkpoint__every_steps": 4,
-            "checkpoint__keep_last": 9,
-            "run__dir": str(workshop.folder / topology),
-        }
-        whole, parts = (
-            workshop.write(workshop.config(name, **method | resumed)).rename(
-                workshop.folder / f"{topology}-{name}.yaml"
-            )
-            for name in ("whole", "parts")
-        )
-        files += [whole, parts, f"forget:{workshop.folder / topology / 'parts'}:4", parts]
-    return files
+        is_resumed = case == RESUMED.get(topology)
+        own = {**settings(case, alone), "run__dir": str(workshop.folder / topology)}
+        config = workshop.write(workshop.config(case, **own, **saves if is_resumed else {}))
+        file = config.rename(workshop.folder / f"{topology}-{case}.yaml")
+        yield file
+        if is_resumed:
+            yield from (f"forget:{workshop.folder / topology / case}:4", file)
 
 
 @pytest.mark.parametrize(
@@ -199,32 +182,41 @@ def files_of(
 )
 def test_every_topology_trains_like_one_process(alone, workshop, launched):
     processes, topologies = LAUNCHES[launched]
-    resumed = {"zero2", "zero3"} if launched == "two" else {launched} & RESUMED
-    files = [] if launched in LONG else ["compiler:aot_eager"]
+    files = []
     for topology, cases in topologies.items():
-        own = files_of(workshop, alone, topology, cases, topology in resumed)
-        files += own if processes == 2 else own[1:]
+        files += [f"topology:{topology}"] if processes == 2 else []
+        files += files_of(workshop, alone, topology, cases)
     launch = several(workshop.folder, next(iter(topologies)), processes, *files)
     assert launch.codes() == [0] * processes, launch.output()
-    found = {
-        (topology, case): difference(workshop.folder / topology / case, alone.run_dir(case))
-        for topology, cases in topologies.items()
-        for case in cases
-    }
-    assert not {case: value for case, value in found.items() if not agree(value, "bf16" in case[1])}
     output = launch.logs[0].read_text()
-    for topology in resumed:
-        whole, parts = (workshop.folder / topology / name for name in ("whole", "parts"))
-        assert f"{parts}/checkpoints/step-00000004 at step 4" in output
-        assert losses(parts) == losses(whole)
-        one, other = (
-            load_file(next((run / "model").glob("*.safetensors"))) for run in (whole, parts)
-        )
-        assert all(bool((one[name] == other[name]).all()) for name in one)
     for topology, cases in topologies.items():
-        receipt = json.loads((workshop.folder / topology / cases[0] / "receipt.json").read_text())
+        runs = {case: workshop.folder / topology / case for case in cases}
+        found = {case: difference(run, alone(case)) for case, run in runs.items()}
+        assert not {
+            case: value for case, value in found.items() if not agree(value, "bf16" in case)
+        }
+        resumed = runs.get(RESUMED.get(topology))
+        if resumed:
+            assert f"{resumed}/checkpoints/step-00000004 at step 4" in output
+            assert_equal(resumed, whole_of(resumed))
+        receipt = json.loads((runs[cases[0]] / "receipt.json").read_text())
         kind = {"cpu_debug": "ddp"}.get(topology, topology)
         assert (receipt["num_processes"], receipt["topology"]) == (processes, kind)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_layers_train_like_the_others(alone, workshop, monkeypatch):
+    """In one process, by aot_eager: it captures the same graphs, and generates no code."""
+    aot_eager = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", aot_eager)
+    run = workshop.train("compiled", **settings("compiled", alone))
+    assert agree(difference(run, alone("compiled")))
+
+
+def assert_equal(run: Path, other: Path) -> None:
+    assert losses(run) == losses(other)
+    one, two = weights(run), weights(other)
+    assert all(bool((one[name] == two[name]).all()) for name in one)
 
 
 def test_deliberate_errors_are_detected(alone, workshop):
@@ -232,12 +224,11 @@ def test_deliberate_errors_are_detected(alone, workshop):
     names = ["forgotten_factor", "mean_of_means", "one_shard"]
     files = []
     for name in names:
-        config = workshop.config(name, **settings(alone, "untied"))
-        config["data"]["train"] = str(alone.rows)
+        config = workshop.config(name, **settings("untied", alone))
         files += [f"break:{name}", workshop.write(config)]
     launch = several(workshop.folder, "fsdp2", 2, *files)
     for name in names[:2]:
-        assert not agree(difference(workshop.run_dir(name), alone.run_dir("untied"))), name
+        assert not agree(difference(workshop.run_dir(name), alone("untied"))), name
     assert launch.codes() != [0, 0]
     assert re.search(r".*: logits of 100% of the tokens differ, by up to", launch.output())
     assert not (workshop.run_dir("one_shard") / "model").exists()

@@ -8,9 +8,23 @@ from invariants import trajectories
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
-def assert_as_recorded(found):
+# Each kind of method, and one of them under each kind of sharing.
+SHORT = (
+    ["tied", "packed", "lora", "qlora"],
+    {"ddp": ["lora"], "fsdp2": ["packed"], "zero3": ["qlora"]},
+)
+LONG = ([*trajectories.CASES], dict.fromkeys(trajectories.TOPOLOGIES, trajectories.SHARED))
+
+
+@pytest.mark.parametrize(
+    ("alone", "shared"),
+    [SHORT, pytest.param(*LONG, marks=pytest.mark.proof)],
+    ids=["some", "all"],
+)
+def test_runs_reproduce_their_trajectories(tmp_path, alone, shared):
     recorded_on, expected = trajectories.references()
     exact = trajectories.machine() == recorded_on
+    found = trajectories.train(tmp_path, alone, shared)
     assert {
         name: differs
         for name, trajectory in found.items()
@@ -20,26 +34,6 @@ def assert_as_recorded(found):
             )
         )
     } == {}
-
-
-def test_one_process_reproduces_its_trajectory(tmp_path):
-    assert_as_recorded(trajectories.alone(tmp_path))
-
-
-SHORT = {
-    "ddp": ["packed"],
-    "fsdp2": ["tied", "packed", "lora"],
-    "zero2": ["tied", "lora"],
-    "zero3": ["packed", "qlora"],
-}
-LONG = dict.fromkeys(trajectories.TOPOLOGIES, trajectories.SHARED)
-
-
-@pytest.mark.parametrize(
-    "cases", [SHORT, pytest.param(LONG, marks=pytest.mark.proof)], ids=["some", "all"]
-)
-def test_two_processes_reproduce_their_trajectory(tmp_path, cases):
-    assert_as_recorded(trajectories.shared(tmp_path, cases))
 
 
 @pytest.mark.parametrize("topology", trajectories.TOPOLOGIES)

@@ -161,37 +161,32 @@ def references() -> tuple[dict[str, str], dict[str, Any]]:
     return recorded["machine"], recorded["trajectories"]
 
 
-def alone(folder: Path) -> dict[str, dict[str, Any]]:
-    """Every case by one process, in this one."""
+def train(folder: Path, alone: list[str], shared: dict[str, list[str]]) -> dict[str, Any]:
+    """Cases by one process, in this one, then by two under one topology after the other.
+
+    `alone` has "tied", on which adapters train.
+    """
     workshop = Workshop(folder)
-    names = sorted(CASES, key=lambda name: name != "tied")  # first what adapters train on
-    return {
-        name: of(workshop.train(name, **settings(name, workshop.run_dir("tied") / "model")))
-        for name in names
-    }
+    base = workshop.run_dir("tied") / "model"
+    for name in sorted(alone, key=lambda name: name != "tied"):
+        workshop.train(name, **settings(name, base))
+    return {name: of(workshop.run_dir(name)) for name in alone} | _by_two(workshop, base, shared)
 
 
-def shared(folder: Path, cases: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
-    """Cases by two processes, under one topology after the other."""
+def _by_two(workshop: Workshop, base: Path, shared: dict[str, list[str]]) -> dict[str, Any]:
     from faults.forked import fork
 
-    workshop = Workshop(folder)
-    base = workshop.train("base", **{**SMALL, **TIED}) / "model"
-    arguments = []
-    for topology, names in cases.items():
+    arguments, runs = [], {}
+    for topology, names in shared.items():
         arguments.append(f"topology:{topology}")
         for name in names:
-            arguments.append(
-                str(workshop.write(workshop.config(f"{topology}-{name}", **settings(name, base))))
-            )
-    logs = [folder / f"{rank}.log" for rank in range(2)]
+            config = workshop.config(f"{topology}-{name}", **settings(name, base))
+            arguments.append(str(workshop.write(config)))
+            runs[f"{topology}/{name}"] = workshop.run_dir(f"{topology}-{name}")
+    logs = [workshop.folder / f"{rank}.log" for rank in range(2)]
     launch = fork("distributed.many_runs", arguments, "ddp", logs, {}, [])
     assert launch.codes(300) == [0, 0], launch.output()
-    return {
-        f"{where}/{name}": of(workshop.run_dir(f"{where}-{name}"))
-        for where in cases
-        for name in cases[where]
-    }
+    return {name: of(run) for name, run in runs.items()}
 
 
 def record(trajectories: dict[str, Any]) -> None:
@@ -211,11 +206,9 @@ def main() -> int:
     parser.add_argument("--record", action="store_true", help="replace the references")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = alone(Path(folder))
-        (Path(folder) / "shared").mkdir()
-        found |= shared(Path(folder) / "shared", dict.fromkeys(TOPOLOGIES, SHARED))
+        runs = train(Path(folder), [*CASES], dict.fromkeys(TOPOLOGIES, SHARED))
     if arguments.record:
-        record(found)
+        record(runs)
         return 0
     recorded_on, expected = references()
     exact, wrong = machine() == recorded_on, 0
@@ -224,7 +217,7 @@ def main() -> int:
         if exact
         else f"recorded on {recorded_on}, this is {machine()}: nearness is asked"
     )
-    for name, trajectory in found.items():
+    for name, trajectory in runs.items():
         differs = differences(trajectory, expected[name], exact, WIDER.get(name, 1))
         wrong += bool(differs)
         print(f"{name:24} {'; '.join(differs) or 'as recorded'}")

@@ -1,8 +1,8 @@
 """Start the processes of one node, forward signals to all, and return their exit code.
 
+    python -m finetune launch train.py my_run.yaml      one process, nothing set
     python -m finetune launch --config_file accelerate_configs/fsdp2.yaml --num_processes 2
-        train.py --config configs/my_run.yaml
-    python -m finetune launch train.py --config configs/my_run.yaml      one process, nothing set
+        train.py my_run.yaml
 
 Accelerate parses the arguments and sets the environment. We start the processes ourselves, because
 `accelerate launch` does not forward SIGTERM to a single process, kills several 30 seconds after it,

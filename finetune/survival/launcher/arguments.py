@@ -29,10 +29,7 @@ IGNORED = (
 def read(argv: list[str]) -> tuple[list[dict[str, str]], list[str]]:
     """Return the environments of this node's processes, and the command that each runs."""
     if not argv:
-        raise ConfigError(
-            f"launch needs a script: {places.command()} "
-            "launch train.py --config configs/my_run.yaml"
-        )
+        raise ConfigError(f"launch needs a script: {places.command()} launch train.py my_run.yaml")
     if not argv[0].startswith("-"):  # without Accelerate, whose import takes seconds
         return [dict(os.environ)], _command(argv[0], argv[1:])
     from accelerate.commands import launch

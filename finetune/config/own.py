@@ -1,0 +1,91 @@
+"""Objectives and formats of the user's own: their sections, and which code a config names."""
+
+import functools
+import sys
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args
+
+from pydantic import BaseModel, Field
+
+from finetune import own_code
+from finetune.config.choices import LossOn
+from finetune.config.kinds import Kind, Section
+from finetune.errors import ConfigError
+from finetune.own_code import OwnCode
+
+if TYPE_CHECKING:
+    from finetune.config.fields import Config
+
+OwnName = Annotated[str, Field(pattern=own_code.FORM, title=own_code.EXPECTED)]
+
+
+class OwnObjective(Kind):
+    """An objective of your own; its class defines its other settings (docs/objectives.md)."""
+
+    kind: OwnName
+    """The subclass of finetune.objectives.Objective with this NAME, or such an object."""
+    code: ClassVar[OwnCode]
+    """The file that defines it."""
+    objective: ClassVar[Any]
+    """The Objective itself."""
+
+
+OWN_NAMES = tuple(OwnObjective.__class_vars__)
+
+
+@functools.cache
+def _own_section(code: OwnCode) -> type[OwnObjective]:
+    """Return the section of a user's objective. Raises ConfigError if it is not an objective."""
+    module = sys.modules.get("finetune.objectives.base")  # missing: nothing derives from it
+    base, is_class = getattr(module, "Objective", None), isinstance(code.value, type)
+    cls = code.value if is_class else type(code.value)
+    if base is None or not issubclass(cls, base):
+        kind = f"the class {cls.__name__}" if is_class else f"of type {cls.__name__}"
+        derive = "derive it from finetune.objectives.Objective"
+        raise ConfigError(f"{code} is {kind}, not an objective; {derive}")
+    settings = cls.Settings
+    if not (isinstance(settings, type) and issubclass(settings, BaseModel)):
+        raise ConfigError(f"{code}: Settings should be a pydantic.BaseModel, got {settings!r}")
+    uses = {"kind": "names objectives", **dict.fromkeys(OWN_NAMES, "the trainer uses itself")}
+    if taken := [name for name in uses if name in settings.model_fields]:
+        name = taken[0]
+        raise ConfigError(f"{code}: Settings has a field {name}, which {uses[name]}; rename it")
+    try:
+        objective = code.value() if is_class else code.value
+        if (part := objective.supervises("completion")) not in get_args(LossOn):
+            listed = ", ".join(get_args(LossOn))
+            raise ConfigError(f"{code}: supervises should return one of {listed}, got {part!r}")
+        own = {"model_config": Section.model_config, "code": code, "objective": objective}
+        bases = (OwnObjective,) if issubclass(OwnObjective, settings) else (settings, OwnObjective)
+        return type("Own", bases, {**own, "__module__": __name__, "__doc__": OwnObjective.__doc__})
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as exc:
+        raise ConfigError(code.blame(exc)) from exc
+
+
+def own_codes(config: "Config") -> dict[str, OwnCode]:
+    """Return setting -> the user's own code that it names."""
+    found, objective, format = {}, config.objective, config.data.format
+    if isinstance(objective, OwnObjective):
+        found["objective.kind"] = objective.code
+    if own_code.is_own(format):
+        found["data.format"] = own_code.get(format)
+    return found
+
+
+def code_identity(config: "Config") -> dict[str, str]:
+    """Return the hash of each by setting and file; to resume or replay a run they must be equal."""
+    return {own_code.label(key, code.name): code.sha256 for key, code in own_codes(config).items()}
+
+
+def own_format(name: str) -> OwnCode:
+    """Return a user's function that formats rows. Raises ConfigError."""
+    code = own_code.read(name)
+    if not callable(code.value):
+        raise ConfigError(f"{code} is of type {type(code.value).__name__}, not a function of a row")
+    return code
+
+
+def own_objective(name: str) -> type[OwnObjective]:
+    """Return the section of a user's objective; read it if it was not yet. Raises ConfigError."""
+    return _own_section(own_code.read(name))

@@ -1,0 +1,199 @@
+"""Find a template by its name in the config: built in, the tokenizer's own, or in a file."""
+
+import contextlib
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from finetune.data.rows import Conversation
+from finetune.data.templates import PROMPT, Template
+from finetune.errors import DataError
+
+_QUESTION_ANSWER = """\
+{% for message in messages %}\
+{% if message.role == 'system' %}{{ message.content }}
+
+{% elif message.role == 'user' %}### Question:
+{{ message.content }}
+
+{% else %}### Answer:
+{{ message.content }}{{ eos_token }}{% if not loop.last %}{{ '\n\n' }}{% endif %}{% endif %}\
+{% endfor %}\
+{% if add_generation_prompt %}### Answer:
+{% endif %}"""
+
+_ALPACA = """\
+{% for message in messages %}\
+{% if message.role == 'system' %}{{ message.content }}
+
+{% elif message.role == 'user' %}\
+{% if message.context %}Below is an instruction that describes a task, paired with an input that \
+provides further context. Write a response that appropriately completes the request.
+
+### Instruction:
+{{ message.content }}
+
+### Input:
+{{ message.context }}
+
+{% else %}{% if loop.index0 < 2 %}Below is an instruction that describes a task. \
+Write a response that appropriately completes the request.
+
+{% endif %}### Instruction:
+{{ message.content }}
+
+{% endif %}\
+{% else %}### Response:
+{{ message.content }}{{ eos_token }}{% if not loop.last %}{{ '\n\n' }}{% endif %}{% endif %}\
+{% endfor %}\
+{% if add_generation_prompt %}### Response:
+{% endif %}"""
+
+_LLAMA2 = """\
+{% for message in messages %}\
+{% if message.role == 'system' %}{% elif message.role == 'user' %}[INST] \
+{% if loop.index0 == 1 and messages[0].role == 'system' %}<<SYS>>
+{{ messages[0].content }}
+<</SYS>>
+
+{% endif %}{{ message.content }} [/INST]\
+{% else %} {{ message.content }} {{ eos_token }}{% endif %}\
+{% endfor %}"""
+
+_CHATML = """\
+{% for message in messages %}\
+<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}\
+{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+_PLAIN = """\
+{% for message in messages %}\
+{{ message.content }}{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}\
+{% endfor %}"""
+
+BUILT_IN = {
+    "plain": _PLAIN,
+    "question_answer": _QUESTION_ANSWER,
+    "alpaca": _ALPACA,
+    "llama2": _LLAMA2,
+    "chatml": _CHATML,
+}
+# What `auto` selects for a tokenizer without a chat template.
+USUAL = {
+    "text": "plain", "prompt_completion": "plain", "question_answer": "question_answer",
+    "instruction": "alpaca", "messages": "chatml",
+}  # fmt: skip
+
+
+def _is_text(source: str) -> bool:
+    """Return whether a source can be encoded: half a character (a lone surrogate) cannot."""
+    try:
+        source.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def load(
+    name: str, format: str, chat_template: str | Mapping[str, str] | None,
+    special_tokens: Mapping[str, str], vocabulary: Mapping[str, int], date: str | None = None,
+) -> Template:  # fmt: skip
+    """Find a template by its config name. Raise DataError if it is missing or unfit.
+
+    `chat_template`: the tokenizer's own, or several by name, of which `default` is taken as
+    transformers does. `date`: the day for templates that write it.
+    """
+    found = _find(name, format, chat_template, special_tokens, vocabulary)
+    problem = None
+    if not _is_text(found.source):
+        problem = "holds half of a character; correct the template"
+    elif _is_random(found):
+        why = "so each start would train other text; use another template"
+        problem = f"uses chance (random, lipsum), {why}"
+    elif date is not None and _writes_time(found):
+        remedy = "take it out of the template (the date alone may stay)"
+        problem = f"writes the time, so each prompt would differ from those of training; {remedy}"
+    if problem:
+        raise DataError(f"data.template: {found.name}: {problem}")
+    return replace(found, date=date if found.writes_date else None)
+
+
+def _find(
+    name: str, format: str, chat_template: str | Mapping[str, str] | None,
+    special_tokens: Mapping[str, str], vocabulary: Mapping[str, int],
+) -> Template:  # fmt: skip
+    if name == "auto":
+        has_turns = format not in ("prompt_completion", "text")
+        name = "chat" if chat_template and has_turns else USUAL[format]
+    in_vocabulary = (token for token in vocabulary if _looks_special(token))
+    turn_ends = tuple(dict.fromkeys([*special_tokens.values(), *in_vocabulary]))
+    if name == "chat":
+        if not chat_template:
+            what = "chat, but the tokenizer has no chat template"
+            listed = f"{', '.join(BUILT_IN)}, or a .jinja file"
+            raise DataError(f"data.template: {what}; use one of {listed}")
+        if not isinstance(chat_template, str):
+            if "default" not in chat_template:
+                what = f"the tokenizer has the chat templates {', '.join(chat_template)}"
+                remedy = "write the one you want into a .jinja file and give that"
+                raise DataError(f"data.template: {what}, but none named default; {remedy}")
+            chat_template = chat_template["default"]
+        return Template(name, chat_template, special_tokens, turn_ends)
+    if name in BUILT_IN:
+        needed = ("<|im_start|>", "<|im_end|>") if name == "chatml" else ()
+        missing = [token for token in needed if token not in vocabulary]
+        if missing:
+            raise DataError(
+                "data.template: chatml ends turns with the token <|im_end|>, but the tokenizer has "
+                f"no {' and '.join(missing)}; add them with model.new_tokens: "
+                f"[{', '.join(missing)}], or use question_answer, alpaca or llama2"
+            )
+        return Template(name, BUILT_IN[name], special_tokens, turn_ends)
+    if name.endswith(".jinja"):
+        try:
+            source = Path(name).read_text(encoding="utf-8-sig")
+            return Template(name, source, special_tokens, turn_ends)
+        except (OSError, UnicodeDecodeError) as exc:
+            raise DataError(f"data.template: {name}: cannot be read: {exc}") from exc
+    listed = f"auto, chat, {', '.join(BUILT_IN)}, or a .jinja file"
+    raise DataError(f"data.template: {name!r} is not one of {listed}")
+
+
+def _writes_time(template: Template) -> bool:
+    """Return whether the template renders other text at another time of the same day."""
+    if not template.writes_date:
+        return False
+    with contextlib.suppress(DataError):  # reported with the first row
+        times = ("04:05:06.000007", "17:38:49.500000")
+        clocks = [replace(template, date=f"2001-02-03T{time}") for time in times]
+        early, late = (
+            clock._render(Conversation(clock.probe, PROMPT), add_generation_prompt=True)
+            for clock in clocks
+        )
+        return early != late
+    return False
+
+
+def _is_random(template: Template) -> bool:
+    """Return whether the template uses Jinja's sources of chance."""
+    if not re.search("random|lipsum", template.source):
+        return False
+    from jinja2 import TemplateSyntaxError, nodes
+    from transformers.utils import chat_template_utils
+
+    try:
+        compiled = chat_template_utils._compile_jinja_template(template.source)
+        parsed = compiled.environment.parse(template.source)
+    except TemplateSyntaxError:
+        return False  # reported with the first row
+    filters, names = parsed.find_all(nodes.Filter), parsed.find_all(nodes.Name)
+    is_random = any(each.name == "random" for each in filters)
+    return is_random or any(each.name == "lipsum" for each in names)
+
+
+def _looks_special(token: str) -> bool:
+    in_bars = token.startswith("<|") and token.endswith("|>")
+    return in_bars or (token.startswith("<") and token.endswith("_of_turn>"))
