@@ -19,6 +19,7 @@ from finetune.engine.best import BestCheckpoint
 from finetune.engine.checkpoint import folder, resume
 from finetune.engine.checkpoint.saver import Saver
 from finetune.engine.checkpoint.storage import Storage
+from finetune.engine.gpu import with_compilation
 from finetune.engine.metrics import Metrics, log
 from finetune.engine.rundir import RunDirectory
 from finetune.engine.state import TrainState
@@ -82,6 +83,14 @@ class Run:
     def step(self) -> int | None:
         """The last finished step; None before the model is built."""
         return self.state.progress.step if self.state else None
+
+    def settle_compilation(self, num_parameters: int) -> None:
+        """Replace train.compile: auto in the config."""
+        data, size = self.data, self.config.train.global_batch_size
+        num_tokens = data.num_steps * size * float(data.train.sequences.lengths.mean())
+        self.config, line = with_compilation(self.config, self.topology, num_parameters, num_tokens)
+        if line:
+            self.log(line)
 
     def is_complete(self) -> bool:
         """Return whether the run completed before and its model is unchanged; log it.

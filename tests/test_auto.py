@@ -9,8 +9,10 @@ from conftest import TINY_LLAMA
 
 from finetune import config as configs
 from finetune import run as runs
+from finetune.engine import gpu
 from finetune.engine.topology.launch import ParallelConfig
 from finetune.forecast import choice
+from finetune.models import recompute
 
 SINGLE = ParallelConfig("single", 1)
 GPU = torch.device("cuda", 0)
@@ -80,3 +82,45 @@ def test_a_micro_batch_without_recomputation_is_looked_for_first(monkeypatch):
 def test_a_forecast_of_auto_takes_what_it_may_come_to(on_gpu):
     chooser = choice.Chooser(config_of(micro_batch_size=1), precision="bf16", on_gpu=on_gpu)
     assert chooser.config.train.gradient_checkpointing is on_gpu
+
+
+def compiled(monkeypatch, minutes, parallel=SINGLE, device=GPU, has_compiler=True, wanted="auto"):
+    """Settle train.compile of a run that takes about so long on one H100."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(recompute, "has_compiler", lambda: has_compiler)
+    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", False)
+    topology = SimpleNamespace(
+        device=device, parallel=parallel, num_processes=parallel.num_processes
+    )
+    tokens = minutes * 60 * gpu.SHARE_OF_PEAK * 989e12 / (6 * 8e9)
+    config = config_of(micro_batch_size=1, compile=wanted)
+    config, line = gpu.with_compilation(config, topology, int(8e9), tokens)
+    return config.train.compile, line, torch._dynamo.config.suppress_errors
+
+
+def test_layers_of_a_long_run_on_a_gpu_are_compiled(monkeypatch):
+    found, line, may_fail = compiled(monkeypatch, minutes=120)
+    assert (found, may_fail) == (True, True)
+    assert line == (
+        "train.compile: auto compiles the layers, as the run takes about 120 minutes by arithmetic"
+    )
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"minutes": 1},
+        {"minutes": 8, "parallel": ParallelConfig("ddp", 8)},
+        {"minutes": 999, "device": torch.device("cpu")},
+        {"minutes": 999, "has_compiler": False},
+        {"minutes": 999, "parallel": ParallelConfig("zero3", 2)},
+    ],
+    ids=["short", "short for eight", "CPU", "no compiler", "topology"],
+)
+def test_layers_are_not_compiled_where_that_does_not_pay_or_cannot_be(monkeypatch, case):
+    assert compiled(monkeypatch, **case) == (False, "", False)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_given_compilation_stays_and_its_errors_end_the_run(monkeypatch, wanted):
+    assert compiled(monkeypatch, minutes=120, wanted=wanted) == (wanted, "", False)

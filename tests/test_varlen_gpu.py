@@ -8,6 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TINY_LLAMA
+from transformers import AutoConfig
 
 from finetune.errors import ModelError
 from finetune.models import attention_choice, varlen_choice, varlen_cpu, varlen_gpu
@@ -136,27 +138,27 @@ def settled(monkeypatch):
         monkeypatch.setattr(
             varlen_choice, "wrong", lambda kernel, *_: "" if kernel in took else "it is wrong"
         )
-        return varlen_choice.settle(work, CPU, wanted)
+        return varlen_choice.choose(work, CPU, wanted)
 
-    yield settle
-    varlen_gpu.use(FLASH_2)
+    return settle
 
 
 def test_a_run_takes_the_fastest_kernel_that_is_right(settled):
-    assert settled({FLASH_2: 2.0, FLASH_4: 0.8, CUDNN: 0.9}).startswith("flash_attention_4: 0.8 ms")
-    assert varlen_gpu.in_use() == FLASH_4
+    used, line = settled({FLASH_2: 2.0, FLASH_4: 0.8, CUDNN: 0.9})
+    assert used == FLASH_4
+    assert line.startswith("flash_attention_4: 0.8 ms")
     assert settled({FLASH_2: 2.0, CUDNN: 0.9}) == (
+        CUDNN,
         "cudnn: 0.9 ms a layer for the longest batch (flash_attention_2 2.0); "
-        "flash_attention_4 cannot be used: it is wrong"
+        "flash_attention_4 cannot be used: it is wrong",
     )
     assert settled({FLASH_2: 2.0}, work=WORK) == (
-        "flash_attention_2; flash_attention_4 cannot be used: it is wrong"
-    )
-    assert varlen_gpu.in_use() == FLASH_2
+        FLASH_2, "flash_attention_2; flash_attention_4 cannot be used: it is wrong",
+    )  # fmt: skip
 
 
 def test_a_kernel_that_the_config_names_is_taken_or_an_error(settled):
-    assert settled({FLASH_2: 1.0, FLASH_4: 3.0}, FLASH_4) == FLASH_4
+    assert settled({FLASH_2: 1.0, FLASH_4: 3.0}, FLASH_4) == (FLASH_4, FLASH_4)
     with pytest.raises(ModelError, match="flash_attention_4 cannot be used: it is wrong; use auto"):
         settled({FLASH_2: 1.0}, FLASH_4)
     with pytest.raises(ModelError, match="flash-attn-3 is not installed; use auto"):
@@ -246,3 +248,25 @@ def test_flash_attention_4_is_one_operator_of_a_compiled_layer(flash_4):
         out = form(*states)
         results.append([out, *torch.autograd.grad(out.square().sum(), states)])
     assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(*results))
+
+
+@pytest.mark.parametrize(
+    ("config", "num_context", "found"),
+    [
+        ({}, 1, (4, 2, 8, False)),
+        ({"num_key_value_heads": 4, "head_dim": 20}, 1, (4, 4, 24, False)),
+        ({}, 4, (1, 1, 8, False)),
+        ({"model_type": "mistral", "sliding_window": 64}, 1, (4, 2, 8, True)),
+        ({"model_type": "qwen2", "sliding_window": 64}, 1, (4, 2, 8, False)),
+        (
+            {"model_type": "qwen2", "sliding_window": 64, "use_sliding_window": True,
+             "max_window_layers": 1},
+            1, (4, 2, 8, True),
+        ),
+    ],
+)  # fmt: skip
+def test_work_is_read_from_the_config_of_the_model(config, num_context, found):
+    model_config = AutoConfig.for_model(**{**TINY_LLAMA, **config})
+    work = varlen_choice.work_of(model_config, torch.bfloat16, (5, 3), [3, 5, 3], num_context)
+    assert (work.heads, work.key_heads, work.width, work.has_windows) == found
+    assert (work.documents, work.lengths) == ((5, 3), (3, 5))

@@ -300,9 +300,10 @@ class Train(Section):
     A number: only in the first N layers.
     auto: on a GPU in as few layers as fit by forecast, on a CPU in none.
     """
-    compile: bool = False
+    compile: Literal["auto"] | bool = "auto"
     """Compile the layers with torch.compile.
     Steps are faster after a first one of a minute or two; needs a C++ compiler.
+    auto: on a GPU, if the run is long enough to earn it and nothing forbids it; on a CPU not.
     """
     hang_minutes: PositiveNumber | None = 10.0
     """End all processes if one does not answer or finish a micro-batch in this many minutes.

@@ -14,9 +14,9 @@ from transformers import AttentionInterface
 
 from finetune.errors import ModelError
 from finetune.models import context_parallel, varlen_cpu, varlen_gpu
-from finetune.models.attention_choice import DOCUMENTS
+from finetune.models.attention_choice import DOCUMENTS, HEAD_UNIT
 
-HEAD_UNIT, LARGEST_HEAD = 8, 256  # FlashAttention-2 takes multiples of 8, at most 256
+LARGEST_HEAD = 256  # of FlashAttention-2
 
 
 def attend_within_documents(

@@ -15,6 +15,7 @@ DOCUMENTS = "documents"
 FLASH_2, FLASH_3, FLASH_4, CUDNN = (
     "flash_attention_2", "flash_attention_3", "flash_attention_4", "cudnn",
 )  # fmt: skip
+HEAD_UNIT = 8  # kernels take heads of multiples of it
 BY_SETTING = (FLASH_3, FLASH_4, CUDNN)
 """Kernels for `documents` on a GPU that model.attention may name; varlen_choice.py takes one."""
 

@@ -48,11 +48,10 @@ def wrap(model: nn.Module, *, compiled: bool, num_recomputed: int) -> None:
     samples run uncompiled: each would need its own compilations, until the compiler gives up.
     """
     if compiled:
-        compiler = os.environ.get("CXX", "g++")
-        if shutil.which(compiler) is None:
+        if not has_compiler():
             raise ModelError(
-                f"train.compile: needs a C++ compiler, and {compiler} was not found; install one, "
-                "or name another in CXX, or set it to false"
+                f"train.compile: needs a C++ compiler, and {_compiler()} was not found; install "
+                "one, or name another in CXX, or set it to false"
             )
         # Treat scales and epsilons as constants; otherwise everything is compiled twice.
         torch._dynamo.config.specialize_float = True
@@ -61,6 +60,15 @@ def wrap(model: nn.Module, *, compiled: bool, num_recomputed: int) -> None:
         if number < num_recomputed:  # only the inputs are kept (Chen et al., 2016)
             trained = functools.partial(checkpoint, trained, use_reentrant=False)
         layer.forward = _in_training(layer, trained)
+
+
+def has_compiler() -> bool:
+    """Return whether there is the C++ compiler that torch.compile needs."""
+    return shutil.which(_compiler()) is not None
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX", "g++")
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:

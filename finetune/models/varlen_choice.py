@@ -6,9 +6,10 @@ those that agree on its own longest batch, and takes the fastest.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from finetune.models.attention_choice import (
     FLASH_2,
     FLASH_3,
     FLASH_4,
+    HEAD_UNIT,
     has_package,
 )
 
@@ -82,8 +84,35 @@ def missing(
     return ""
 
 
-def settle(work: Work, device: torch.device, wanted: str | None = None) -> str:
-    """Choose the kernel of a run, and say which and why.
+def work_of(
+    config: Any, dtype: torch.dtype, documents: Sequence[int], lengths: Iterable[int],
+    num_context: int = 1,
+) -> Work:  # fmt: skip
+    """Return what a model of this `config` of transformers asks of a layer's attention.
+
+    `documents`, `lengths`: see `Work`. `num_context`: processes that share heads.
+    """
+    text = config.get_text_config()
+    heads: int = text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    key_heads = getattr(text, "num_key_value_heads", None) or heads
+    if key_heads % num_context:  # each head of queries gets its own
+        key_heads = heads
+    layers = getattr(text, "layer_types", None)
+    windows = "sliding_attention" in layers if layers else bool(_window(text))
+    return Work(
+        heads // num_context, key_heads // num_context, width + -width % HEAD_UNIT, dtype, windows,
+        tuple(documents), tuple(sorted(set(lengths))),
+    )  # fmt: skip
+
+
+def _window(text: Any) -> int | None:
+    """Return the window of sliding attention; some configs name one that they do not use."""
+    return getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else 0
+
+
+def choose(work: Work, device: torch.device, wanted: str | None = None) -> tuple[str, str]:
+    """Return the kernel for a run, and a line that says which and why.
 
     `wanted`: the one that model.attention names. Raises ModelError if that is not there, or wrong.
     """
@@ -92,15 +121,13 @@ def settle(work: Work, device: torch.device, wanted: str | None = None) -> str:
     if wanted is not None:
         if why := reasons[wanted] or wrong(wanted, work, device):
             raise ModelError(f"model.attention: {wanted} cannot be used: {why}; use auto")
-        varlen_gpu.use(wanted)
-        return wanted
+        return wanted, wanted
     tried = [kernel for kernel in BY_SETTING if not reasons[kernel]]
     failed = {kernel: why for kernel in tried if (why := wrong(kernel, work, device))}
     good = [FLASH_2, *(kernel for kernel in tried if kernel not in failed)]
     took = {kernel: milliseconds(kernel, work, device) for kernel in good} if good[1:] else {}
     used = fastest(took) if took else FLASH_2
-    varlen_gpu.use(used)
-    return described(used, took, failed)
+    return used, described(used, took, failed)
 
 
 def fastest(milliseconds: dict[str, float]) -> str:
