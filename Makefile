@@ -36,7 +36,7 @@ quickstart: install
 	@echo "The tuned model is in runs/quickstart/model. Chat with it:"
 	@echo "  $(BIN)/python -m finetune chat --model runs/quickstart/model --one-turn"
 
-# About 9 minutes on two idle cores; it ends with a count of what it leaves to the targets below.
+# Under 6 minutes on two idle cores; it ends with a count of what it leaves to the targets below.
 test: .venv/tools
 	$(BIN)/python -m pytest tests -n auto --dist worksteal
 

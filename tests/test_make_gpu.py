@@ -242,7 +242,7 @@ def lab_of(cls, folder, clock, log=lambda line: None):
     env = {"env_on_cpu": {}} if cls is correctness.Lab else {}
     return cls(
         work=folder, logs=folder, env={}, **env, facts=facts, helper=None, clock=clock,
-        is_tiny=False, say=log,
+        is_tiny=False, log=log,
     )  # fmt: skip
 
 

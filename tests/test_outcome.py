@@ -53,7 +53,7 @@ def fails(workshop, error, owner, name, exc, **settings):
     return caught.value
 
 
-def preempted_after(workshop, number):
+def preempted_after(workshop, number, **settings):
     """A run that saved this step and was preempted."""
     one, done = loop.train_step, []
 
@@ -66,7 +66,7 @@ def preempted_after(workshop, number):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "train_step", count)
         with pytest.raises(Preempted):
-            workshop.train(**SAVES)
+            workshop.train(**SAVES, **settings)
 
 
 @pytest.mark.slow

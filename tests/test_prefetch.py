@@ -73,12 +73,14 @@ def test_an_error_in_the_thread_ends_the_run_with_its_message(workshop, monkeypa
         return whole(batches, step)
 
     monkeypatch.setattr(Batches, "totals", totals)
+    before = set(threading.enumerate())
     with pytest.raises(Outage, match=r"Input/output error: 'rows\.bin'") as caught:
         workshop.train(train__max_steps=3)
     assert caught.value.exit_code == EXIT_FAILED
     assert workshop.outcome()["state"] == "failed"
     assert workshop.outcome()["step"] == 1
-    for thread in threading.enumerate():  # one that goes on would keep the process from ending
+    # One that goes on would keep the process from ending; other tests may have left some.
+    for thread in set(threading.enumerate()) - before:
         if thread.name.startswith("prefetch"):
             thread.join(10)
             assert not thread.is_alive()

@@ -642,7 +642,7 @@ print(sent, tracemalloc.get_traced_memory()[1])
 """
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_big_file_is_never_whole_in_memory(s3, tmp_path):
     """Memory holds 2 x 4 parts of 8 MiB; a process of its own leaves out this one's server."""
     content = os.urandom(2**20) * 88

@@ -32,7 +32,7 @@ from finetune.errors import DataError, Outage
 
 CACHE_VERSION = 5  # increase it when the same input gives other tokens than before
 META = "meta.json"
-ARRAYS = {"input_ids", "supervised", "ends", "places"}
+ARRAYS = ("input_ids", "supervised", "ends", "places")
 # Only where rows of several documents, or with fields, have them.
 EXAMPLE_ENDS, COLUMNS = "example_ends", "columns"
 
@@ -409,7 +409,7 @@ def _open(
         if meta.pop("sha256") != files.json_sha256(meta) or meta["fingerprint"] != fingerprint:
             raise ValueError(f"{META} has changed")
         counts, arrays = meta["counts"], {}
-        for name in ARRAYS | meta["arrays"].keys():
+        for name in {*ARRAYS, *meta["arrays"]}:
             arrays[name] = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
             if _described(arrays[name]) != meta["arrays"][name]:
                 raise ValueError(f"{name}.npy has changed")

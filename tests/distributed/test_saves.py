@@ -43,6 +43,7 @@ def test_a_saver_that_dies_on_one_process_is_a_failed_save_on_both(workshop, die
     assert [line["step"] for line in read_jsonl(workshop.run_dir() / "saves.jsonl")] == [4, 6]
 
 
+@pytest.mark.fault
 def test_a_silent_death_ends_the_run(workshop):
     launch = started(workshop, {"train__hang_minutes": 0.05}, DIES="exits", MUTE="1")
     assert launch.codes(within=30) == [1, 1], launch.output()
