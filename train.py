@@ -43,9 +43,8 @@ def main() -> int:
 def prepare_libraries() -> None:
     """Set what PyTorch reads when it is imported. A user's own settings stay.
 
-    The GPU's allocator grows its blocks: lengths differ, and unusable blocks would pile up. OpenMP's
-    threads sleep while they wait: beside another busy process, spinning costs a CPU run two thirds
-    of its speed (2,298 tokens/s alone, 810 beside one, 1,374 with this, which costs nothing alone).
+    The GPU's allocator grows its blocks: lengths differ, and unusable blocks would pile up. Threads
+    of OpenMP sleep while they wait: beside another busy process they would spin in its way.
     """
     names = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}
     if not os.environ.keys() & names:

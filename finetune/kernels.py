@@ -1,10 +1,18 @@
 """Triton kernels beside their references: used where they compile and compute the same."""
 
 import importlib
+import os
 from collections.abc import Callable
 from typing import Any
 
 from finetune import failures
+
+WITHOUT = "FINETUNE_WITHOUT_KERNELS"
+"""Environment variable: kernels that are not used, separated by commas, to measure each."""
+
+
+def is_left_out(name: str) -> bool:
+    return name in os.environ.get(WITHOUT, "").split(",")
 
 
 def load(module: str, difference: Callable[[Any], str]) -> tuple[Any, str]:
@@ -12,6 +20,8 @@ def load(module: str, difference: Callable[[Any], str]) -> tuple[Any, str]:
 
     `difference` runs them beside their reference, and says how they differ.
     """
+    if is_left_out(module.rpartition(".")[2]):
+        return None, f"{WITHOUT} names it"
     try:
         kernels = importlib.import_module(module)  # needs Triton
         why = difference(kernels)

@@ -386,7 +386,7 @@ def sized(config: Config, topology: Topology) -> tuple[Config, int | None]:
     """Replace what is auto for memory by numbers, and return the bytes that they reserve.
 
     These are train.micro_batch_size and train.gradient_checkpointing. Where both are, a micro-batch
-    that needs no recomputation is looked for first: recomputing costs time, larger ones save little.
+    without recomputation is looked for first: recomputing costs time, larger ones save little.
     """
     train, reserved = config.train, None
     on_gpu, recomputes = topology.device.type == "cuda", train.gradient_checkpointing

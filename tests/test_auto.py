@@ -88,14 +88,14 @@ def compiled(monkeypatch, minutes, parallel=SINGLE, device=GPU, has_compiler=Tru
     """Settle train.compile of a run that takes about so long on one H100."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(recompute, "has_compiler", lambda: has_compiler)
-    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", False)
     topology = SimpleNamespace(
         device=device, parallel=parallel, num_processes=parallel.num_processes
     )
     tokens = minutes * 60 * gpu.SHARE_OF_PEAK * 989e12 / (6 * 8e9)
     config = config_of(micro_batch_size=1, compile=wanted)
-    config, line = gpu.with_compilation(config, topology, int(8e9), tokens)
-    return config.train.compile, line, torch._dynamo.config.suppress_errors
+    with torch._dynamo.config.patch(suppress_errors=False):
+        config, line = gpu.with_compilation(config, topology, int(8e9), tokens)
+        return config.train.compile, line, torch._dynamo.config.suppress_errors
 
 
 def test_layers_of_a_long_run_on_a_gpu_are_compiled(monkeypatch):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from finetune import kernels
 from finetune.models import logits
 from finetune.models.logits import LogitTransform
 
@@ -80,6 +81,12 @@ def test_a_kernel_with_another_result_is_refused(what):
     assert logits.difference(plain_without("nothing"), CPU) == ""
     part = "gradient differs by" if "gradient" in what else "loss is"
     assert logits.difference(plain_without(what), CPU).startswith(f"its {part}")
+
+
+def test_kernels_can_be_left_out_by_name(monkeypatch):
+    monkeypatch.setenv(kernels.WITHOUT, "adamw_kernel,cross_entropy_kernel")
+    found = kernels.load("finetune.models.cross_entropy_kernel", lambda made: "never asked")
+    assert found == (None, "FINETUNE_WITHOUT_KERNELS names it")
 
 
 def test_a_cpu_takes_the_plain_operations():

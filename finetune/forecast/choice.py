@@ -87,7 +87,7 @@ class Chooser:
 
     @property
     def num_layers(self) -> int:
-        """Return how many layers can be recomputed; 0 if transformers does not say what they are."""
+        """Return how many layers can be recomputed; 0 if transformers does not name them."""
         return self.forecaster().num_layers
 
     def forecast(self, parallel: ParallelConfig, micro_batch_size: int | None = None) -> Forecast:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from finetune import failures
+from finetune import failures, kernels
 from finetune.errors import ModelError
 from finetune.models import varlen_cpu, varlen_gpu
 from finetune.models.attention_choice import (
@@ -60,6 +60,8 @@ def missing(
     kernel: str, work: Work, capability: tuple[int, int], has: Callable[[str], bool]
 ) -> str:
     """Return why a kernel cannot do this work, or "". `has`: whether a package is installed."""
+    if kernels.is_left_out(kernel):
+        return f"{kernels.WITHOUT} names it"
     chip, major = f"compute capability {capability[0]}.{capability[1]}", capability[0]
     if kernel == FLASH_3 and major != 9:
         return f"it needs compute capability 9.0 (Hopper), and this GPU has {chip}"
