@@ -125,6 +125,17 @@ def test_the_fastest_kernel_is_taken_if_it_is_clearly_faster():
         "cudnn cannot be used: no plan"
     )
     assert varlen_choice.milliseconds(FLASH_2, WORK, CPU, on_cpu, rounds=1) > 0
+    assert varlen_choice._first([20_000, 20_000, 5]) == [20_000, 12_768]
+    assert varlen_choice._first([7, 5]) == [7, 5]
+
+
+def test_a_run_that_needs_all_the_memory_is_not_timed(settled, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert settled({FLASH_2: 2.0, FLASH_4: 1.0})[0] == FLASH_4
+    monkeypatch.setattr(varlen_choice, "milliseconds", full)
+    assert varlen_choice.choose(LONG, CPU)[0] == FLASH_2
 
 
 @pytest.fixture

@@ -34,6 +34,7 @@ MOST_LENGTHS, LONG_DOCUMENT = 8, 2048
 # In 16 bits kernels differ from float32 by two to four roundings of bfloat16 (2^-9 each), by the
 # root mean square; a document that sees one token too many by more than a tenth.
 WITHIN = 2e-2
+MOST_TIMED = 1 << 15  # tokens; the states of 32 heads of 128 take 0.3 GB each
 WORTH = 0.95  # of the time of FlashAttention-2: timings differ by some percent by themselves
 
 
@@ -127,7 +128,12 @@ def choose(work: Work, device: torch.device, wanted: str | None = None) -> tuple
     tried = [kernel for kernel in BY_SETTING if not reasons[kernel]]
     failed = {kernel: why for kernel in tried if (why := wrong(kernel, work, device))}
     good = [FLASH_2, *(kernel for kernel in tried if kernel not in failed)]
-    took = {kernel: milliseconds(kernel, work, device) for kernel in good} if good[1:] else {}
+    took = {}
+    if good[1:]:
+        try:
+            took = {kernel: milliseconds(kernel, work, device) for kernel in good}
+        except torch.OutOfMemoryError:  # a run that needs all of the memory is not timed
+            torch.cuda.empty_cache()
     used = fastest(took) if took else FLASH_2
     return used, described(used, took, failed)
 
@@ -168,12 +174,14 @@ def wrong(kernel: str, work: Work, device: torch.device, attend: Attend = varlen
 
 
 def _states(
-    work: Work, documents: Sequence[int], device: torch.device, dtype: torch.dtype
-) -> list[torch.Tensor]:
+    work: Work, documents: Sequence[int], device: torch.device, dtype: torch.dtype,
+    random: torch.Generator | None = None,
+) -> list[torch.Tensor]:  # fmt: skip
     """Return query, key, value and a gradient [1, heads, T, D] at random, as a layer gives them."""
-    random, total = torch.Generator().manual_seed(0), sum(documents)
+    random, total = random or torch.Generator().manual_seed(0), sum(documents)
     heads = (work.heads, work.key_heads, work.key_heads, work.heads)
-    made = (torch.randn(1, total, n, work.width, generator=random) for n in heads)
+    shapes = ((1, total, number, work.width) for number in heads)
+    made = (torch.randn(shape, generator=random, device=random.device) for shape in shapes)
     # Rounded first: float32 gets the same numbers.
     states = [each.to(work.dtype).to(device, dtype).transpose(1, 2) for each in made]
     return [*(each.requires_grad_() for each in states[:3]), states[3]]
@@ -224,14 +232,26 @@ def milliseconds(
     rounds: int = 5,
 ) -> float:  # fmt: skip
     """Return the least time of a layer's attention, forward and backward, for the longest batch."""
-    states, took = _states(work, work.documents, device, work.dtype), []
+    documents, took = _first(work.documents), []
+    states = _states(work, documents, device, work.dtype, torch.Generator(device))
     for _ in range(2 + rounds):  # the first two compile, and fill caches
         _wait(device)
         start = time.perf_counter()
-        _run(kernel, states, work.documents, attend)
+        _run(kernel, states, documents, attend)
         _wait(device)
         took.append(1e3 * (time.perf_counter() - start))
     return min(took[2:])
+
+
+def _first(documents: Sequence[int]) -> list[int]:
+    """Return the first documents, of MOST_TIMED tokens at most; longer ones rank kernels alike."""
+    room, found = MOST_TIMED, []
+    for length in documents:
+        found.append(min(length, room))
+        room -= found[-1]
+        if not room:
+            break
+    return found
 
 
 def _wait(device: torch.device) -> None:
