@@ -19,6 +19,8 @@ install: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check \
 	  "$$(grep '^torch==' requirements.txt)"
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	# The command finetune, which runs this checkout from any folder
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
 .venv/tools: .venv/installed requirements-dev.txt

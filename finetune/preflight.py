@@ -92,7 +92,9 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     of_base = Base(config.model.path, config.model.revision, config.model.trust_remote_code)
     topology.on_main(lambda: rehearse(tokenizer, model_config, of_base, kept, wanted.system_prompt))
 
-    train_batches, eval_batches = _batched(config, topology, train, evals, kernel, tokenizer)
+    train_batches, eval_batches = _batched(
+        config, topology, objective, train, evals, kernel, tokenizer
+    )
     num_steps = train_batches.steps_per_epoch * config.train.epochs
     num_steps = min(num_steps, config.train.max_steps or sys.maxsize)
     check_lengths(train, config, model_config, num_steps)
@@ -186,6 +188,12 @@ def _examples(
                 "template puts before every answer of data.train; evaluation rows have thoughts "
                 "that no training row has"
             )
+        if evals.columns.keys() != train.columns.keys():
+            here, there = (readers.list_columns(sorted(e.columns)) for e in (evals, train))
+            raise DataError(
+                f"data.eval: data.format gives its rows the fields {here}, and those of data.train "
+                f"{there}; return the same for every row"
+            )
     num_rows = train.num_rows
     if wanted.max_rows is not None:
         train = examples.draw(train, wanted.max_rows, seed)
@@ -201,8 +209,9 @@ def _examples(
 
 
 def _batched(
-    config: Config, topology: Topology, train: Any, evals: Any, kernel: str, tokenizer: Any
-) -> tuple[batches.Batches, batches.Batches | None]:
+    config: Config, topology: Topology, objective: Objective, train: Any, evals: Any, kernel: str,
+    tokenizer: Any,
+) -> tuple[batches.Batches, batches.Batches | None]:  # fmt: skip
     """Return the batches of training and of evaluation."""
     wanted, seed = config.data, config.run.seed
     padded, pad_id = attention_choice.is_padded(kernel), tokenizer.pad_token_id or 0
@@ -216,8 +225,12 @@ def _batched(
 
     size, micro_size = config.train.global_batch_size, config.micro_batch_size
     of_train = batched(train, size, micro_size, wanted.group_by_length)
+    if not evals:
+        return of_train, None
     at_once = config.evaluation.micro_batch_size or config.micro_batch_size
-    return of_train, batched(evals, at_once * topology.num_data, at_once, True) if evals else None
+    # What an objective prepares is of a step: the same however it is cut up and shared.
+    of_step = size if objective.prepares else at_once * topology.num_data
+    return of_train, batched(evals, of_step, at_once, True)
 
 
 def _rehearse_objective(config: Config, objective: Objective, train: batches.Batches) -> None:

@@ -1,6 +1,7 @@
 """Everything one run needs: config, directories, topology, data, stop flag, state and metrics."""
 
 import contextlib
+import functools
 import os
 import sys
 import threading
@@ -198,8 +199,9 @@ class Run:
         if self.topology.is_main:
             self.directory.unlock()
 
-    @property
+    @functools.cached_property
     def objective(self) -> Objective:
+        """One for the whole run: it compares the terms of all steps."""
         return chosen(self.config.objective)
 
     def policy(self, model: Any) -> Policy:
@@ -297,7 +299,7 @@ class Run:
                 about={"config": config.model_dump(), "receipt": directory.receipt()},
                 history=directory.logs.history(), log=log,
             )  # fmt: skip
-        lengths = self.data.train.sequences.examples.lengths.tolist()
+        lengths = self.data.train.sequences.examples.input.lengths.tolist()
         attention = parameters.attention_per_token(self.data.model_config, lengths)
         flops = parameters.flops_per_token(*self.state.facts.products, attention)
         return Metrics(

@@ -320,8 +320,18 @@ def _quartiles(lengths: np.ndarray) -> str:
 
 
 def _marked(examples: Any, tokenizer: Any) -> str:
-    """Decode the first document, with its supervised runs in double brackets."""
-    part = examples.input.span(0)
+    """Decode the documents of the first example, with supervised runs in double brackets."""
+    documents = examples.documents(0)
+    shown = [_marked_document(examples, tokenizer, number) for number in documents]
+    if len(documents) > 1:
+        for number, text in zip(documents, shown):
+            fields = "".join(f"  {name} {v[number]:g}" for name, v in examples.columns.items())
+            shown[number] = f"  document {number + 1} of {len(documents)}{fields}\n{text}"
+    return "\n".join(shown)
+
+
+def _marked_document(examples: Any, tokenizer: Any, number: int) -> str:
+    part = examples.input.span(number)
     ids, supervised = np.asarray(examples.input.ids[part]), np.asarray(examples.supervised[part])
     cuts = [0, *(np.flatnonzero(np.diff(supervised)) + 1), len(ids)]
     # Decode prefixes, not runs: some tokenizers drop a space at the beginning of what they decode.

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import Workshop, losses
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from finetune import config as configs
 from finetune.config import model_files
@@ -19,6 +19,7 @@ from finetune.export.load import load
 from finetune.export.merge import merge
 from finetune.export.verify import probe_logits, verify
 from finetune.models import base_identity
+from finetune.models.load import require_all_weights
 
 QUANTIZATIONS = {
     "nf4": {
@@ -663,3 +664,13 @@ def test_a_config_with_fewer_layers_than_the_weights_is_refused(copied):
     rewrite(copied, num_hidden_layers=1)
     with pytest.raises(ModelError, match="fewer layers than its weights"):
         load(copied)
+
+
+@pytest.mark.parametrize("name", ["missing_keys", "mismatched_keys"])
+def test_weights_that_loading_left_random_are_refused(name):
+    """As a model on the Hub may leave them, whose files are not looked at before."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**WIDE, vocab_size=50))
+    info = {"unexpected_keys": set(), "missing_keys": set(), "mismatched_keys": set()}
+    require_all_weights("owner/name", model, info)
+    with pytest.raises(ModelError, match="'owner/name': 1 weights are missing or of another shape"):
+        require_all_weights("owner/name", model, {**info, name: {"model.norm.weight"}})

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import read_jsonl
 
 from finetune.data.batches import Batch, Batches
 from finetune.data.examples import Examples, Ragged
@@ -438,3 +439,31 @@ def test_stretches_of_shared_sequences_hold_every_token_and_document_once(count)
         assert {
             name: sum(part.counts[name] for part in parts) for name in whole.counts
         } == whole.counts
+
+
+def test_the_largest_padded_micro_batch_has_the_largest_rectangle():
+    """Of examples of several documents: each document is a row, as long as the longest."""
+    examples = examples_of(np.array([50, 50, 99, 3, 75, 75]))
+    pairs = replace(
+        examples, example_ends=np.array([2, 4, 6]), source=examples.source[:3],
+        line=examples.line[:3], row=examples.row[:3],
+    )  # fmt: skip
+    for padded, lengths in ((True, (99, 3)), (False, (75, 75))):
+        found = Batches(
+            Sequences(pairs, False, 200, seed=4), seed=4, global_batch_size=3, micro_batch_size=1,
+            padded=padded,
+        ).largest()  # fmt: skip
+        assert found.lengths == lengths
+
+
+def test_weights_count_in_the_loss_and_not_in_the_cross_entropy(workshop, monkeypatch):
+    whole = Batches._collated
+
+    def halved(batches, sequences):
+        batch = whole(batches, sequences)
+        return replace(batch, weights=torch.full((len(batch.labels),), 0.5))
+
+    monkeypatch.setattr(Batches, "_collated", halved)
+    run = workshop.train(train__max_steps=1, data__eval_fraction=0.2)
+    [line] = read_jsonl(run / "eval.jsonl")
+    assert line["cross_entropy"] == pytest.approx(2 * line["eval_loss"], rel=1e-6)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import read_jsonl
 
-from finetune.engine.checkpoint import folder, resume, unpickling
+from finetune import unpickling
+from finetune.engine.checkpoint import folder, resume
 from finetune.engine.progress import Progress
 from finetune.errors import CheckpointError, DamagedCheckpoint, RunDirectoryError
 

@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import read_jsonl, write_jsonl
+from conftest import losses, read_jsonl, write_jsonl
 from test_tokens import Tokenizing
 
 from finetune import config as configs
@@ -14,6 +14,7 @@ from finetune.data import rows
 from finetune.data.batches import Batches
 from finetune.data.examples import hold_out
 from finetune.data.order import Sequences
+from finetune.data.problems import Problems
 from finetune.errors import ConfigError, DataError, RunDirectoryError, UserError
 from finetune.evaluation import compare
 
@@ -44,7 +45,7 @@ def own(workshop):
     return own
 
 
-def samples(workshop, source: str, raw: list, problems: rows.Problems | None = None):
+def samples(workshop, source: str, raw: list, problems: Problems | None = None):
     """What a function makes of rows of a file."""
     name = f"{workshop.folder}/own.py:rows"
     (workshop.folder / "own.py").write_text(source)
@@ -52,7 +53,7 @@ def samples(workshop, source: str, raw: list, problems: rows.Problems | None = N
     path = write_jsonl(workshop.folder / "raw.jsonl", raw)
     return list(
         rows.samples(
-            [str(path)], name, {}, "line", None, rows.Problems() if problems is None else problems
+            [str(path)], name, {}, "line", None, Problems() if problems is None else problems
         )
     )
 
@@ -174,6 +175,12 @@ def test_rows_of_several_documents_are_learned_whole_or_not_at_all(tmp_path, byt
             r", by name, got \[1, 2, 3\]",
         ),
         ("return {**A, 'fields': {'rank': float('nan')}}", "fields: rank should be a finite"),
+        ("return {**A, 'fields': {'rank': 1e300}}", "fields: rank should be a finite"),
+        ("return {**A, 'fields': {'rank': 10**400}}", "fields: rank should be a finite"),
+        (
+            "return {**A, 'fields': {'rank': 2**25 + 1}}",
+            "rank is 33,554,433, but fields are float32",
+        ),
         ("return {**A, 'fields': {3: 1}}", "fields: 3 should be a finite number"),
         ("return {**A, 'fields': [1]}", r"fields should be a finite number, .* got \[1\]"),
         ("return {1: 'a'}", r"should return a dict with messages"),
@@ -189,7 +196,7 @@ def test_rows_of_several_documents_are_learned_whole_or_not_at_all(tmp_path, byt
     ],
 )
 def test_a_mistake_of_the_function_names_the_row_and_the_line_of_the_function(workshop, body, says):
-    problems = rows.Problems()
+    problems = Problems()
     assert samples(workshop, f"{A}def rows(row):\n    {body}\n", [{"Patient": "x"}], problems) == []
     with pytest.raises(DataError, match=says):
         problems.raise_if_any()
@@ -237,6 +244,24 @@ def test_another_function_gives_other_tokens_and_is_another_run(workshop, own):
     other = workshop.train("other", data__format=own(capped))
     first, second = (read_jsonl(run / "metrics.jsonl")[0] for run in (workshop.run_dir(), other))
     assert first["loss"] != second["loss"], "the cache of tokens tells them apart"
+
+
+def test_two_functions_of_one_file_share_no_tokens(workshop, own):
+    loud = TURNS.replace("def rows", "def loud").replace("strip()", "strip().upper()")
+    kind = own(TURNS + loud)
+    first, second = (
+        workshop.train(name, data__format=kind.replace("rows", name)) for name in ("rows", "loud")
+    )
+    assert losses(first) != losses(second)
+
+
+def test_evaluation_rows_with_other_fields_are_refused(workshop, own):
+    held = write_jsonl(workshop.folder / "held.jsonl", [{**ROWS[2], "Patient": "new"}])
+    source = TURNS.replace('"answer": row["Doctor"]', '"answer": row["Doctor"], "fields": fields')
+    fields = "    fields = {} if 'new' in row['Patient'] else {'n': 1}\n"
+    source = source.replace("    return {", fields + "    return {")
+    with pytest.raises(DataError, match=r"data.eval: data.format gives its rows the fields \[\], "):
+        workshop.check(data__format=own(source), data__eval=str(held))
 
 
 def test_evaluate_reads_rows_by_the_same_function(workshop, own, capsys):

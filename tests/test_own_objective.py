@@ -281,11 +281,15 @@ def prepare(line):
             "own.py:Own: supervises should return one of completion, all, last_turn, got "
             "'nothing'",
         ),
-        # A process without a sequence has nothing to take the least of.
-        (term(f"{LOGPROBS}.min()"), "own.py:4: "),
+        # A process without a sequence has no first token.
+        (term(f"{LOGPROBS}.sum() + 0 * {LOGPROBS}[0]"), "own.py:4: "),
+        (
+            term(f"-{LOGPROBS}.mean() * len(batch.labels)", "per='documents'"),
+            "for a batch without supervised tokens",
+        ),
         (
             term(f"-{LOGPROBS}.mean()", "per='documents'"),
-            "for a batch without supervised tokens",
+            "add up with .sum(), not with .mean()",
         ),
         (
             f"names = ['a'] if len(batch.labels) else []\n"
@@ -309,12 +313,12 @@ def test_a_mistake_in_an_objective_is_found_before_weights_are_loaded(workshop, 
     [
         (
             "return [Term('loss', nll / max(len(batch.labels), 1), per='tokens')]",
-            "loss term 'loss' is 2.63, and 2.63 where every document comes twice",
+            "loss term 'loss' is 2.75 for a batch, and 5.5 for its two halves",
         ),
         (
             "return [Term('loss', nll, per='tokens'),\n"
             "            Term('most', nll.sum().clamp(max=1.0), per='tokens', weight=0)]",
-            "loss term 'most' is 1, and 1 where every document comes twice",
+            "loss term 'most' is 1 for a batch, and 2 for its two halves",
         ),
         (
             "return [Term('loss', nll / prepared['n'].clamp(min=1), per='n')]\n\n"
@@ -326,7 +330,7 @@ def test_a_mistake_in_an_objective_is_found_before_weights_are_loaded(workshop, 
             "return [Term('loss', nll, per='n')]\n\n"
             "    def prepare(self, policy, batches, settings):\n"
             "        return {'n': batches[0].labels.new_ones(())}",
-            "prepare gives 'n', which is 1, and 1 where every document comes twice",
+            "prepare gives 'n', which is 1 for a batch, and 2 for its two halves",
         ),
         (
             "return [Term('loss', nll, per='tokens')]\n\n"
@@ -341,7 +345,31 @@ def test_a_mistake_in_an_objective_is_found_before_weights_are_loaded(workshop, 
 def test_a_value_that_is_not_a_sum_is_refused(workshop, own, body, says):
     with pytest.raises(ConfigError, match=re.escape(says)) as caught:
         rehearse(f"{workshop.folder}/{own(LOSS + f'nll = {NLL}; {body}')}")
-    assert "a sum doubles; add up with .sum(), " in str(caught.value)
+    assert re.search(r"add up with \.sum\(\), |where a sum doubles", str(caught.value))
+
+
+def test_a_mean_whose_value_is_zero_is_refused_for_its_gradient(workshop, own):
+    """As in policy gradients, where each probability is divided by itself."""
+    body = f"l = {LOGPROBS}; {term('(l - l.detach()).sum() / max(len(l), 1)')}"
+    with pytest.raises(ConfigError, match=r"own\.py:3: loss has other gradients for a batch than"):
+        rehearse(f"{workshop.folder}/{own(LOSS + body)}")
+
+
+def test_a_comparison_inside_a_batch_is_refused_and_with_the_whole_step_is_not(workshop, own):
+    body = (
+        "l = policy(batch, {{'logprobs'}}).logprobs; x = l.detach()\n"
+        f"        {term('-(({}) * l).sum()')}"
+    )
+    inside = own(LOSS + body.format("x - x.sum() / max(len(x), 1)"))
+    with pytest.raises(ConfigError, match=r"own\.py:3: loss .* compare with nothing else of the"):
+        rehearse(f"{workshop.folder}/{inside}")
+    whole = own(
+        LOSS + body.format("x - prepared['sum'] / (prepared['n'] - 1)") + "\n\n"
+        "    def prepare(self, policy, batches, settings):\n"
+        "        all = [policy(each, {'logprobs'}).logprobs for each in batches]\n"
+        "        return {'sum': sum(x.sum() for x in all), 'n': sum((x < 1).sum() for x in all)}"
+    )
+    rehearse(f"{workshop.folder}/{whole}")
 
 
 @pytest.mark.parametrize("name", objectives.SETTINGS)
@@ -363,19 +391,19 @@ def test_a_check_rehearses_the_objective(workshop, own):
 
 def test_an_error_in_a_later_batch_ends_the_run_with_its_line(workshop, own):
     count = "self.calls = getattr(self, 'calls', 0) + 1"
-    body = f"{count}\n        {term()} if self.calls < 7 else 1 / 0"
+    body = f"{count}\n        {term()} if self.calls < 15 else 1 / 0"
     with pytest.raises(ConfigError, match=r"objective.kind: .*own\.py:5: ZeroDivisionError"):
         workshop.train(objective__kind=own(LOSS + body))
     assert workshop.outcome()["state"] == "failed"
 
 
 def test_without_a_finite_evaluation_none_is_called_the_best(workshop, own, capsys):
-    """The rehearsal, which evaluates three times, finds nothing."""
+    """The rehearsal, which evaluates seven times, finds nothing."""
     body = (
         f"return [Term('loss', {NLL}, per='tokens')]\n\n"
         "    def evaluate(self, policy, batch, settings, prepared):\n"
         "        self.calls = getattr(self, 'calls', 0) + 1\n"
-        f"        return [Term('loss', {NLL} * (1 if self.calls < 4 else float('nan')), 'tokens')]"
+        f"        return [Term('loss', {NLL} * (1 if self.calls < 8 else float('nan')), 'tokens')]"
     )
     workshop.train(
         objective__kind=own(LOSS + body), data__eval_fraction=0.2, train__max_steps=4,
@@ -467,3 +495,56 @@ def test_an_objective_that_edits_its_batch_does_not_change_what_is_measured(work
     run = workshop.train(objective__kind=kind, train__max_steps=1, data__eval_fraction=0.2)
     [line] = read_jsonl(run / "eval.jsonl")
     assert line["cross_entropy"] != pytest.approx(line["eval_loss"], rel=1e-3)
+
+
+def test_a_metric_that_is_not_finite_is_no_divergence(workshop, own):
+    """A term of weight 0 counts for nothing, in training and in evaluation."""
+    body = (
+        "self.calls = getattr(self, 'calls', 0) + 1\n"
+        f"        nll, bad = {NLL}, float('nan' if self.calls > 14 else 1)\n"
+        "        return [Term('loss', nll, 'tokens'), Term('m', bad * nll.detach(), 'tokens', 0)]"
+    )
+    run = workshop.train(
+        objective__kind=own(LOSS + body), data__eval_fraction=0.2, evaluation__every_steps=1,
+        train__max_steps=1,
+    )  # fmt: skip
+    assert read_jsonl(run / "metrics.jsonl")[0]["m"] is None
+    assert read_jsonl(run / "eval.jsonl")[0]["eval_loss"] is not None
+
+
+def test_an_evaluation_prepares_over_the_rows_of_a_step_however_it_is_cut_up(workshop, own):
+    """As KTO's z: what is prepared enters each loss, so another step would be another loss."""
+    kind = own(
+        "import torch\nfrom finetune.objectives import Objective, Term\n\n\n"
+        "class Own(Objective):\n"
+        "    def prepare(self, policy, batches, settings):\n"
+        "        found = [policy(each, {'logprobs'}).logprobs for each in batches]\n"
+        "        count = sum(len(each.labels) for each in batches)\n"
+        "        total = sum(each.sum() for each in found)\n"
+        "        return {'sum': total, 'count': torch.tensor(count)}\n\n"
+        "    def loss(self, policy, batch, settings, prepared):\n"
+        "        z = prepared['sum'] / prepared['count'].clamp(min=1)\n"
+        "        logprobs = policy(batch, {'logprobs'}).logprobs\n"
+        "        return [Term('loss', -torch.sigmoid(logprobs - z).sum(), per='tokens')]\n"
+    )
+    found = []
+    for size in (1, 8):
+        run = workshop.train(
+            f"at_once_{size}", objective__kind=kind, data__eval_fraction=0.5, train__max_steps=1,
+            evaluation__micro_batch_size=size,
+        )  # fmt: skip
+        found.append(read_jsonl(run / "eval.jsonl")[-1]["eval_loss"])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def test_terms_may_not_change_during_a_run(workshop, own):
+    """Each step has one micro-batch here, so that steps are compared."""
+    body = (
+        "self.calls = getattr(self, 'calls', 0) + 1\n"
+        f"        return [Term('loss', {NLL}, 'tokens', 1.0 if self.calls < 17 else 5.0)]"
+    )
+    with pytest.raises(ConfigError, match="the same names, units and weights for every batch"):
+        workshop.train(
+            objective__kind=own(LOSS + body), train__micro_batch_size=8, train__max_steps=9,
+            train__epochs=9,
+        )  # fmt: skip

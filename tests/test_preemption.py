@@ -145,6 +145,14 @@ def test_a_signal_that_comes_inside_a_destructor_is_not_lost():
     assert stop.reason == "SIGTERM"
 
 
+def test_a_first_interrupt_after_another_signal_is_not_the_second():
+    stop = flag()
+    stop.only_note()
+    send(signal.SIGTERM)
+    send(signal.SIGINT)
+    assert stop.is_set
+
+
 def test_the_first_reason_and_its_deadline_stay():
     stop = flag()
     stop.configure(grace_seconds=20, max_minutes=None, cloud=None, log=print)

@@ -11,6 +11,7 @@ import pytest
 from conftest import write_jsonl
 
 from finetune.data import readers, rows, source_files
+from finetune.data.problems import Problems
 from finetune.data.rows import Message
 from finetune.errors import DataError
 
@@ -117,7 +118,7 @@ def test_a_json_row_is_known_by_its_number(tmp_path):
 def test_empty_rows_of_a_table_are_skipped_and_counted(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text('question,answer\n,\na,b\n , \n,,,\n""\nc,\n')
-    problems = rows.Problems()
+    problems = Problems()
     read = list(rows.samples([str(path)], "auto", {}, "line", None, problems))
     assert [sample.conversations[0].place.line for sample in read] == [3]
     assert (problems.num_rows, problems.num_empty) == (2, 4)

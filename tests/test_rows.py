@@ -9,6 +9,7 @@ import pytest
 from conftest import write_jsonl
 
 from finetune.data import readers, rows, source_files
+from finetune.data.problems import Problems
 from finetune.data.rows import Message
 from finetune.errors import ConfigError, DataError
 
@@ -31,9 +32,9 @@ def sharegpt(question: Any, answer: Any) -> list[dict[str, Any]]:
     return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
-def unread_columns(path: object, problems: rows.Problems | None = None) -> Counter[str]:
+def unread_columns(path: object, problems: Problems | None = None) -> Counter[str]:
     unread: Counter[str] = Counter()
-    problems = rows.Problems() if problems is None else problems
+    problems = Problems() if problems is None else problems
     list(rows.samples([str(path)], "auto", {}, "line", None, problems, unread))
     return unread
 
@@ -349,7 +350,7 @@ def test_chosen_answers_train_once_they_are_mapped(values, columns, messages):
 def accepted(folder, values: dict[str, Any], columns: dict[str, str]) -> tuple[Message, ...]:
     path = str(write_jsonl(folder / "rows.jsonl", [values]))
     rows.check([[path]], "auto", columns, "line", None)
-    [sample] = rows.samples([path], "auto", columns, "line", None, rows.Problems())
+    [sample] = rows.samples([path], "auto", columns, "line", None, Problems())
     return sample.conversations[0].messages
 
 
@@ -436,7 +437,7 @@ def test_the_error_for_preference_columns_beside_an_answer_says_to_drop_them(val
 
 def test_columns_that_only_later_rows_have_are_counted_and_refused(tmp_path):
     last = {**QA, "source": "s", "note": "x", "empty": "", "null": None}
-    problems = rows.Problems()
+    problems = Problems()
     path = write_jsonl(tmp_path / "r.jsonl", [QA] * 30 + [{**QA, "note": "x"}] * 3 + [last])
     assert unread_columns(path, problems) == {"note": 4, "source": 1}
     assert (problems.num_rows, len(problems)) == (34, 0)

@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from finetune.engine.checkpoint.unpickling import Reader, require_tensors, weights_only
 from finetune.errors import DamagedCheckpoint, LostCheckpoints, ModelError
+from finetune.unpickling import Reader, require_tensors, weights_only
 
 
 class Command:

@@ -173,11 +173,11 @@ class Batches:
     def _collated(self, sequences: np.ndarray) -> Batch:
         documents = [each for number in sequences for each in self.sequences.documents(number)]
         batch = (_pad if self.padded else _lay_end_to_end)(documents, self.pad_id)
-        names = self.sequences.examples.columns
-        columns = {
-            name: torch.tensor([each.columns[name] for each in documents], dtype=torch.float32)
-            for name in names
-        }
+        columns = {}
+        for name, values in self.sequences.examples.columns.items():
+            # Of no document: none of its shape.
+            own = [each.columns[name] for each in documents] or np.empty((0, *values.shape[1:]))
+            columns[name] = torch.from_numpy(np.asarray(own, np.float32))
         return replace(batch, columns=columns)
 
     def filler(self) -> Batch:
@@ -185,9 +185,12 @@ class Batches:
         return self._collated(np.zeros(0, np.int64))
 
     def largest(self) -> Batch:
-        """Return as many of the longest sequences as a micro-batch may hold."""
-        longest = np.argsort(-self.sequences.lengths, kind="stable")[: self.micro_batch_size]
-        return self._collated(longest)
+        """Return as many of the largest sequences as a micro-batch may hold."""
+        sizes = self.sequences.lengths
+        if self.padded:  # each document is a row, as long as the longest of all
+            examples = self.sequences.examples
+            sizes = examples.most_tokens() * examples.num_documents
+        return self._collated(np.argsort(-sizes, kind="stable")[: self.micro_batch_size])
 
     def epoch(self, epoch: int = 0) -> Iterator[list[Batch]]:
         for step in range(epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch):

@@ -109,19 +109,25 @@ class Examples:
             return document
         return int(np.searchsorted(self.example_ends, document, side="right"))
 
-    @property
+    @functools.cached_property
     def lengths(self) -> np.ndarray:
         """Return the tokens of each example, int64 [examples]."""
         return self._per_example(self.input.lengths)
 
     @functools.cached_property
-    def num_supervised(self) -> np.ndarray:
-        """Return the supervised tokens of each example, int64 [examples].
+    def num_documents(self) -> np.ndarray:
+        """Return the documents of each example, int64 [examples]."""
+        return self._per_example(np.ones(len(self.input.starts), np.int64))
 
-        The first token of a document does not count: no token before it predicts it.
-        """
-        bounds = zip(self.input.starts, self.input.ends)
-        counts = (np.count_nonzero(self.supervised[start + 1 : end]) for start, end in bounds)
+    def most_tokens(self) -> np.ndarray:
+        """Return the tokens of the longest document of each example, int64 [examples]."""
+        return self._per_example(self.input.lengths, np.maximum)
+
+    @functools.cached_property
+    def num_supervised(self) -> np.ndarray:
+        """Return the supervised tokens of each example, int64 [examples], that one predicts."""
+        parts = map(self.input.span, range(len(self.input.starts)))
+        counts = (len(tokens.predicting(self.supervised[part])) for part in parts)
         return self._per_example(np.fromiter(counts, np.int64, len(self.input.starts)))
 
     @property
@@ -132,15 +138,16 @@ class Examples:
         """Return the supervised tokens, documents, examples and input tokens of these examples."""
         return {
             "tokens": int(self.num_supervised[examples].sum()),
-            "documents": sum(len(self.documents(e)) for e in examples),
+            "documents": int(self.num_documents[examples].sum()),
             "examples": len(examples),
             "input_tokens": int(self.lengths[examples].sum()),
         }
 
-    def _per_example(self, of_documents: np.ndarray) -> np.ndarray:
+    def _per_example(self, of_documents: np.ndarray, join: np.ufunc = np.add) -> np.ndarray:
         if self.example_ends is None:
             return of_documents
-        return np.add.reduceat(of_documents, np.concatenate([[0], self.example_ends[:-1]]))
+        found: np.ndarray = join.reduceat(of_documents, np.r_[0, self.example_ends[:-1]])
+        return found
 
     def receipt(self) -> dict[str, Any]:
         """Return what a run's receipt records of its data."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from finetune.data.examples import Examples
 from finetune.data.packing import pack
+from finetune.data.tokens import predicting
 
 # Steps whose sequences are sorted by length together; more would wear the order's randomness down
 GROUP_STEPS = 50
@@ -42,8 +43,7 @@ class Sequences:
             part = stream.span(number)
             ids = np.asarray(stream.ids[part], np.int64)
             columns = {name: values[number] for name, values in examples.columns.items()}
-            supervised = np.flatnonzero(examples.supervised[part][1:])
-            yield Document(ids, supervised, int(example), columns)
+            yield Document(ids, predicting(examples.supervised[part]), int(example), columns)
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,15 @@
 """Turn rows into conversations: choose the columns to read, and report wrong rows."""
 
 import difflib
-import functools
-import math
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 from finetune import failures, own_code
-from finetune.data import readers
+from finetune.data import readers, verdicts
+from finetune.data.problems import Problems
 from finetune.data.readers import Place, Row, list_columns, printable, short
 from finetune.errors import ConfigError, DataError
 
@@ -67,55 +64,12 @@ SHAREGPT_ROLES = {
     **dict.fromkeys(("gpt", "chatgpt", "bot", "model", "assistant"), "assistant"),
     "system": "system",
 }
-# Words in the name of a column that rates the answer, where its values are numbers, yes or no. Left
-# out are words of columns that many data sets carry along after bad answers were removed, or that
-# rate something else: likes, votes, views, stars, rank, weight, quality, correctness, toxic, valid,
-# flagged, best.
-VERDICTS = set(
-    "accepted approved bad chosen correct desirable dislike disliked downvoted fail failed "
-    "feedback good grade hallucinated hallucination harmful harmless helpful helpfulness incorrect "
-    "kto label labels liked margin ok pass passed preference preferred rating ratings rejected "
-    "reward rewards safe score scores thumb thumbs unsafe upvoted verdict win winner won "
-    "wrong".split()
-)
-# Words beside them that change what the name means: label_id, search_score, reward_date.
-OTHER_MEANINGS = set("at count date id ids index page path position search time url zip".split())
-VERDICT_VALUES = set(
-    "true false t f yes no y n good bad great poor excellent terrible better worse best worst high "
-    "medium low positive negative neutral desirable undesirable correct incorrect right wrong "
-    "valid invalid ok pass passed fail failed accepted approved rejected chosen preferred safe "
-    "unsafe toxic harmful harmless helpful unhelpful win won loss lost tie up down 👍 👎".split()
-)
-_NUMBER = r"[+-]?\d*[.,]?\d+(e[+-]?\d+)?"
-_VERDICT_TEXT = re.compile(  # 3, 4/5, 5 stars
-    rf"{_NUMBER}\s*(%|stars?|points?|(/|of|out of)\s*{_NUMBER}( stars?| points?)?)?"
-)
-_LETTER = re.compile(r"[a-f][+-]?")  # a grade, or which of two answers is better
-LETTERS_OF = set(
-    "grade preference preferred rating ratings score scores verdict win winner".split()
-)
-# Which of several models gave the better answer: model_a, assistant 2, gpt-4, tie (bothbad).
-_MODEL = re.compile(
-    r"(model|assistant|response|answer|candidate|option|system)[ _-]?([a-f]|\d+)"
-    r"|tie \(.*\)|both[ _-]?(good|bad)"
-    r"|(chatgpt|claude|command|deepseek|falcon|gemini|gemma|gpt|llama|mi[sx]tral|phi|qwen|vicuna)"
-    r"[ _-]?\d?.*"
-)
-MODELS_OF = {"preferred", "verdict", "win", "winner"}
-CHOSEN = frozenset({"chosen"})
-# Words in the names of columns that hold the worse of two answers, whatever their values.
-REJECTED = frozenset({"rejected", "reject", "loser", "worse", "dispreferred"})
-# Words in the keys of messages by which other tools choose which turns are supervised.
-LEARNING = set(
-    "learn learnable loss mask masked supervised train trainable training weight".split()
-)
 SUPERVISED: tuple[Any, ...] = (None, [], "", 1, 1.0, True)
-# Some tools mask what is supervised, some what is not: no value surely means "supervised".
-MASKS = {"mask", "masked"}
 # Keys of a message that hold a part of it, which would be lost here.
 PARTS = set("function_call reasoning reasoning_content thinking tool_call_id tool_calls".split())
 READ_KEYS = {"role", "content", "from", "value"}
-MOST_PROBLEMS = 10  # listed one by one; more are summed up by kind
+# Of a field, which is float32: the largest number, and the largest exact whole number.
+MOST, WHOLE = 3.4028234663852886e38, 1 << 24
 MOST_CHECKED = 10_000  # rows: reading takes 0.1 ms a row, and every start reads them again
 
 
@@ -220,12 +174,17 @@ def _fields(where: str, fields: Any, count: int) -> dict[str, tuple[float, ...]]
         if (
             not isinstance(name, str)
             or len(numbers) != count
-            or not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers)
+            or not all(isinstance(n, int | float) and abs(n) <= MOST for n in numbers)
         ):
             what = "fields" if name is None else f"fields: {short(name)}"
             raise DataError(
                 f"{where}: {what} should be a finite number, or a list with one for each document "
-                f"({count}), by name, got {short(value)}"
+                f"({count}), by name, got {value!r:.80}"
+            )
+        if inexact := next((n for n in numbers if isinstance(n, int) and abs(n) > WHOLE), None):
+            raise DataError(
+                f"{where}: fields: {short(name)} is {inexact:,}, but fields are float32, which "
+                f"holds whole numbers up to {WHOLE:,}; make it smaller, such as a difference"
             )
         found[name] = tuple(map(float, numbers))
     return found
@@ -307,7 +266,9 @@ def to_conversation(
                 f"data.columns: {ours} and {twice[0]} would both be read from column "
                 f"{short(theirs)!r}; name another column for one of them"
             )
-    if for_training and (format != "text" or _preference_columns(tuple(row.values), REJECTED)):
+    if for_training and (
+        format != "text" or verdicts.preference_columns(tuple(row.values), verdicts.REJECTED)
+    ):
         _require_no_verdict(row, taken)
     if format == "text":
         return Conversation((Message("text", cell("text"), supervised=True),), row.place)
@@ -324,78 +285,6 @@ def to_conversation(
     if system_prompt is not None and messages[0].role != "system":
         messages.insert(0, Message("system", system_prompt, from_setting=True))
     return Conversation(tuple(messages), row.place)
-
-
-class Problems:
-    """Wrong rows, collected over all rows, so that one start reports every kind of mistake."""
-
-    def __init__(self) -> None:
-        self.num_rows = 0
-        """Rows read, right or wrong."""
-        self.num_empty = 0
-        """Empty rows of tables, which are skipped."""
-        self.num_skipped = 0
-        """Rows that the user's own data.format skips."""
-        self._first: list[str] = []
-        self._kinds: dict[str, list[str]] = {}  # kind -> its first messages
-        self._counts: Counter[str] = Counter()
-
-    def __len__(self) -> int:
-        return self._counts.total()
-
-    @contextmanager
-    def noted(self) -> Iterator[None]:
-        """Note a DataError of the block, and go on."""
-        try:
-            yield
-        except DataError as exc:
-            self.note(str(exc))
-
-    def note(self, message: str, kind: str | None = None) -> None:
-        """Note a problem; `message` begins with the place.
-
-        Its kind is by default the message without place, numbers and values.
-        """
-        if kind is None:
-            what = re.split(r", got |; this row has |: it renders ", message.partition(": ")[2])[0]
-            kind = re.sub(r"\d+", "#", what)
-        self._counts[kind] += 1
-        for kept in (self._first, self._kinds.setdefault(kind, [])):
-            if len(kept) < MOST_PROBLEMS:
-                kept.append(message)
-
-    def count(self, kind: str) -> int:
-        return self._counts[kind]
-
-    def raise_if_any(self, sums: Mapping[str, str] = MappingProxyType({})) -> None:
-        """Raise DataError if anything was noted: each problem, or if there are many, each kind.
-
-        `sums`: messages that sum up a kind.
-        """
-        if not self:
-            return
-        if len(self) == 1:
-            raise DataError(self._first[0])
-        lines = self._first
-        if len(self) > MOST_PROBLEMS:
-            kinds = self._counts.most_common()
-            shown = kinds[:MOST_PROBLEMS]
-            lines = [sums.get(kind) or self._sum(kind, count) for kind, count in shown]
-            if len(kinds) > MOST_PROBLEMS:
-                lines.append(f"and {len(kinds) - MOST_PROBLEMS:,} more kinds of problems")
-        listed = "".join(f"\n  {line}" for line in lines)
-        raise DataError(
-            f"{len(self):,} of {max(len(self), self.num_rows):,} rows are wrong:{listed}"
-        )
-
-    def _sum(self, kind: str, count: int) -> str:
-        first, *others = self._kinds[kind]
-        if count == 1:
-            return first
-        file = first.partition(": ")[0].rpartition(":")[0]
-        places = [other.partition(": ")[0].removeprefix(f"{file}:") for other in others]
-        listed = [*places, "..."] if count > len(places) + 1 else places
-        return f"{first} ({count - 1:,} more like it: {', '.join(listed)})"
 
 
 def samples(
@@ -521,7 +410,9 @@ def _require_no_verdict(row: Row, taken: Mapping[str, str]) -> None:
     `taken`: our names of the columns that are read -> the row's own.
     """
     names, read = tuple(row.values), set(taken.values())
-    chosen, rejected = (_preference_columns(names, words) for words in (CHOSEN, REJECTED))
+    chosen, rejected = (
+        verdicts.preference_columns(names, words) for words in (verdicts.CHOSEN, verdicts.REJECTED)
+    )
     if read & set(chosen):
         return  # data.columns chooses the good answers
     for column in (*rejected, *chosen):
@@ -531,8 +422,8 @@ def _require_no_verdict(row: Row, taken: Mapping[str, str]) -> None:
                 f"{row.place}: column {short(column)!r} belongs to preference rows (DPO, reward "
                 f"models), which are not supported yet; {remedy}"
             )
-    for column in _verdict_columns(names):
-        if column not in read and _is_verdict(row.values[column], column):
+    for column in verdicts.verdict_columns(names):
+        if column not in read and verdicts.is_verdict(row.values[column], column):
             raise DataError(
                 f"{row.place}: column {column!r} ({short(row.values[column])}) says how good an "
                 "answer is, but training would learn every answer as a good one; preference, KTO "
@@ -590,51 +481,6 @@ def _role(turn: Any) -> str | None:
     """Return our name for the author of a message."""
     name = (turn.get("role") or turn.get("from")) if isinstance(turn, dict) else None
     return SHAREGPT_ROLES.get(name) if isinstance(name, str) else None
-
-
-@functools.lru_cache(10_000)
-def _words(name: str) -> frozenset[str]:
-    """Split isGood, is_good, score_2 into words; none for a name that begins with _."""
-    split = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name[:200])
-    return frozenset() if name.startswith("_") else frozenset(word.lower() for word in split)
-
-
-@functools.lru_cache(1_000)
-def _preference_columns(columns: tuple[str, ...], words: frozenset[str]) -> list[str]:
-    """Return the columns whose name holds one of `words`, exact names first."""
-    found = [column for column in columns if _words(column) & words]
-    return sorted(found, key=lambda column: (column not in words, column))
-
-
-@functools.lru_cache(1_000)
-def _verdict_columns(columns: tuple[str, ...]) -> list[str]:
-    """Return the columns whose name holds a word of VERDICTS, as is_good, rewardScore, score_2.
-
-    A name that begins with _ never does.
-    """
-    found = [column for column in columns if _words(column) & VERDICTS]
-    return [column for column in found if not _words(column) & OTHER_MEANINGS]
-
-
-def _is_verdict(value: Any, column: str) -> bool:
-    """Return whether a value, or all in a list or mapping, is a number, yes, no and the like."""
-    leaves, inside = [], [value]
-    while inside:
-        value = inside.pop()
-        if isinstance(value, (list, dict)):
-            inside.extend(value.values() if isinstance(value, dict) else value)
-        elif value is not None:
-            leaves.append(value)
-    return bool(leaves) and all(_is_one(leaf, column) for leaf in leaves)
-
-
-def _is_one(value: Any, column: str) -> bool:
-    if not isinstance(value, str):
-        return isinstance(value, (bool, int, float))
-    text = value.strip().lower() if len(value) <= 100 else ""
-    is_letter = _LETTER.fullmatch(text) and _words(column) & LETTERS_OF
-    is_model = _MODEL.fullmatch(text) and _words(column) & MODELS_OF
-    return bool(_VERDICT_TEXT.fullmatch(text) or is_letter or is_model) or text in VERDICT_VALUES
 
 
 def _no_column(row: Row, column: str) -> str:
@@ -731,7 +577,7 @@ def _require_nothing_lost(where: str, turn: dict[str, Any], for_training: bool) 
     """Raise DataError for a key of a message that would be lost: a rating, a mask, a part."""
     extra = tuple(sorted(turn.keys() - READ_KEYS))
     for key in extra:
-        value, words = turn[key], _words(key)
+        value, words = turn[key], verdicts.words(key)
         if key in PARTS and value not in SUPERVISED:
             raise DataError(
                 f"{where} has {key!r}, which would be ignored; remove it, or write it into the "
@@ -739,15 +585,17 @@ def _require_nothing_lost(where: str, turn: dict[str, Any], for_training: bool) 
             )
         if turn["role"] != "assistant" and value in (0, False):
             continue  # true anyway: only answers are supervised
-        usual = SUPERVISED[:3] if words & MASKS else SUPERVISED
-        if for_training and words & LEARNING and value not in usual:
+        usual = SUPERVISED[:3] if words & verdicts.MASKS else SUPERVISED
+        if for_training and words & verdicts.LEARNING and value not in usual:
             raise DataError(
                 f"{where} has {key!r}, which would be ignored ({short(value)}), and training would "
                 "learn every answer; remove what should not be learned, and the key with it; if it "
                 f"means something else, rename it to '_{key}'"
             )
-    for key in _verdict_columns(extra) if for_training and turn["role"] == "assistant" else ():
-        if not _words(key) & LEARNING and _is_verdict(turn[key], key):
+    for key in (
+        verdicts.verdict_columns(extra) if for_training and turn["role"] == "assistant" else ()
+    ):
+        if not verdicts.words(key) & verdicts.LEARNING and verdicts.is_verdict(turn[key], key):
             raise DataError(
                 f"{where} has {key!r}, which would be ignored ({short(turn[key])}): it says how "
                 "good the answer is, but training would learn every answer as a good one; keep the "

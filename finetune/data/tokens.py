@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from finetune import own_code
 from finetune.data import readers, rows
-from finetune.data.rows import Conversation, Place, Problems, Sample
+from finetune.data.problems import Problems
+from finetune.data.rows import Conversation, Place, Sample
 from finetune.data.templates import Segment, Template
 from finetune.errors import DataError, ModelError
 
@@ -58,11 +59,12 @@ class Options:
     def deciding(self) -> dict[str, Any]:
         """Return what the tokens depend on, for the key of the cache.
 
-        A user's own function counts by its content.
+        A user's own function counts by the content of its file, which may define several.
         """
         values = {name: value for name, value in asdict(self).items() if name != "positions"}
         if own_code.is_own(self.format):
-            values["format"] = own_code.get(self.format).sha256
+            code, name = own_code.get(self.format), self.format.rpartition(":")[2]
+            values["format"] = f"{code.sha256}:{name}"
         return values
 
 
@@ -360,6 +362,14 @@ def _require_any(made: Tokenised, sources: Sequence[str], options: Options) -> N
     )
 
 
+def predicting(supervised: np.ndarray) -> np.ndarray:
+    """Return the places of a document whose next token is supervised, int64 [S].
+
+    Its first token is never learned: no token before it predicts it.
+    """
+    return np.flatnonzero(supervised[1:])
+
+
 def _rendered(
     batch: Sequence[Sample], template: Template, control: "ControlTokens", options: Options,
     most: int, problems: Problems, counts: dict[str, int],
@@ -403,7 +413,7 @@ def _pieces(
     pieces = [documents]
     if is_long:
         pieces = [[piece] for piece in _shorten(*documents[0], options, bos_id)] if is_one else []
-    if not all(supervised[1:].any() for piece in pieces for _, supervised in piece):
+    if not all(len(predicting(supervised)) for piece in pieces for _, supervised in piece):
         can_rise = options.positions is None or options.max_length < options.positions
         raise DataError(
             f"{place}: no supervised token is left in {length} tokens cut to "

@@ -58,7 +58,7 @@ def build(
     if in_16_bits and optimizer.kind == "adamw":
         return RoundedAdamW(groups, **settings, seed=seed)  # type: ignore[arg-type]
     package, _, name = kind.make.partition(":")
-    if package.startswith("bitsandbytes"):
+    if needs_bitsandbytes(optimizer.kind):
         _keep_embeddings_in_32_bits(model)
     make = getattr(importlib.import_module(package), name)
     taken = {name: settings[name] for name in kind.takes}
@@ -84,7 +84,7 @@ def _keep_embeddings_in_32_bits(model: nn.Module) -> None:
 
 def needs_bitsandbytes(kind: str) -> bool:
     """Return whether an optimizer.kind is one of bitsandbytes' optimizers."""
-    return kind not in ("adamw", "adafactor", "muon")
+    return OPTIMIZERS[kind].make.startswith("bitsandbytes")
 
 
 class Muon(torch.optim.Optimizer):

@@ -1,14 +1,20 @@
 """Passes that update nothing: an evaluation, and the trial of a micro-batch's size."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from finetune.data.batches import Batch, Counts
 from finetune.engine.step import add_gradients
-from finetune.engine.terms import logged, means_over_processes, prepared_over_processes
+from finetune.engine.terms import (
+    logged,
+    loss_of,
+    means_over_processes,
+    prepared_over_processes,
+)
 from finetune.engine.topology import Topology
 from finetune.models.policy import Policy
 from finetune.objectives.base import Objective, Term, add, as_divisors
@@ -32,6 +38,21 @@ def try_pass(
         add_gradients(topology, policy, objective, settings, batches, totals, last=False)
     policy.model.zero_grad()
     del kept
+
+
+def _terms(
+    policy: Policy, objective: Objective, settings: Any, batch: Batch,
+    prepared: Mapping[str, torch.Tensor],
+) -> list[Term]:  # fmt: skip
+    """Return the objective's terms, and the cross-entropy of all supervised tokens alike."""
+    if objective.reports_cross_entropy and batch.weights is None:
+        return objective.evaluate(policy, batch, settings, prepared)
+    # First: an objective of a user's own may change the batch.
+    nll = policy(replace(batch, weights=None), {"nll"}).nll
+    assert nll is not None
+    found = objective.evaluate(policy, batch, settings, prepared)
+    others = [term for term in found if term.name != CROSS_ENTROPY]
+    return [*others, Term(CROSS_ENTROPY, nll, "tokens", weight=0.0)]
 
 
 def evaluate(
@@ -59,12 +80,7 @@ def evaluate(
                 divisors[name] = divisors.get(name, 0.0) + value
             for part in parts:
                 batch = part.to(topology.device)
-                # First: an objective of a user's own may change the batch.
-                nll = None if objective.reports_cross_entropy else policy(batch, {"nll"}).nll
-                terms = objective.evaluate(policy, batch, settings, prepared)
-                if nll is not None:
-                    terms = [*terms, Term(CROSS_ENTROPY, nll, "tokens", weight=0.0)]
-                for term in terms:
+                for term in _terms(policy, objective, settings, batch, prepared):
                     add(added, term)
     policy.model.train(was_training)
     means, _ = means_over_processes(
@@ -73,7 +89,7 @@ def evaluate(
         {**totals, **as_divisors(divisors)},
         [],
     )
-    loss = sum(term.weight * means[term.name] for term in added.values())
+    loss = loss_of(added.values(), means)
     entropy = means.pop(CROSS_ENTROPY)
     perplexity = math.exp(entropy) if entropy < 700 else math.inf  # e^709 overflows
     return {

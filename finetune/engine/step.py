@@ -9,7 +9,12 @@ import torch
 
 from finetune.data.batches import Batch, Counts
 from finetune.engine.optim import set_lr
-from finetune.engine.terms import logged, means_over_processes, prepared_over_processes
+from finetune.engine.terms import (
+    logged,
+    loss_of,
+    means_over_processes,
+    prepared_over_processes,
+)
 from finetune.engine.topology import Topology
 from finetune.errors import TrainingDiverged
 from finetune.models.policy import Policy
@@ -80,7 +85,7 @@ def train_step(
     others = [own_norm, *map(float, requests())]
     added = sorted(added, key=lambda term: term.name)  # each process may add them in another order
     means, (grad_norm, *requested) = means_over_processes(topology, added, divisors, others)
-    loss, moved = sum(term.weight * means[term.name] for term in added), False
+    loss, moved = loss_of(added, means), False
     if math.isfinite(loss):
         set_lr(optimizer, lr)
         grad_norm, moved = topology.step(policy.model, optimizer, grad_norm)

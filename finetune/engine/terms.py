@@ -1,7 +1,7 @@
 """What becomes of the terms of an objective over all processes."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,11 @@ def logged(terms: Mapping[str, float], loss: float) -> dict[str, float]:
     own = terms.get("loss", loss)
     is_all = own == loss or math.isnan(loss)
     return others if is_all else {"loss_term": own, **others}
+
+
+def loss_of(terms: Iterable[Term], means: Mapping[str, float]) -> float:
+    """Return the weighted sum of means; a metric counts for nothing, also where it is NaN."""
+    return sum(term.weight * means[term.name] for term in terms if term.weight)
 
 
 def prepared_over_processes(

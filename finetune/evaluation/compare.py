@@ -20,6 +20,7 @@ from finetune.config import paths
 from finetune.config.base import model_argument, require_model
 from finetune.config.own import own_format
 from finetune.data import readers, rows, source_files
+from finetune.data.problems import Problems
 from finetune.data.rows import Conversation
 from finetune.errors import ConfigError, DataError, Outage, UserError
 from finetune.evaluation import scores
@@ -206,7 +207,7 @@ def read(
     found, notes = source_files.expand(source, "--data")
     for note in notes:
         _note(note)
-    problems, unread = rows.Problems(), Counter[str]()
+    problems, unread = Problems(), Counter[str]()
     if columns and own_code.is_own(format):
         raise UserError(
             "--columns: would be ignored: the function of --format reads the columns itself; "

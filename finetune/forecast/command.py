@@ -23,8 +23,8 @@ GB = 1e9
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    parser.usage = "%(prog)s --config FILE [options] [--section.field VALUE ...]"
-    add("--config", required=True, metavar="FILE", help="run config")
+    parser.usage = "%(prog)s CONFIG [options] [--section.field VALUE ...]"
+    add("--config", metavar="FILE", help="run config; its path alone will do as well")
     what = "show one topology file in detail; default: all of accelerate_configs/"
     add("--topology", type=paths.argument, metavar="FILE", help=what)
     what = "number of processes; default: from the topology files"
@@ -34,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    config, _ = configs.parse(["--config", arguments.config, *arguments.settings])
+    named = ["--config", arguments.config] if arguments.config else []
+    config, _ = configs.parse([*named, *arguments.settings])
     memory, cuda = arguments.gpu_memory, torch.cuda.is_available()
     if memory is not None and not 0 < memory < math.inf:
         raise ConfigError(f"--gpu-memory {memory:g}: must be a number of GB above 0")

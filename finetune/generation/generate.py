@@ -14,7 +14,8 @@ from tqdm import tqdm
 from transformers import GenerationConfig, TextStreamer
 
 from finetune.data import chat_templates, templates
-from finetune.data.rows import Conversation, Message, Place, Problems
+from finetune.data.problems import Problems
+from finetune.data.rows import Conversation, Message, Place
 from finetune.data.templates import Template
 from finetune.data.tokens import ControlTokens, encode_prompt
 from finetune.models.attention_choice import own_attention

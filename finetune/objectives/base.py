@@ -84,6 +84,6 @@ def as_divisors(prepared: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 def total(terms: Sequence[Term], divisors: Mapping[str, float | torch.Tensor]) -> torch.Tensor:
-    """Return a micro-batch's part of the step's loss: the one division of a step."""
+    """Return a micro-batch's part of the step's loss: the one division of what is learned."""
     parts = [term.weight * term.sum / divisors[term.per] for term in terms if term.weight]
     return torch.stack(parts).sum() if len(parts) != 1 else parts[0]

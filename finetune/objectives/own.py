@@ -5,7 +5,7 @@ import math
 import traceback
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -75,29 +75,74 @@ class Own(Objective):
         `filler`: a batch without supervised tokens, which a process gets that has no sequence left.
         """
         both = _twice(batch)  # first: an objective of a user's own may change the batch
+        halves = [(batch, (0,)), (_copied(batch), (1,))]
         with torch.random.fork_rng(devices=[]):
-            once = self._rehearse(batch, settings, has_adapters, "log-probabilities around -2")
-            self._rehearse(filler, settings, has_adapters, "a batch without supervised tokens")
-            twice = self._rehearse(both, settings, has_adapters, "documents that come twice", 2)
+            self._rehearse(_copied(batch), settings, has_adapters, "log-probabilities around -2")
+            one = self._parted(_copied(batch), (0,), settings, has_adapters)
+            two = self._parted(_twice(batch), (0, 0), settings, has_adapters)
+            whole = self._parted(both, (0, 1), settings, has_adapters)
+            parts = [
+                self._parted(half, which, settings, has_adapters, whole) for half, which in halves
+            ]
         # Sums over many tokens may be nearly 0, and their rounding is not.
         rounding = 1e-6 * len(both.labels)
-        for (method, what), value in once.items():
-            got = twice[method, what]
-            if not math.isclose(got, 2 * value, rel_tol=1e-3, abs_tol=rounding):
+        self._require_sums(whole, parts, rounding)
+        for (method, what), value in one.values.items():
+            # Not exactly twice as much: a term may subtract 1 from a count of the whole step.
+            got = two.values[method, what]
+            if abs(value) > rounding and math.isclose(got, value, rel_tol=1e-3):
                 raise self._wrong(
                     method, f"{what} is {value:.3g}, and {got:.3g} where every document comes "
-                    "twice, where a sum doubles; add up with .sum(), not with .mean(), and name "
-                    "what divides the sum in `per`, which may be a name that prepare gives"
+                    "twice, where a sum doubles; what divides it belongs into `per` alone"
                 )  # fmt: skip
+        # Last: the mean of nothing is NaN, but the check above says what to do.
+        with torch.random.fork_rng(devices=[]):
+            empty = "a batch without supervised tokens, as a process gets with no sequence left"
+            self._rehearse(filler, settings, has_adapters, empty)
 
-    def _rehearse(
-        self, batch: Batch, settings: Any, has_adapters: bool, where: str, copies: int = 1
-    ) -> dict[tuple[str, str], float]:
-        """Return every value that the methods give, by method and name.
+    def _require_sums(self, whole: "_Parted", parts: Sequence["_Parted"], rounding: float) -> None:
+        """Raise ConfigError if values or gradients of a batch are not the sums of its parts'."""
+        how = (
+            "add up with .sum(), not with .mean(), name what divides the sum in `per`, which may "
+            "be a name that prepare gives, and compare with nothing else of the batch"
+        )
+        for (method, what), value in whole.values.items():
+            got = sum(part.values[method, what] for part in parts)
+            is_sum = math.isclose(got, value, rel_tol=1e-2, abs_tol=rounding)
+            if math.isfinite(value) and not is_sum:
+                raise self._wrong(
+                    method, f"{what} is {value:.3g} for a batch, and {got:.3g} for its two halves "
+                    f"together; {how}"
+                )  # fmt: skip
+        for number, gradient in enumerate(whole.gradients):
+            there = torch.cat([part.gradients[number] for part in parts])
+            if (gradient - there).norm() > 1e-2 * gradient.norm() + 1e-9:
+                what = "has other gradients for a batch than for its two halves"
+                raise self._wrong("loss", f"{what}; {how}")
 
-        `copies`: how often the batch holds each document.
-        """
-        batch, policy = batch.to(torch.device("cpu")), _Rehearsal(has_adapters, copies)
+    def _parted(
+        self, batch: Batch, which: tuple[int, ...], settings: Any, has_adapters: bool,
+        whole: "_Parted | None" = None,
+    ) -> "_Parted":  # fmt: skip
+        """Return values and gradients of a part of a batch, or of all: without `whole`."""
+        batch, policy = batch.to(torch.device("cpu")), _Rehearsal(has_adapters, which)
+        with torch.no_grad():
+            own = self.prepare(policy, [batch], settings)
+        prepared = whole.prepared if whole else own
+        counts = whole.counts if whole else {name: max(n, 1) for name, n in batch.counts.items()}
+        terms = self.loss(policy, batch, settings, prepared)
+        with self._blamed():
+            total(terms, {**counts, **as_divisors(prepared)}).backward()
+        with torch.no_grad():
+            evaluated = self.evaluate(policy, batch, settings, prepared)
+        values = {("prepare", f"gives {name!r}, which"): n for name, n in own.items()}
+        values |= {("loss", f"term {term.name!r}"): term.sum for term in terms}
+        values |= {("evaluate", f"term {term.name!r}"): term.sum for term in evaluated}
+        gradients = [each.grad for each in policy.leaves if each.grad is not None]
+        return _Parted({k: v.item() for k, v in values.items()}, gradients, prepared, counts)
+
+    def _rehearse(self, batch: Batch, settings: Any, has_adapters: bool, where: str) -> None:
+        batch, policy = batch.to(torch.device("cpu")), _Rehearsal(has_adapters)
         with torch.no_grad():
             prepared = self.prepare(policy, [batch], settings)
         terms = self.loss(policy, batch, settings, prepared)
@@ -117,10 +162,6 @@ class Own(Objective):
         with torch.no_grad():
             evaluated = self.evaluate(policy, batch, settings, prepared)
         self._require_finite("evaluate", evaluated, where)
-        values = {("prepare", f"gives {name!r}, which"): n for name, n in prepared.items()}
-        values |= {("loss", f"term {term.name!r}"): term.sum for term in terms}
-        values |= {("evaluate", f"term {term.name!r}"): term.sum for term in evaluated}
-        return {key: value.item() for key, value in values.items()}
 
     def _checked(self, method: str, terms: Any, counted: Sequence[str]) -> list[Term]:
         if not isinstance(terms, list | tuple):
@@ -200,6 +241,20 @@ def _problem(term: Term, counted: Sequence[str], before: Set[str]) -> str | None
     return None
 
 
+@dataclass(frozen=True)
+class _Parted:
+    """What a rehearsal gives for a batch, or a part of it: values by method and name."""
+
+    values: dict[tuple[str, str], float]
+    gradients: list[torch.Tensor]
+    prepared: Mapping[str, torch.Tensor]
+    counts: Mapping[str, int]
+
+
+def _copied(batch: Batch) -> Batch:
+    return batch._each(torch.Tensor.clone)
+
+
 def _twice(batch: Batch) -> Batch:
     """Return a batch with each document a second time, as a document of an example of its own."""
 
@@ -230,16 +285,19 @@ def _twice(batch: Batch) -> Batch:
 class _Rehearsal(Policy):
     """Answer with random numbers in the shapes of a batch."""
 
-    def __init__(self, has_adapters: bool, copies: int = 1) -> None:
-        """`copies`: how often the batch holds each document; all copies get the same answers."""
+    def __init__(self, has_adapters: bool, which: Sequence[int] = (0,)) -> None:
+        """`which`: the parts that batches consist of; each has answers of its own."""
         super().__init__(model=None)
-        self.has_adapters, self.copies = has_adapters, copies
+        self.has_adapters, self.which, self.calls = has_adapters, which, 0
         self.leaves = list[torch.Tensor]()
         torch.manual_seed(0)
 
     def __call__(self, batch: Batch, want: Any, *, label_smoothing: float = 0.0) -> Answers:
         wanted = self.known(want)
-        logits = torch.randn(len(batch.labels) // self.copies, VOCABULARY).repeat(self.copies, 1)
+        shape = len(batch.labels) // len(self.which), VOCABULARY
+        seeds = [2 * self.calls + part for part in self.which]
+        drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(n)) for n in seeds]
+        logits, self.calls = torch.cat(drawn), self.calls + 1
         logits.requires_grad_(torch.is_grad_enabled())
         self.leaves.append(logits)
         distribution = logits.log_softmax(-1)

@@ -88,11 +88,16 @@ LONG = {
 }  # fmt: skip
 LAUNCHES = SHORT | LONG
 # Trained a second time from the checkpoint of step 4, to the same bits.
-RESUMED = {"ddp": "untied", "fsdp2": "lora", "zero2": "bf16", "zero3": "padded_clipped"}
+RESUMED = {"ddp": "as_many_as_fit", "fsdp2": "lora", "zero2": "bf16", "zero3": "padded_clipped"}
 FOUR = {
     name: f"--parallelism_config_{what}_size 2 --parallelism_config_dp_shard_size 2".split()
     for name, what in (("fsdp2_hybrid", "dp_replicate"), ("fsdp2_context", "cp"))
 }
+
+
+def test_each_kind_of_sharing_is_resumed_in_the_short_form():
+    short = {name: cases for _, found in SHORT.values() for name, cases in found.items()}
+    assert {name for name, case in RESUMED.items() if case not in short[name]} == set()
 
 
 @pytest.fixture(scope="module")

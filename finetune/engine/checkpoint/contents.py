@@ -27,9 +27,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.utils import _pytree as pytree
 
-from finetune import failures
+from finetune import failures, unpickling
 from finetune.engine import optim, rounded_adamw
-from finetune.engine.checkpoint import folder, unpickling
+from finetune.engine.checkpoint import folder
 from finetune.engine.checkpoint.folder import Found
 from finetune.engine.state import TrainState
 from finetune.engine.topology import Processes, Topology

@@ -18,11 +18,11 @@ import torch
 from torch import nn
 
 from finetune import torch_versions
-from finetune.engine.checkpoint.unpickling import require_tensors, weights_only
 from finetune.engine.topology import meta
 from finetune.engine.topology.launch import ParallelConfig
 from finetune.engine.topology.sharing import MakeOptimizer, OnMain, Sharing
 from finetune.errors import CheckpointError, ConfigError
+from finetune.unpickling import require_tensors, weights_only
 
 FILES, TAG = "shards", "engine"  # DeepSpeed's files lie in shards/engine
 
