@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from finetune import failures, kernels
+from finetune import kernels
 from finetune.errors import ModelError
 from finetune.models import varlen_cpu, varlen_gpu
 from finetune.models.attention_choice import (
@@ -164,7 +164,6 @@ def wrong(kernel: str, work: Work, device: torch.device, attend: Attend = varlen
         found = _run(kernel, states, documents, attend, window)
         exact = _exact(_states(work, documents, device, torch.float32), documents, window)
     except Exception as exc:  # of a compiler, a loader, the kernel itself
-        failures.reraise(exc)
         return f"{type(exc).__name__}: {(str(exc).splitlines() or [''])[0]}"
     for name, own, right in zip(_COMPARED, found, exact):
         error = ((own.float() - right).square().mean() / right.square().mean()).sqrt().item()
