@@ -26,7 +26,7 @@ def main() -> int:
     paths.give_home()
     stop = StopFlag()  # until the run begins, a signal ends the process at once
     stop.follow_launcher()
-    grow_segments()
+    prepare_libraries()
     try:
         try:
             config, check_only = configs.parse(sys.argv[1:])
@@ -40,14 +40,16 @@ def main() -> int:
         return report(exc)
 
 
-def grow_segments() -> None:
-    """Let the GPU's allocator grow its blocks: lengths differ, and unusable blocks would pile up.
+def prepare_libraries() -> None:
+    """Set what PyTorch reads when it is imported. A user's own settings stay.
 
-    PyTorch reads this when it is imported. A user's own setting, under any of its names, stays.
+    The GPU's allocator grows its blocks: lengths differ, and unusable blocks would pile up. Threads
+    of OpenMP sleep while they wait: beside another busy process they would spin in its way.
     """
     names = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}
     if not os.environ.keys() & names:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def report(exc: BaseException) -> int:

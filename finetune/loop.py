@@ -13,6 +13,7 @@ from finetune.engine import optim
 from finetune.engine.checkpoint import contents, folder
 from finetune.engine.checkpoint import resume as resumption
 from finetune.engine.ema import Ema
+from finetune.engine.gpu import take_kernels
 from finetune.engine.passes import evaluate, try_pass
 from finetune.engine.state import TrainState
 from finetune.engine.step import StepResult, train_step
@@ -33,6 +34,7 @@ def run(config: Config, check_only: bool, stop: StopFlag) -> None:
         if not check_only and run.is_complete():
             return
         facts = preflight.check_model(run.config, run.data)
+        run.settle_compilation(facts.num_parameters)
         run.log(summary(run.config, run.topology, run.data, facts))
         if check_only:
             run.directory.check(run.config)  # last: what is wrong with the data is of more use
@@ -70,6 +72,10 @@ def build(run: Run) -> None:
     ))  # fmt: skip
     facts = topology.on_main(lambda: models.facts(whole, base))
     model, optimizer = topology.prepare(whole, make_optimizer, config)
+    for line in take_kernels(
+        config, topology, data.model_config, data.attention, data.train, optimizer
+    ):
+        run.log(line)
     attention_probe.check(model, base, data.attention, topology.device, topology.precision)
     if why := head.check(model, base, topology.device, topology.precision):
         run.log(f"note: all logits are held in memory at once, because {why}")

@@ -57,7 +57,7 @@ def looked_in() -> str:
 
 
 def nearest(folder: str, name: str) -> str | None:
-    """Return the existing path with the name nearest to `name` in a folder; None if there is none."""
+    """Return the existing path in a folder with the name nearest to `name`, or None."""
     try:
         # Without links whose targets are gone.
         found = os.listdir(folder or ".")

@@ -20,6 +20,7 @@ from finetune.engine.best import BestCheckpoint
 from finetune.engine.checkpoint import folder, resume
 from finetune.engine.checkpoint.saver import Saver
 from finetune.engine.checkpoint.storage import Storage
+from finetune.engine.gpu import with_compilation
 from finetune.engine.metrics import Metrics, log
 from finetune.engine.rundir import RunDirectory
 from finetune.engine.state import TrainState
@@ -84,6 +85,14 @@ class Run:
     def step(self) -> int | None:
         """The last finished step; None before the model is built."""
         return self.state.progress.step if self.state else None
+
+    def settle_compilation(self, num_parameters: int) -> None:
+        """Replace train.compile: auto in the config."""
+        data, size = self.data, self.config.train.global_batch_size
+        num_tokens = data.num_steps * size * float(data.train.sequences.lengths.mean())
+        self.config, line = with_compilation(self.config, self.topology, num_parameters, num_tokens)
+        if line:
+            self.log(line)
 
     def is_complete(self) -> bool:
         """Return whether the run completed before and its model is unchanged; log it.
@@ -377,8 +386,16 @@ def as_base_is(config: Config) -> Config:
 
 
 def sized(config: Config, topology: Topology) -> tuple[Config, int | None]:
-    """Replace train.micro_batch_size: auto by a number, and return the bytes it reserves."""
-    if config.train.micro_batch_size != "auto":
+    """Replace what is auto for memory by numbers, and return the bytes that they reserve.
+
+    These are train.micro_batch_size and train.gradient_checkpointing. Where both are, a micro-batch
+    without recomputation is looked for first: recomputing costs time, larger ones save little.
+    """
+    train, reserved = config.train, None
+    on_gpu, recomputes = topology.device.type == "cuda", train.gradient_checkpointing
+    if recomputes == "auto":
+        config = _with_train(config, gradient_checkpointing=False)
+    if train.micro_batch_size != "auto" and not (on_gpu and recomputes == "auto"):
         return config, None
     if config.train.global_batch_size % topology.num_data:
         raise ConfigError(
@@ -389,15 +406,28 @@ def sized(config: Config, topology: Topology) -> tuple[Config, int | None]:
 
     # The smallest capacity counts: other programs may use one of the GPUs.
     limit = min(topology.processes.gather(choice.capacity_here(topology.device)))
-    size, reserved, why = topology.on_main(
-        lambda: choice.automatic(
-            config, topology.parallel, topology.device, topology.precision, limit
+    about = topology.parallel, topology.device, topology.precision, limit
+    if train.micro_batch_size == "auto":
+        chosen = topology.on_main(
+            lambda: choice.automatic(config, *about, may_recompute=on_gpu and recomputes == "auto")
         )
-    )
+        size, reserved, why = chosen
+        _log(topology, why)
+        config = _with_train(config, micro_batch_size=size)
+    if on_gpu and recomputes == "auto":
+        number, why = topology.on_main(lambda: choice.recomputed(config, *about))
+        _log(topology, why)
+        config = _with_train(config, gradient_checkpointing=number or False)
+    return config, reserved
+
+
+def _log(topology: Topology, message: str) -> None:
     if topology.is_main:
-        log(why)
-    train = config.train.model_copy(update={"micro_batch_size": size})
-    return config.model_copy(update={"train": train}), reserved
+        log(message)
+
+
+def _with_train(config: Config, **values: Any) -> Config:
+    return config.model_copy(update={"train": config.train.model_copy(update=values)})
 
 
 def explained(

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import functools
 import gc
+import importlib
 import json
 import os
 import shutil
@@ -23,6 +24,8 @@ os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # the models are tiny, and several processes share few cores
 os.environ["HF_HUB_OFFLINE"] = "1"
+if not Path("/dev/nvidia0").exists():  # Triton reads it when it is first imported
+    os.environ["TRITON_INTERPRET"] = "1"
 # Else importing torch spends 2 s of CPU on collecting garbage that it does not make.
 gc.set_threshold(200_000, 20, 100)
 
@@ -290,6 +293,15 @@ def made_once(
             make(folder)
             (folder / ".made").touch()
     return folder
+
+
+@pytest.fixture
+def interpreted() -> Callable[[str], Any]:
+    """Import a module of Triton kernels, which Triton's interpreter runs on a CPU."""
+    pytest.importorskip("triton")
+    if "TRITON_INTERPRET" not in os.environ:
+        pytest.skip("here Triton compiles for the GPU; tests/test_gpu.py runs the kernels")
+    return importlib.import_module
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from finetune.models import attention, attention_choice, attention_probe, varlen_cpu
+from finetune.models import attention, attention_choice, attention_probe, varlen_cpu, varlen_gpu
 
 PACKS = {
     "one document": [40],
@@ -142,12 +142,12 @@ def varlen_reference(
 @pytest.mark.parametrize("width", [16, 20, 100])
 def test_heads_of_any_width_fit_the_fused_kernel(monkeypatch, width, window):
     """Heads of 100, as in OpenLLaMA-3B, are padded to 104; the scale must still be that of 100."""
-    monkeypatch.setattr(attention.torch_versions, "varlen_attn", varlen_reference)
+    monkeypatch.setattr(varlen_gpu.torch_versions, "varlen_attn", varlen_reference)
     lengths = PACKS["many"]
 
     def fused(query, key, value):
         return attention._varlen(
-            query, key, value, bounds_of(lengths), max(lengths), width**-0.5, window
+            query, key, value, bounds_of(lengths), max(lengths), None, width**-0.5, window
         )
 
     tensors = states(4, 2, sum(lengths), width=width, value_width=width)

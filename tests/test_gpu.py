@@ -1,10 +1,10 @@
 """What only a GPU can show. Skipped, with the reason, where there is none."""
 
 import contextlib
-import importlib.util
 import shutil
 import warnings
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +12,8 @@ from conftest import TINY_LLAMA, losses, read_jsonl
 from torch._dynamo.utils import counters
 
 from finetune import loop, replay
-from finetune.engine import metrics
+from finetune.engine import metrics, rounded_adamw
+from finetune.models import attention_choice, cross_entropy, logits, varlen_choice
 from finetune.models.attention import attend_within_documents
 from finetune.models.cross_entropy import nll_in_chunks
 from finetune.models.logits import LogitTransform
@@ -22,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
 ]
 needs_flash = pytest.mark.skipif(
-    importlib.util.find_spec("flash_attn") is None,
+    not attention_choice.has_package("flash-attn"),
     reason="flash-attn is not installed (requirements-cuda.txt)",
 )
 # Two-layer models with heads of 16.
@@ -228,3 +229,47 @@ def test_flash_attention_equals_documents(workshop):
         for name in ("flash_attention_2", "documents")
     )
     assert losses(flash) == pytest.approx(losses(ours), rel=2e-2)
+
+
+def test_rounded_adamw_is_one_kernel_that_gives_the_bits_of_the_reference():
+    """The notes of Triton's compiler, or the number of differences, are in the failure."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    used, why = rounded_adamw.fastest(device)
+    assert why == ""
+    assert rounded_adamw.differences(used, device, count=5_000_000) == 0
+
+
+@pytest.mark.parametrize("kernel", ["flash_attention_2", *attention_choice.BY_SETTING])
+def test_kernels_that_are_there_agree_with_float32(kernel):
+    """What `settle` asks before a run, of full and sliding attention, shared and equal heads."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    capability, shape = torch.cuda.get_device_capability(device), (32, 8, 128, torch.bfloat16)
+    work = varlen_choice.Work(*shape, False, documents=(8192,), lengths=(8192,))
+    if why := varlen_choice.missing(kernel, work, capability, attention_choice.has_package):
+        pytest.skip(why)
+    for each in (work, replace(work, key_heads=32), replace(work, has_windows=kernel != "cudnn")):
+        assert varlen_choice.wrong(kernel, each, device) == ""
+    print(f"{kernel}: {varlen_choice.milliseconds(kernel, work, device):.2f} ms")
+
+
+def test_the_loss_is_one_kernel_that_agrees_with_pytorchs_operations():
+    kernel, why = logits.fused(torch.device("cuda", torch.cuda.current_device()))
+    assert why == ""
+    assert kernel is not None
+
+
+def test_the_gradient_of_the_head_is_summed_in_float32_over_chunks(monkeypatch):
+    """Products of 16 bits that add to float32 as they write; autocast must not convert them."""
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 2**16)
+    head, labels = torch.nn.Linear(64, 1_000, bias=False), torch.randint(1_000, (300,))
+    states, found = torch.randn(300, 64), []
+    for dtype, device in ((torch.float32, "cpu"), (torch.bfloat16, "cuda")):
+        moved = head.to(device)
+        moved.weight.grad = None
+        hidden = states.to(device)
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            loss = nll_in_chunks(moved, moved, hidden, labels.to(device), 1_000, LogitTransform())
+        loss.backward()
+        found.append(moved.weight.grad.cpu().clone())
+    exact, own = found
+    assert (own - exact).norm() <= 2**-7 * exact.norm()

@@ -126,14 +126,6 @@ def complaints(text: str) -> list[str]:
     return found
 
 
-def test_both_cuda_images_are_of_the_same_cuda_and_system():
-    """A wheel that is compiled on one must load on the other."""
-    base, devel = (
-        arguments(DOCKERFILE)[name].split("@")[0] for name in ("BASE_IMAGE", "DEVEL_IMAGE")
-    )
-    assert base.replace("-base-", "-devel-") == devel
-
-
 @pytest.mark.parametrize(
     ("command", "text"),
     [

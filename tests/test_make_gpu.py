@@ -44,7 +44,7 @@ CASES = matrix.cases()
         ("adapter.quantization", set()),
         ("optimizer.kind", set()),
         ("train.precision", set()),
-        ("model.attention", set()),
+        ("model.attention", {"cudnn"}),
         ("model.dtype", {"float32"}),  # what auto is for weights that train
     ],
 )

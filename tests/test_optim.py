@@ -1,4 +1,10 @@
-"""Learning rate, parameter groups."""
+"""Learning rate, parameter groups, AdamW on bfloat16 weights."""
+
+import itertools
+import re
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,7 +12,7 @@ from torch import nn
 
 from finetune.config import Optimizer, Schedule
 from finetune.config.choices import OptimizerKind
-from finetune.engine import optim
+from finetune.engine import optim, rounded_adamw
 
 
 def curve(num_steps, **schedule):
@@ -66,14 +72,14 @@ def test_adamw_moves_as_its_formula_says():
 
 def test_rounding_by_chance_is_right_on_average():
     """Of two neighbours, the nearer one the more often; what bfloat16 has is kept."""
-    chance = torch.Generator().manual_seed(0)
+    bits = rounded_adamw.random_bits(0, 0, 200_000, torch.device("cpu"))
     for value, below, above in (
         (1.001953125, 1.0, 1.0078125),
         (-3.0, -3.0, -3.0),
         (-1e-3, -0.00099945068, -0.00100708),
     ):
         stored = torch.empty(200_000, dtype=torch.bfloat16)
-        optim.round_(stored, torch.full((200_000,), value), chance)
+        rounded_adamw.round_(stored, torch.full((200_000,), value), bits)
         assert all(
             number == pytest.approx(below) or number == pytest.approx(above)
             for number in set(stored.tolist())
@@ -138,6 +144,59 @@ def test_in_16_bits_another_seed_rounds_differently():
     again, _ = steps(torch.bfloat16, 2, lambda _: 0.5, seed=1, lr=1e-4)
     assert torch.equal(again, rounded[1])
     assert len({tuple(weight.flatten().tolist()) for weight in rounded.values()}) == 4
-    assert (
-        len({optim._mixed(seed, step) % 2**32 for seed in range(50) for step in range(50)}) == 2500
-    )
+    numbers = list(itertools.product(range(20), repeat=3))
+    assert len({rounded_adamw.key_of(*each) for each in numbers}) == len(numbers)
+
+
+def test_random_bits_are_those_of_splitmix64_at_any_place():
+    """Known outputs of the published generator, begun at 0: its n-th output is that of place n."""
+    bits = rounded_adamw.random_bits(0, 0, 4, torch.device("cpu"))
+    assert [number % 2**64 for number in bits.tolist()[1:]] == [
+        0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F,
+    ]  # fmt: skip
+    assert torch.equal(rounded_adamw.random_bits(0, 2, 2, torch.device("cpu")), bits[2:])
+
+
+CPU = torch.device("cpu")
+
+
+def test_the_kernel_gives_the_bits_of_the_reference(interpreted):
+    kernel = interpreted("finetune.engine.adamw_kernel")
+    for count in (1, 1_023, 5_000):
+        assert rounded_adamw.differences(kernel.update, CPU, count) == 0
+    assert rounded_adamw.kernel_or_reference(CPU) == (kernel.update, "")
+
+
+def wrong(change):
+    def update(weight, grad, mean, square, factors, key):
+        rounded_adamw.update(weight, grad, mean, square, *change(factors, key))
+
+    return update
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda factors, key: (factors, key + 1),
+        lambda factors, key: (replace(factors, decay=1.0), key),
+        lambda factors, key: (replace(factors, correction=1.0), key),
+        lambda factors, key: (replace(factors, mean=factors.mean * 1.01), key),
+    ],
+    ids=["other random numbers", "no decay", "no correction", "another beta"],
+)
+def test_a_kernel_with_another_result_is_not_used(monkeypatch, change):
+    own = SimpleNamespace(update=wrong(change))
+    monkeypatch.setitem(sys.modules, "finetune.engine.adamw_kernel", own)
+    used, why = rounded_adamw.kernel_or_reference(CPU)
+    assert used is rounded_adamw.update
+    assert re.fullmatch(r"\d+ of its numbers are not those of the reference", why)
+
+
+def test_a_kernel_that_cannot_be_compiled_is_not_used(monkeypatch):
+    def update(*_):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify one")
+
+    own = SimpleNamespace(update=update)
+    monkeypatch.setitem(sys.modules, "finetune.engine.adamw_kernel", own)
+    used, why = rounded_adamw.kernel_or_reference(CPU)
+    assert (used, why) == (rounded_adamw.update, "RuntimeError: Failed to find C compiler.")

@@ -38,8 +38,9 @@ def test_every_pin_lies_in_the_range_that_pip_install_takes(name):
     groups = {"": PROJECT["dependencies"], **PROJECT["optional-dependencies"]}
     given = [Requirement(line) for extra in FILES[name] for line in groups[extra]]
     ranges = {wanted.name: wanted.specifier for wanted in given if wanted.name != "finetune"}
-    lines = [line.split("==") for line in (ROOT / name).read_text().splitlines() if "==" in line]
-    pins = {package.partition("[")[0]: pin for package, pin in lines}
+    lines = [line for line in (ROOT / name).read_text().splitlines() if "==" in line]
+    pinned = map(Requirement, lines)
+    pins = {each.name: str(each.specifier).removeprefix("==") for each in pinned}
     assert ranges.keys() == pins.keys()
     for package, pin in pins.items():
         assert ranges[package].contains(pin), package

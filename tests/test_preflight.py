@@ -202,7 +202,9 @@ def test_the_first_example_is_shown_with_its_spaces():
     ids = tokenizer("What ever is it", add_special_tokens=False)["input_ids"]
     supervised = np.array(["ever" in tokenizer.convert_ids_to_tokens(i) for i in ids])
     stream = Ragged(np.array(ids), np.array([0]), np.array([len(ids)]))
-    example = SimpleNamespace(input=stream, supervised=supervised, documents=lambda _: range(1))
+    example = SimpleNamespace(
+        input=stream, supervised=supervised, columns={}, documents=lambda example: range(1)
+    )
     assert summary._marked(example, tokenizer) == "  | What[[ ever]] is it"
 
 

@@ -855,8 +855,19 @@ def test_the_gpus_allocator_grows_its_blocks_unless_the_user_set_it(monkeypatch,
         monkeypatch.delenv(name, raising=False)
     if own:
         monkeypatch.setenv(own, "max_split_size_mb:64")
-    train.grow_segments()
+    train.prepare_libraries()
     set_now = {name: value for name, value in os.environ.items() if name.endswith("_ALLOC_CONF")}
     assert set_now == (
         {own: "max_split_size_mb:64"} if own else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     )
+
+
+def test_threads_of_a_cpu_sleep_while_they_wait_unless_the_user_says_otherwise(monkeypatch):
+    import train
+
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    train.prepare_libraries()
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    train.prepare_libraries()
+    assert os.environ["OMP_WAIT_POLICY"] == "active"

@@ -74,6 +74,8 @@ class Lab:
         for need in sorted(case.needs):
             if need == "gpu" and not self.facts.get("gpu"):
                 return "needs a GPU"
+            if need == "hopper" and not str(self.facts.get("capability")).startswith("9."):
+                return "needs compute capability 9 (Hopper)"
             if need == "compiler" and not self.facts["compiler"]:
                 return "torch.compile needs a C++ compiler (CXX, or g++)"
             if need in self.facts["left_out"]:

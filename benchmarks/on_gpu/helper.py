@@ -30,9 +30,16 @@ OPTIONAL = {
     "pytest": "tests/test_gpu.py",
     "trl": "the comparison with TRL",
     "liger_kernel": "TRL with Liger",
-    "flash_attn": "FlashAttention-2",
+    "flash_attn.flash_attn_interface": "FlashAttention-2",
+    "flash_attn_interface": "FlashAttention-3",
+    "flash_attn.cute": "FlashAttention-4",
     "torchao": "nothing so far, as train.py does not use it yet",
 }
+# Where the name of the package is not that of the module.
+PACKAGES = {
+    "flash_attn.flash_attn_interface": "flash-attn", "flash_attn_interface": "flash-attn-3",
+    "flash_attn.cute": "flash-attn-4",
+}  # fmt: skip
 OLDEST_TORCH = (2, 11)
 
 
@@ -77,7 +84,7 @@ def _version(name: str) -> str:
     import importlib.util
 
     try:
-        return importlib.metadata.version(name.replace("_", "-"))
+        return importlib.metadata.version(PACKAGES.get(name, name.replace("_", "-")))
     except importlib.metadata.PackageNotFoundError:
         if importlib.util.find_spec(name) is None:
             raise

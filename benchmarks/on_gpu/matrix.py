@@ -285,10 +285,15 @@ def _layouts() -> Iterable[Case]:
     yield Case("grouped-by-length", UNPACKED | grouped)
     yield Case("one-at-a-time", {"train.micro_batch_size": 1}, None, "plain-full", BF16)
     yield Case("as-many-as-fit", {"train.micro_batch_size": "auto"}, None, "plain-full", BF16)
-    with_flash = frozenset({"flash_attn", "gpu"})  # without it `auto` is `documents`
-    for attention in ("flash_attention_2", "documents"):
-        name, own = f"attention-{attention}", {"model.attention": attention}
-        yield Case(name, own, None, "plain-full", LAYOUT, needs=with_flash)
+    # cudnn is for long documents; tests/test_gpu.py compares it with float32.
+    kernels = {
+        "documents": set(), "flash_attention_2": {"flash_attn.flash_attn_interface"},
+        "flash_attention_3": {"flash_attn_interface", "hopper"},
+        "flash_attention_4": {"flash_attn.cute", "hopper"},
+    }  # fmt: skip
+    for attention, own in kernels.items():
+        name, settings = f"attention-{attention}", {"model.attention": attention}
+        yield Case(name, settings, None, "plain-full", LAYOUT, needs=frozenset({"gpu", *own}))
 
 
 def _extras() -> Iterable[Case]:

@@ -41,6 +41,9 @@ RECOMPUTED = {"train.gradient_checkpointing": True}
 COMPILE = {"train.compile": True}
 BF16 = {"model.dtype": "bfloat16"}
 TRL = "trl"
+WITHOUT = "without"
+"""A setting of cases alone: kernels to leave out (FINETUNE_WITHOUT_KERNELS)."""
+OWN_ATTENTION = {WITHOUT: "flash_attention_3,flash_attention_4,cudnn"}
 # name -> (topology, or TRL, or None for `python train.py`; settings); the most important first.
 CASES: dict[str, tuple[str | None, dict[str, Any]]] = {
     "8B lora r 16": (None, LORA | RECOMPUTED),
@@ -49,6 +52,12 @@ CASES: dict[str, tuple[str | None, dict[str, Any]]] = {
     "8B full in bf16": (None, BF16 | RECOMPUTED),
     "8B full in bf16, TRL": (TRL, BF16 | RECOMPUTED),
     "8B full in bf16, compiled": (None, BF16 | RECOMPUTED | COMPILE),
+    "8B lora r 16, defaults": (None, LORA),
+    "8B full in bf16, defaults": (None, BF16),
+    "8B lora r 16, FlashAttention-2": (None, LORA | RECOMPUTED | OWN_ATTENTION),
+    "8B lora r 16, inputs cast": (None, LORA | RECOMPUTED | {WITHOUT: "adapter_casts"}),
+    "8B full in bf16, plain optimizer": (None, BF16 | RECOMPUTED | {WITHOUT: "adamw_kernel"}),
+    "8B full in bf16, plain loss": (None, BF16 | RECOMPUTED | {WITHOUT: "cross_entropy_kernel"}),
     "8B qlora nf4": (None, QLORA | RECOMPUTED),
     "8B qlora nf4, compiled": (None, QLORA | RECOMPUTED | COMPILE),
     "1B full": (None, {}),
@@ -153,6 +162,8 @@ def one_round(
     if topology == TRL:
         trl_round(lab, base, texts, length, at_once, settings, own)
         return
+    settings = dict(settings)
+    lab.env["FINETUNE_WITHOUT_KERNELS"] = settings.pop(WITHOUT, "")
     values = {
         "model.path": str(base), "objective.kind": "clm", "data.train": str(texts),
         "data.packing": True, "data.truncation": "right", "data.max_length": length,

@@ -71,7 +71,10 @@ class Model(Section):
     auto: float32 for trained weights and the dtype of train.precision for frozen ones.
     bfloat16 halves the memory of trained weights and rounds their updates stochastically.
     """
-    attention: Literal["auto", "documents", "flash_attention_2", "sdpa", "eager"] = "auto"
+    attention: Literal[
+        "auto", "documents", "flash_attention_2", "flash_attention_3", "flash_attention_4",
+        "cudnn", "sdpa", "eager",
+    ] = "auto"  # fmt: skip
     """Attention kernel.
     documents and flash_attention_2 need no padding, sdpa and eager train padded batches.
     """
@@ -292,13 +295,15 @@ class Train(Section):
     """Decay rate of an exponential moving average of the weights.
     The run evaluates, samples and exports the average; null: keep no average.
     """
-    gradient_checkpointing: bool | Positive = False
+    gradient_checkpointing: Literal["auto"] | bool | Positive = "auto"
     """Recompute activations in the backward pass: less memory, about a third more time.
     A number: only in the first N layers.
+    auto: on a GPU in as few layers as fit by forecast, on a CPU in none.
     """
-    compile: bool = False
+    compile: Literal["auto"] | bool = "auto"
     """Compile the layers with torch.compile.
     Steps are faster after a first one of a minute or two; needs a C++ compiler.
+    auto: on a GPU, if the run is long enough to earn it and nothing forbids it; on a CPU not.
     """
     hang_minutes: PositiveNumber | None = 10.0
     """End all processes if one does not answer or finish a micro-batch in this many minutes.

@@ -1,6 +1,5 @@
 """Build parameter groups and optimizers; compute the learning rate from the step alone."""
 
-import hashlib
 import importlib
 import math
 import warnings
@@ -11,9 +10,8 @@ from torch import nn
 
 from finetune.config import Optimizer, Schedule
 from finetune.config.choices import OPTIMIZERS
+from finetune.engine.rounded_adamw import RoundedAdamW
 from finetune.models.embeddings import embedding_and_head
-
-SLICE = 1 << 24  # values per update: 64 MB for each of the float32 copies
 
 
 def parameter_groups(model: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
@@ -87,86 +85,6 @@ def _keep_embeddings_in_32_bits(model: nn.Module) -> None:
 def needs_bitsandbytes(kind: str) -> bool:
     """Return whether an optimizer.kind is one of bitsandbytes' optimizers."""
     return OPTIMIZERS[kind].make.startswith("bitsandbytes")
-
-
-class RoundedAdamW(torch.optim.Optimizer):
-    """AdamW on bfloat16 weights, computed in float32 and rounded stochastically.
-
-    A weight with its gradient and averages takes 8 bytes. bfloat16 has steps of 1/256 to 1/128 of a
-    value. Rounding to the nearest loses every update below half a step and turns 0.999 v into v, so
-    that the second moment never falls. Stochastic rounding, up or down with probability
-    proportional to proximity, is right on average (Gupta et al., 2015; Zamirai et al., 2020). The
-    random numbers depend on (seed, step), so a resumed run draws the same.
-    """
-
-    def __init__(
-        self, groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float, seed: int
-    ) -> None:
-        super().__init__(groups, {"betas": betas, "eps": eps})
-        self.seed = seed
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        chance: torch.Generator | None = None
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["step"] = torch.tensor(0.0)
-                    state["exp_avg"] = torch.zeros_like(parameter)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter)
-                state["step"] += 1
-                number = int(state["step"].item())
-                if chance is None:
-                    chance = torch.Generator(parameter.device)
-                    chance.manual_seed(_mixed(self.seed, number))
-                tensors = parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]
-                slices = (own_part(tensor).view(-1).split(SLICE) for tensor in tensors)
-                for weight, grad, first, second in zip(*slices):
-                    _adamw_(weight, grad, first, second, number, group, chance)
-
-
-def _adamw_(
-    weight: torch.Tensor, grad: torch.Tensor, first: torch.Tensor, second: torch.Tensor,
-    step: int, group: dict[str, Any], chance: torch.Generator,
-) -> None:  # fmt: skip
-    """Update a slice in place (Loshchilov and Hutter, 2019)."""
-    (beta1, beta2), lr, exact = group["betas"], group["lr"], grad.float()
-    mean = first.float().lerp_(exact, 1 - beta1)
-    square = second.float().mul_(beta2).addcmul_(exact, exact, value=1 - beta2)
-    moved = weight.float().mul_(1 - lr * group["weight_decay"])
-    scale = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
-    moved.addcdiv_(mean, scale, value=-lr / (1 - beta1**step))
-    for stored, value in ((weight, moved), (first, mean), (second, square)):
-        round_(stored, value, chance)
-
-
-def _mixed(seed: int, step: int) -> int:
-    """Hash two numbers to a seed: PyTorch's CPU generator uses only 32 of its bits."""
-    digest = hashlib.blake2b(f"{seed} {step}".encode(), digest_size=7).digest()
-    return int.from_bytes(digest, "little")
-
-
-def round_(stored: torch.Tensor, value: torch.Tensor, chance: torch.Generator) -> None:
-    """Round float32 `value` into bfloat16 `stored`, up or down, by proximity.
-
-    bfloat16 is the upper half of float32: adding a random number from 0 to 65,535 to the lower half
-    carries into the upper half with probability lower half / 65,536.
-    """
-    if stored.dtype == torch.bfloat16:
-        bits = value.view(torch.int32)
-        bits += torch.randint(
-            1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=chance
-        )
-        bits &= -(1 << 16)
-    stored.copy_(value)
-
-
-def own_part(tensor: Any) -> torch.Tensor:
-    """Return this process's part of a tensor."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 class Muon(torch.optim.Optimizer):

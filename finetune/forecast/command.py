@@ -197,7 +197,9 @@ def _about(config: Config, chooser: Chooser) -> str:
     )
 
 
-def _kept(recomputed: bool | int) -> str:
+def _kept(recomputed: bool | int | str) -> str:
+    if recomputed == "auto":
+        return "recomputed as far as they must"
     if isinstance(recomputed, bool):
         return "recomputed" if recomputed else "kept"
     return f"kept but for {recomputed}, recomputed"

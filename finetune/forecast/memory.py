@@ -14,6 +14,7 @@ from finetune.config import Config
 from finetune.engine.topology.launch import ParallelConfig
 from finetune.forecast.trace import Rehearsal, Shape, Trace
 from finetune.forecast.weights import count
+from finetune.models import recompute
 from finetune.models.attention_choice import is_padded
 
 # A process of train.py with all its libraries but no model: measured with torch 2.13 for CPUs on
@@ -73,6 +74,10 @@ class Forecaster:
         )
         self._half = 4 if precision == "fp32" else 2  # bytes of a number in the arithmetic
         self.weights = count(self._rehearsal(False).model, config, self._half)
+
+    @property
+    def num_layers(self) -> int:
+        return recompute.count_layers(self._rehearsal(False).model)
 
     def of(self, parallel: ParallelConfig, shape: Shape) -> Forecast:
         """Return the forecast of a whole step in micro-batches of `shape`."""

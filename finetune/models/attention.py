@@ -12,12 +12,11 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from finetune import torch_versions
 from finetune.errors import ModelError
-from finetune.models import context_parallel, varlen_cpu
-from finetune.models.attention_choice import DOCUMENTS
+from finetune.models import context_parallel, varlen_cpu, varlen_gpu
+from finetune.models.attention_choice import DOCUMENTS, HEAD_UNIT
 
-HEAD_UNIT, LARGEST_HEAD = 8, 256  # FlashAttention-2 takes multiples of 8, at most 256
+LARGEST_HEAD = 256  # of FlashAttention-2
 
 
 def attend_within_documents(
@@ -78,7 +77,7 @@ def _attend(
     plain = dropout == 0.0 and query.shape[-1] == value.shape[-1]
     fits = query.is_cuda and query.dtype != torch.float32 and query.shape[-1] <= LARGEST_HEAD
     if plain and fits and _has_flash_kernels(query.device):
-        return _varlen(query, key, value, bounds, longest, scale, sliding_window)
+        return _varlen(query, key, value, bounds, longest, lengths, scale, sliding_window)
     if plain and query.device.type == "cpu":
         out, _ = varlen_cpu.one_by_one(query, key, value, bounds, scale, sliding_window or 0)
         return out
@@ -95,18 +94,14 @@ def _has_flash_kernels(device: torch.device) -> bool:
 
 def _varlen(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, longest: int,
-    scale: float, sliding_window: int | None,
+    lengths: SimpleNamespace | None, scale: float, sliding_window: int | None,
 ) -> torch.Tensor:  # fmt: skip
-    """FlashAttention over all documents at once; shapes as in `_attend`."""
+    """Attend by the GPU's kernel of this run; shapes as in `_attend`."""
     width, filler = query.shape[-1], -query.shape[-1] % HEAD_UNIT
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
     if filler:  # zeros add nothing to the scores, and what they add to the output is cut off
         q, k, v = (F.pad(states, (0, filler)) for states in (q, k, v))
-    window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
-    out = torch_versions.varlen_attn(
-        q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=window,
-        **torch_versions.VARLEN_GROUPED[key.shape[1] != query.shape[1]],
-    )  # fmt: skip
+    out = varlen_gpu.attend(q, k, v, bounds, longest, lengths, scale, sliding_window)
     return out[None, ..., :width] if filler else out[None]
 
 

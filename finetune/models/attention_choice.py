@@ -1,8 +1,8 @@
 """Which attention kernel a run takes, and what that means for its batches."""
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -12,6 +12,21 @@ from finetune.errors import ModelError
 
 DOCUMENTS = "documents"
 """Our own: sequences lie end to end, and each document attends to itself only."""
+FLASH_2, FLASH_3, FLASH_4, CUDNN = (
+    "flash_attention_2", "flash_attention_3", "flash_attention_4", "cudnn",
+)  # fmt: skip
+HEAD_UNIT = 8  # kernels take heads of multiples of it
+BY_SETTING = (FLASH_3, FLASH_4, CUDNN)
+"""Kernels for `documents` on a GPU that model.attention may name; varlen_choice.py takes one."""
+
+
+def has_package(name: str) -> bool:
+    """Return whether a package is installed. A module `flash_attn` may be flash-attn-4 alone."""
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def is_padded(implementation: str) -> bool:
@@ -41,14 +56,8 @@ def choose(
 
     `num_context`: processes that share a sequence.
     """
-    has_flash = importlib.util.find_spec("flash_attn") is not None
-    flash_fits = has_flash and device.type == "cuda" and precision != "fp32"  # it has no float32
-    if wanted == "flash_attention_2" and not flash_fits:
-        found = "train.precision: fp32" if has_flash else "no flash_attn package"
-        raise ModelError(
-            "model.attention: flash_attention_2 needs a CUDA device, the flash-attn package and "
-            f"bf16 or fp16, found {'no CUDA device' if device.type != 'cuda' else found}; use auto"
-        )
+    if wanted in (FLASH_2, *BY_SETTING):
+        _require_gpu(wanted, device, precision)
     has_sdpa = getattr(model_class, "_supports_sdpa", False) and not _soft_capped(config)
     layers = set(getattr(config.get_text_config(), "layer_types", None) or ())
     # Where SDPA cannot follow (sinks, soft caps), neither can the kernel for documents.
@@ -57,27 +66,41 @@ def choose(
         and getattr(model_class, "_supports_attention_backend", False)
         and layers <= {"full_attention", "sliding_attention"}
     )
-    if wanted == DOCUMENTS and not can_separate:
+    if wanted in (DOCUMENTS, *BY_SETTING) and not can_separate:
         raise ModelError(
-            f"model.attention: {DOCUMENTS} does not support {config.model_type} (soft-capped "
+            f"model.attention: {wanted} does not support {config.model_type} (soft-capped "
             "scores, sinks, or attention of its own); use eager"
         )
     if num_context > 1:
         heads = config.get_text_config().num_attention_heads
-        if not can_separate or wanted not in ("auto", DOCUMENTS) or heads % num_context:
+        if not can_separate or wanted in (FLASH_2, "sdpa", "eager") or heads % num_context:
             raise ModelError(
                 f"sequences shared by {num_context} processes need model.attention: {DOCUMENTS}, "
                 "which must be possible for the model, and a number of heads that they can divide; "
                 f"{config.model_type} has {heads}, and model.attention is {wanted}"
             )
         return DOCUMENTS
-    if wanted != "auto":
+    if wanted in (FLASH_2, *PADDED_ATTENTION):
         return wanted
     if not can_separate:
         return "sdpa" if has_sdpa else "eager"
-    if flash_fits and getattr(model_class, "_supports_flash_attn", False):
-        return "flash_attention_2"
     return DOCUMENTS
+
+
+def _require_gpu(wanted: str, device: torch.device, precision: str) -> None:
+    """Raise ModelError if a kernel of a GPU is wanted that this machine does not have."""
+    has_flash = wanted != FLASH_2 or has_package("flash-attn")
+    found = "" if has_flash else "no flash-attn package"
+    if device.type != "cuda":
+        found = "no CUDA device"
+    elif precision == "fp32":
+        found = "train.precision: fp32"
+    if found:
+        package = ", the flash-attn package" if wanted == FLASH_2 else ""
+        raise ModelError(
+            f"model.attention: {wanted} needs a CUDA device{package} and bf16 or fp16, found "
+            f"{found}; use auto"
+        )
 
 
 def _soft_capped(config: Any) -> bool:

@@ -52,12 +52,10 @@ def build(
     head.install(base)
     if config.train.neftune_alpha is not None:
         embeddings.add_noise(base, config.train.neftune_alpha)
-    if config.train.compile or config.train.gradient_checkpointing:
-        recompute.wrap(
-            base,
-            compiled=config.train.compile,
-            num_recomputed=recompute.chosen(base, config.train.gradient_checkpointing),
-        )
+    num_recomputed = recompute.chosen(base, config.train.gradient_checkpointing)
+    compiled = config.train.compile is True  # a run has replaced auto
+    if compiled or num_recomputed:
+        recompute.wrap(base, compiled=compiled, num_recomputed=num_recomputed)
     if with_weights and (broken := parameters.not_finite(model)):
         raise ModelError(
             f"model {config.model.path}: {len(broken)} of its weights hold NaN or infinity, such "

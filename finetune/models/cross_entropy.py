@@ -13,7 +13,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from finetune.models.logits import LogitTransform, cross_entropy_sum, logprobs_and_entropy
+from finetune.models.logits import (
+    LogitTransform,
+    cross_entropy_,
+    cross_entropy_sum,
+    logprobs_and_entropy,
+)
 
 # Logits at once, in the precision of the arithmetic: enough rows to keep matrix products busy.
 CHUNK_BYTES = 256 * 2**20
@@ -106,18 +111,16 @@ class _ThroughMatrix(torch.autograd.Function):
                 raw_CV += shift_V
             for block in _chunks(len(raw_CV), len(weight) * 4, most_bytes):
                 of_block = None if weights is None else weights[part][block]
-                total += _cross_entropy_(
+                total += cross_entropy_(
                     raw_CV[block], labels[part][block], of_block, finish, smoothing,
                     needs_grad=any(ctx.needs_input_grad),
                 )  # fmt: skip
             if d_hidden is not None:
                 torch.mm(raw_CV, matrix_VH, out=d_hidden[part])
             if needs_weight:
-                # In float16 a sum over many tokens may overflow, here, where no loss scale reaches.
-                # Autocast would convert the product's float32 back to float16.
-                wide = torch.float32 if dtype == torch.float16 else dtype
+                # Autocast would convert the product's float32 back to 16 bits.
                 with torch.autocast(hidden.device.type, enabled=False):
-                    d_weight.add(raw_CV.T.to(wide) @ states_CH.to(wide))
+                    d_weight.add_product(raw_CV.T, states_CH)
             if needs_bias:
                 d_bias.add(raw_CV.sum(0, dtype=torch.float32))
         d_hidden = d_hidden if d_hidden is None else d_hidden.to(hidden.dtype)
@@ -142,37 +145,24 @@ class _Sum:
     def add(self, part: torch.Tensor) -> None:
         self.total = part if self.total is None else self.total.float().add_(part)
 
+    def add_product(self, left: torch.Tensor, right: torch.Tensor) -> None:
+        """Add left @ right. A GPU's product of 16 bits adds to float32 as it writes.
+
+        In float16 a sum over many tokens may overflow, here, where no loss scale reaches.
+        """
+        if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+            if self.total is None:
+                self.total = torch.mm(left, right, out_dtype=torch.float32)
+            else:
+                torch.addmm(self.total, left, right, out_dtype=torch.float32, out=self.total)
+        elif left.dtype == torch.float16:
+            self.add(left.float() @ right.float())
+        else:
+            self.add(left @ right)
+
     def of(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the sum in the dtype of `weight`, whose gradient it is."""
         return torch.zeros_like(weight) if self.total is None else self.total.to(weight.dtype)
-
-
-def _cross_entropy_(
-    raw_CV: torch.Tensor, labels_C: torch.Tensor, weights_C: torch.Tensor | None,
-    finish: LogitTransform, smoothing: float, needs_grad: bool,
-) -> torch.Tensor:  # fmt: skip
-    """Sum weighted losses in float32, and turn `raw_CV` into its gradient.
-
-    The sum of exponentials is not needed: the highest probability is exp(highest logit) / sum,
-    never less than 1 / V.
-    """
-    logits, labels = finish(raw_CV.float()), labels_C[:, None]
-    chances = torch.softmax(logits, -1)
-    highest = finish(raw_CV.amax(-1, keepdim=True).float())  # scales are positive, and tanh rises
-    of_labels = logits.gather(1, labels)
-    # Exact for the tokens that are known best.
-    losses = (highest - of_labels) - chances.amax(-1, keepdim=True).log()
-    if smoothing:
-        losses += smoothing * (of_labels - logits.mean(-1, keepdim=True))
-    if needs_grad:
-        if smoothing:
-            chances -= smoothing / chances.shape[1]
-        chances.scatter_add_(1, labels, torch.full_like(losses, smoothing - 1))
-        if weights_C is not None:
-            chances *= weights_C[:, None]
-        finish.backward_(chances, logits)
-        raw_CV.copy_(chances)
-    return losses.sum() if weights_C is None else (losses[:, 0] * weights_C).sum()
 
 
 def _chunks(num_rows: int, row_bytes: int, most_bytes: int) -> list[slice]:

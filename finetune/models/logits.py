@@ -1,9 +1,13 @@
 """Logits that are all there: what a model does to them, their losses and log-probabilities."""
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from finetune import kernels
 
 
 @dataclass(frozen=True)
@@ -48,3 +52,72 @@ def logprobs_and_entropy(
     log_SV = torch.log_softmax(logits_SV.float(), -1)
     logprobs = log_SV.gather(1, labels_S[:, None])[:, 0]
     return logprobs, -(log_SV.exp() * log_SV).sum(-1) if with_entropy else logprobs.new_zeros(0)
+
+
+def cross_entropy_(
+    raw_CV: torch.Tensor, labels_C: torch.Tensor, weights_C: torch.Tensor | None,
+    finish: LogitTransform, smoothing: float, needs_grad: bool,
+) -> torch.Tensor:  # fmt: skip
+    """Sum the weighted losses of raw logits in float32, and turn `raw_CV` into its gradient."""
+    if kernel := fused(raw_CV.device)[0]:
+        total: torch.Tensor = kernel.cross_entropy_(
+            raw_CV, labels_C, weights_C, finish, smoothing, needs_grad
+        )
+        return total
+    return _plain_(raw_CV, labels_C, weights_C, finish, smoothing, needs_grad)
+
+
+@functools.cache
+def fused(device: torch.device) -> tuple[Any, str]:
+    """Return the kernels of a GPU, or None and why they are not used."""
+    if device.type != "cuda":
+        return None, ""
+    return kernels.load(
+        "finetune.models.cross_entropy_kernel", lambda made: difference(made, device)
+    )
+
+
+def difference(made: Any, device: torch.device) -> str:
+    """Say how the losses and gradients of kernels differ from the reference's by over 1e-5."""
+    random = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(5, 4_999, generator=random)
+    labels = torch.randint(4_999, (5,), generator=random).to(device)
+    weights = torch.rand(5, generator=random).to(device)
+    for finish in (LogitTransform(), LogitTransform(scale=0.5, cap=30.0)):
+        for form in ((None, 0.0), (weights, 0.1)):
+            own, right = (logits.to(device, copy=True) for _ in range(2))
+            loss = made.cross_entropy_(own, labels, form[0], finish, form[1], True)
+            wanted = _plain_(right, labels, form[0], finish, form[1], True)
+            if not abs(loss - wanted) <= 1e-5 * abs(wanted):
+                return f"its loss is {loss:.6g} for {wanted:.6g}"
+            if not (error := (own - right).abs().max() / right.abs().max()) <= 1e-5:
+                return f"its gradient differs by {error:.1e}"
+    return ""
+
+
+def _plain_(
+    raw_CV: torch.Tensor, labels_C: torch.Tensor, weights_C: torch.Tensor | None,
+    finish: LogitTransform, smoothing: float, needs_grad: bool,
+) -> torch.Tensor:  # fmt: skip
+    """Do the same by PyTorch's operations, which hold the logits in float32.
+
+    The sum of exponentials is not needed: the highest probability is exp(highest logit) / sum,
+    never less than 1 / V.
+    """
+    logits, labels = finish(raw_CV.float()), labels_C[:, None]
+    chances = torch.softmax(logits, -1)
+    highest = finish(raw_CV.amax(-1, keepdim=True).float())  # scales are positive, and tanh rises
+    of_labels = logits.gather(1, labels)
+    # Exact for the tokens that are known best.
+    losses = (highest - of_labels) - chances.amax(-1, keepdim=True).log()
+    if smoothing:
+        losses += smoothing * (of_labels - logits.mean(-1, keepdim=True))
+    if needs_grad:
+        if smoothing:
+            chances -= smoothing / chances.shape[1]
+        chances.scatter_add_(1, labels, torch.full_like(losses, smoothing - 1))
+        if weights_C is not None:
+            chances *= weights_C[:, None]
+        finish.backward_(chances, logits)
+        raw_CV.copy_(chances)
+    return losses.sum() if weights_C is None else (losses[:, 0] * weights_C).sum()

@@ -19,15 +19,25 @@ def classes(model: nn.Module) -> set[str]:
     return set().union(*lists)
 
 
-def chosen(model: nn.Module, wanted: bool | int) -> int:
-    """Return the number of layers to recompute. Raises ModelError if the model has fewer."""
-    count = len(_layers(model)) if wanted else 0
-    if wanted is not True and wanted > count:
+def chosen(model: nn.Module, wanted: bool | int | str) -> int:
+    """Return the number of layers to recompute. Raises ModelError if the model has fewer.
+
+    A run on a GPU has replaced auto by a number; elsewhere auto means none.
+    """
+    if wanted in (False, "auto"):
+        return 0
+    count = len(_layers(model))
+    if wanted is not True and int(wanted) > count:
         raise ModelError(
             f"train.gradient_checkpointing: {wanted}, but {type(model).__name__} has {count} "
             "layers; true recomputes all of them"
         )
-    return count if wanted is True else wanted
+    return count if wanted is True else int(wanted)
+
+
+def count_layers(model: nn.Module) -> int:
+    """Return how many layers can be recomputed; 0 if transformers does not say what they are."""
+    return len(list(_outermost(model, classes(model))))
 
 
 def wrap(model: nn.Module, *, compiled: bool, num_recomputed: int) -> None:
@@ -38,11 +48,10 @@ def wrap(model: nn.Module, *, compiled: bool, num_recomputed: int) -> None:
     samples run uncompiled: each would need its own compilations, until the compiler gives up.
     """
     if compiled:
-        compiler = os.environ.get("CXX", "g++")
-        if shutil.which(compiler) is None:
+        if not has_compiler():
             raise ModelError(
-                f"train.compile: needs a C++ compiler, and {compiler} was not found; install one, "
-                "or name another in CXX, or set it to false"
+                f"train.compile: needs a C++ compiler, and {_compiler()} was not found; install "
+                "one, or name another in CXX, or set it to false"
             )
         # Treat scales and epsilons as constants; otherwise everything is compiled twice.
         torch._dynamo.config.specialize_float = True
@@ -51,6 +60,15 @@ def wrap(model: nn.Module, *, compiled: bool, num_recomputed: int) -> None:
         if number < num_recomputed:  # only the inputs are kept (Chen et al., 2016)
             trained = functools.partial(checkpoint, trained, use_reentrant=False)
         layer.forward = _in_training(layer, trained)
+
+
+def has_compiler() -> bool:
+    """Return whether there is the C++ compiler that torch.compile needs."""
+    return shutil.which(_compiler()) is not None
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX", "g++")
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:

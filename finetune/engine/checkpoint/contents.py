@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.utils import _pytree as pytree
 
 from finetune import failures, unpickling
-from finetune.engine import optim
+from finetune.engine import optim, rounded_adamw
 from finetune.engine.checkpoint import folder
 from finetune.engine.checkpoint.folder import Found
 from finetune.engine.state import TrainState
@@ -60,7 +60,9 @@ class Staged:
     def num_bytes(self) -> int:
         """Bytes of the tensors that this process writes."""
         leaves = pytree.tree_leaves((self.tensors, self.files))
-        return sum(optim.own_part(leaf).nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
+        return sum(
+            rounded_adamw.own_part(leaf).nbytes for leaf in leaves if isinstance(leaf, torch.Tensor)
+        )
 
 
 def stage(topology: Topology, state: TrainState, copied: Callable[[Any], Any]) -> Staged:

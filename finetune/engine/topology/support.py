@@ -112,10 +112,10 @@ FEATURES = [
     ),
     Feature(
         "gradient checkpointing", "train.gradient_checkpointing",
-        lambda c: bool(c.train.gradient_checkpointing), {},
+        lambda c: c.train.gradient_checkpointing not in (False, "auto"), {},
     ),
     Feature(
-        "compiled layers", "train.compile", lambda c: c.train.compile,
+        "compiled layers", "train.compile", lambda c: c.train.compile is True,
         {"zero3*": "gathering weights inside the layers breaks the compiled graph; "
          "take fsdp2.yaml",
          "*_context": "processes exchange tokens inside the layers; untested, leave it out"},

@@ -1,0 +1,126 @@
+"""Settings that are auto for memory become numbers before a run builds its model."""
+
+import functools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import TINY_LLAMA
+
+from finetune import config as configs
+from finetune import run as runs
+from finetune.engine import gpu
+from finetune.engine.topology.launch import ParallelConfig
+from finetune.forecast import choice
+from finetune.models import recompute
+
+SINGLE = ParallelConfig("single", 1)
+GPU = torch.device("cuda", 0)
+SHAPE = {**TINY_LLAMA, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3}
+
+
+def config_of(**train):
+    return configs.from_dict({
+        "run": {"name": "a"},
+        "model": {"init": "random", "tokenizer": "bytes", "config": SHAPE},
+        "data": {"train": "rows.jsonl", "max_length": 4096},
+        "train": {"global_batch_size": 2, "precision": "bf16", **train},
+    })  # fmt: skip
+
+
+@functools.cache
+def peak(recomputed, size=1):
+    config = config_of(micro_batch_size=size, gradient_checkpointing=recomputed or False)
+    chooser = choice.Chooser(config, precision="bf16", on_gpu=True)
+    return chooser.forecast(SINGLE).peak
+
+
+def sized(limit, monkeypatch, device=GPU, **train):
+    """Settle a config as a process does whose GPU has `limit` bytes."""
+    monkeypatch.setattr(choice, "capacity_here", lambda device: limit)
+    topology = SimpleNamespace(
+        device=device, precision="bf16", parallel=SINGLE, num_data=1, is_main=True,
+        on_main=lambda work: work(), processes=SimpleNamespace(gather=lambda value: [value]),
+    )  # fmt: skip
+    config, reserved = runs.sized(config_of(**train), topology)
+    return config.train.micro_batch_size, config.train.gradient_checkpointing, reserved
+
+
+def test_as_few_layers_are_recomputed_as_fit_with_room_to_spare(monkeypatch, capsys):
+    peaks = [peak(number) for number in range(4)]
+    assert peaks == sorted(peaks, reverse=True)
+    for number in range(4):
+        limit = peaks[number] / (1 - choice.ROOM) + 1
+        assert sized(limit, monkeypatch, micro_batch_size=1) == (1, number, None)
+    assert f"recomputes 3 of 3 layers: {peaks[3] / 1e9:.1f} of" in capsys.readouterr().out
+    # What does not fit even so is tried all the same: a forecast may be wrong.
+    assert sized(peaks[3] / 2, monkeypatch, micro_batch_size=1) == (1, 3, None)
+
+
+def test_a_given_number_of_layers_stays(monkeypatch):
+    for given in (True, False, 3):
+        found = sized(1e12, monkeypatch, micro_batch_size=1, gradient_checkpointing=given)
+        assert found == (1, given, None)
+
+
+def test_a_cpu_recomputes_nothing_by_itself(monkeypatch):
+    cpu = torch.device("cpu")
+    assert sized(1.0, monkeypatch, device=cpu, micro_batch_size=1) == (1, False, None)
+
+
+def test_a_micro_batch_without_recomputation_is_looked_for_first(monkeypatch):
+    limit = peak(0, size=2) + 1
+    size, recomputed, reserved = sized(limit, monkeypatch, micro_batch_size="auto")
+    assert size == 2
+    assert reserved > 0
+    assert recomputed > 0, "for room to spare"
+    size, recomputed, _ = sized(peak(3) * 1.02, monkeypatch, micro_batch_size="auto")
+    assert (size, recomputed) == (1, 3)
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_a_forecast_of_auto_takes_what_it_may_come_to(on_gpu):
+    chooser = choice.Chooser(config_of(micro_batch_size=1), precision="bf16", on_gpu=on_gpu)
+    assert chooser.config.train.gradient_checkpointing is on_gpu
+
+
+def compiled(monkeypatch, minutes, parallel=SINGLE, device=GPU, has_compiler=True, wanted="auto"):
+    """Settle train.compile of a run that takes about so long on one H100."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(recompute, "has_compiler", lambda: has_compiler)
+    topology = SimpleNamespace(
+        device=device, parallel=parallel, num_processes=parallel.num_processes
+    )
+    tokens = minutes * 60 * gpu.SHARE_OF_PEAK * 989e12 / (6 * 8e9)
+    config = config_of(micro_batch_size=1, compile=wanted)
+    with torch._dynamo.config.patch(suppress_errors=False):
+        config, line = gpu.with_compilation(config, topology, int(8e9), tokens)
+        return config.train.compile, line, torch._dynamo.config.suppress_errors
+
+
+def test_layers_of_a_long_run_on_a_gpu_are_compiled(monkeypatch):
+    found, line, may_fail = compiled(monkeypatch, minutes=120)
+    assert (found, may_fail) == (True, True)
+    assert line == (
+        "train.compile: auto compiles the layers, as the run takes about 120 minutes by arithmetic"
+    )
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"minutes": 1},
+        {"minutes": 8, "parallel": ParallelConfig("ddp", 8)},
+        {"minutes": 999, "device": torch.device("cpu")},
+        {"minutes": 999, "has_compiler": False},
+        {"minutes": 999, "parallel": ParallelConfig("zero3", 2)},
+    ],
+    ids=["short", "short for eight", "CPU", "no compiler", "topology"],
+)
+def test_layers_are_not_compiled_where_that_does_not_pay_or_cannot_be(monkeypatch, case):
+    assert compiled(monkeypatch, **case) == (False, "", False)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_given_compilation_stays_and_its_errors_end_the_run(monkeypatch, wanted):
+    assert compiled(monkeypatch, minutes=120, wanted=wanted) == (wanted, "", False)
