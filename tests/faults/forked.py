@@ -109,7 +109,7 @@ def trace(death: Death | None) -> dict[str, int]:
     return counted
 
 
-KILLS = int(os.environ.get("FINETUNE_KILLS", "6"))  # make faults: 201
+KILLS = int(os.environ.get("FINETUNE_KILLS", "3"))  # make faults: 201
 long_form = pytest.mark.fault
 # The server finds what it is to import by this alone.
 os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
