@@ -95,7 +95,7 @@ OPT_TABLE = {
 }
 
 
-@pytest.mark.parametrize(("recomputed", "lora"), short([*OPT_TABLE], (False, False)))
+@pytest.mark.parametrize(("recomputed", "lora"), short([*OPT_TABLE]))
 def test_opt_350m_needs_what_was_published(monkeypatch, recomputed, lora):
     """Within 18 %, with OPT's masked scores of that time added: 2 bytes for each of L n s^2."""
     monkeypatch.setattr(trace, "_loss", as_they_did)

@@ -54,6 +54,7 @@ def test_a_silent_death_ends_the_run(workshop):
     )
 
 
+@pytest.mark.fault
 def test_a_signal_ends_a_run_whose_save_waits_for_a_dead_process(workshop):
     launch = started(
         workshop,
