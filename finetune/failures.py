@@ -89,7 +89,7 @@ def translate(exc: BaseException, what: str = "") -> FinetuneError | None:
 
 
 def reraise(exc: Exception, what: str = "") -> None:
-    """Raise our error for an exception; return if there is none."""
+    """Raise our error for an exception; return if it has none."""
     if isinstance(exc, FinetuneError):
         raise exc
     if error := translate(exc, what):

@@ -46,7 +46,7 @@ _config_folder: list[Path] = []
 
 
 def note_config_folder(folder: Path | None) -> None:
-    """Remember the folder of the config, for `looked_in`. None: there is no config file."""
+    """Remember the folder of the config, for `looked_in`; None without a config file."""
     _config_folder[:] = [folder] if folder else []
 
 

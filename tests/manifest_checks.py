@@ -186,7 +186,7 @@ def _references(manifests: list[Manifest], found: Work) -> Iterator[str]:
     for container in found.containers:
         secrets += [source["secretRef"] for source in container.get("envFrom", [])]
         if missing := {mount["name"] for mount in container["volumeMounts"]} - set(volumes):
-            yield f"container {container['name']} mounts {sorted(missing)}, which are no volumes"
+            yield f"container {container['name']} mounts {sorted(missing)}, which the pod does not define"
     if not all(secret.get("optional") for secret in secrets):
         yield "a Secret is not here, and not optional"
     for manifest in manifests:
@@ -206,7 +206,7 @@ def _references(manifests: list[Manifest], found: Work) -> Iterator[str]:
             needed.append((spec["runtimeRef"]["kind"], spec["runtimeRef"]["name"]))
     for kind, name in needed:
         if (kind, name) not in by_name:
-            yield f"there is no {kind} {name}"
+            yield f"no {kind} is named {name}"
 
 
 def _service(name: str, spec: Manifest, found: Work) -> Iterator[str]:
@@ -460,7 +460,7 @@ def _commands(manifests: list[Manifest], found: Work, folder: Path) -> Iterator[
                 return
             if container.get("command"):  # a script of ours, which has its own tests
                 if not Path(container["command"][1]).is_file():
-                    yield f"there is no {container['command'][1]}"
+                    yield f"the image has no {container['command'][1]}"
                 continue
             try:
                 environments, command = launcher.read(words[1:])

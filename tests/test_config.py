@@ -973,7 +973,7 @@ def test_help_is_short_and_names_the_settings_that_matter_most(monkeypatch):
         ("adaptr", "did you mean adapter?", "--adapter.dora"),
         (
             "nothing-like-it",
-            "There is no section or setting 'nothing-like-it'. --help SECTION",
+            "No section or setting is named 'nothing-like-it'. --help SECTION",
             "--run.name",
         ),
     ],

@@ -1,4 +1,4 @@
-"""What only a GPU can show. Skipped, with the reason, where there is none."""
+"""What only a GPU can show. Machines without one skip it, with the reason."""
 
 import contextlib
 import shutil

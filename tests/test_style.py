@@ -17,7 +17,7 @@ NAMES = {
     "tell", "told",
 }  # fmt: skip
 PHRASES = re.compile(
-    r"(?<!there )\bis no (?!longer|more)\b|\b(is|are|be) told\b|\bfor ever\b|\bso many\b"
+    r"\b(is|are) no (?!longer|more)\b|\b(is|are|be) told\b|\bfor ever\b|\bso many\b"
     r"|\bnobody\b|\bwhoever\b|\bas ever\b",
     re.IGNORECASE,
 )

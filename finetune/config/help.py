@@ -47,7 +47,7 @@ def text(parser: argparse.ArgumentParser, asked: str) -> str:
     if asked and not asked.endswith((".yaml", ".yml")):
         near = difflib.get_close_matches(asked, [*groups, *settings], n=1)
         meant = f"; did you mean {near[0]}?" if near else "."
-        answer = f"There is no section or setting {asked!r}{meant} {more}"
+        answer = f"No section or setting is named {asked!r}{meant} {more}"
         return textwrap.fill(answer, width) + "\n"
     column = max(len(rest) for rest, _ in EXAMPLES) + 4
     examples = "\n".join(f"  {parser.prog} {rest:<{column}}{what}" for rest, what in EXAMPLES)

@@ -36,7 +36,7 @@ def attend_within_documents(
     unsupported = ("softcap", "s_aux", "position_bias")
     ignored = [name for name in unsupported if kwargs.get(name) is not None]
     if not torch.compiler.is_compiling() and _is_sliding(module) and sliding_window is None:
-        ignored.append("sliding windows")  # this model leaves them to a mask; there is none here
+        ignored.append("sliding windows")  # this model leaves them to a mask, which is missing here
     if ignored or cu_seq_lens_q is None or max_length_q is None:
         of_model = f"{' and '.join(ignored)} of this model"
         what = of_model if ignored else "a call without document bounds"

@@ -130,7 +130,7 @@ class _Service:
 
 
 class _Aws(_Service):
-    """IMDSv2: get a token, then ask; 404 means that there is no notice."""
+    """IMDSv2: get a token, then ask; 404 means no notice so far."""
 
     name = "AWS"
     hint = "From a container, IMDSv2's hop limit of 1 is the usual reason: rely on SIGTERM there"

@@ -153,7 +153,7 @@ class Processes:
         return values[0]
 
     def _raise_first(self, own: BaseException | None) -> None:
-        """Raise the error on which all agree, unless there is none or it is this process's own."""
+        """Raise the error on which all agree; return without one, or for this process's own."""
         errors = self.gather(None if own is None else self.portable(own))
         first = first_error(errors)
         if first is not None and first != self.rank:
