@@ -186,7 +186,7 @@ def _references(manifests: list[Manifest], found: Work) -> Iterator[str]:
     for container in found.containers:
         secrets += [source["secretRef"] for source in container.get("envFrom", [])]
         if missing := {mount["name"] for mount in container["volumeMounts"]} - set(volumes):
-            yield f"container {container['name']} mounts {sorted(missing)}, which the pod does not define"
+            yield f"container {container['name']} mounts undefined volumes {sorted(missing)}"
     if not all(secret.get("optional") for secret in secrets):
         yield "a Secret is not here, and not optional"
     for manifest in manifests:

@@ -287,7 +287,7 @@ BROKEN: dict[str, tuple[str, Callable[[list[Manifest], Work], Any], str]] = {
     ),
     "mount without a volume": (
         "single-gpu", lambda m, w: w.node["volumeMounts"].append({"name": "x", "mountPath": "/x"}),
-        "no volumes",
+        "mounts undefined volumes",
     ),
     "runs that can only be read": (
         "single-gpu", lambda m, w: w.node["volumeMounts"][2].update(readOnly=True), "may not write",
@@ -384,7 +384,7 @@ BROKEN: dict[str, tuple[str, Callable[[list[Manifest], Work], Any], str]] = {
     ),
     "runtime of another name": (
         "trainjob", lambda m, w: of_kind(m, "TrainJob")["spec"]["runtimeRef"].update(name="x"),
-        "no TrainingRuntime x",
+        "no TrainingRuntime is named x",
     ),
     "one pod too few": ("jobset", lambda m, w: w.job.update(parallelism=1), "say something else"),
     "not shared": (
