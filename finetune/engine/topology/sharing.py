@@ -5,6 +5,7 @@ then `clip` and `step`. Here are what is the same for most of them, and what eac
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -18,11 +19,12 @@ OnMain = Callable[[Callable[[], Any]], Any]
 """Do something on the main process, whose result every process gets."""
 
 
-class Sharing:
+class Sharing(ABC):
     """Base of the ways to share a model. Every method is collective unless it says otherwise."""
 
     on_main: OnMain
 
+    @abstractmethod
     def prepare(
         self, model: nn.Module, make_optimizer: MakeOptimizer, *, accumulation_steps: int,
         micro_batch_size: int, max_norm: float,
@@ -33,7 +35,6 @@ class Sharing:
         without weights. Call `make_optimizer` when parameters are where they will be. Raises
         ConfigError if the model is not shared as the topology file asks.
         """
-        raise NotImplementedError
 
     def unwrap(self, model: Any) -> Any:
         """Return the model inside what `prepare` returned. Not collective."""
@@ -50,13 +51,13 @@ class Sharing:
         """Add the gradients of `loss`; over processes they become a mean."""
         loss.backward()
 
+    @abstractmethod
     def clip(self, model: nn.Module, max_norm: float) -> torch.Tensor | None:
         """Clip the gradients of the whole model to `max_norm`, which may be infinite.
 
         Return their norm before that, a scalar on the device, the same on every process; None if
         `step` clips.
         """
-        raise NotImplementedError
 
     def step(self, model: nn.Module, optimizer: Any, norm: float) -> tuple[float, bool]:
         """Update the weights and forget the gradients.
@@ -69,15 +70,15 @@ class Sharing:
         optimizer.zero_grad()
         return norm, finite
 
+    @abstractmethod
     def full(
         self, parameters: list[tuple[str, nn.Parameter]]
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield name and whole value of each of these weights, on every process."""
-        raise NotImplementedError
 
+    @abstractmethod
     def local_shard(self, parameter: Any) -> torch.Tensor:
         """Return what this process holds of a weight, as trained. Not collective."""
-        raise NotImplementedError
 
     def files(self, copied: Callable[[Any], Any]) -> dict[str, Any]:
         """Return file name -> `copied` content that this process adds to a checkpoint. ZeRO only.
@@ -94,5 +95,5 @@ class Sharing:
         """Convert the files of all processes for any number of them. ZeRO, main process only."""
         raise NotImplementedError
 
-    def release(self) -> None:
+    def release(self) -> None:  # noqa: B027: only ZeRO holds some
         """Drop what is held of model and optimizer. Not collective."""
