@@ -95,5 +95,5 @@ class Sharing(ABC):
         """Convert the files of all processes for any number of them. ZeRO, main process only."""
         raise NotImplementedError
 
-    def release(self) -> None:  # noqa: B027: only ZeRO holds some
+    def release(self) -> None:  # noqa: B027  (only ZeRO holds some)
         """Drop what is held of model and optimizer. Not collective."""
