@@ -28,7 +28,7 @@ from finetune.engine.topology import meta
 from finetune.engine.topology.launch import ParallelConfig
 from finetune.engine.topology.sharing import MakeOptimizer, OnMain, Sharing
 from finetune.errors import ConfigError
-from finetune.models import recompute
+from finetune.models import recompute, scalar_heads
 
 
 class Fsdp2(Sharing):
@@ -103,6 +103,8 @@ class Fsdp2(Sharing):
             )
             # As its own unit it is whole only during the lookup, not until the end of the pass.
             shard(embedding, whole)
+        for scalar in scalar_heads.of(root).values():  # in float32 beside a frozen 16-bit base
+            shard(scalar, whole)
         shard(root, whole)
 
     def _store_as_floats(self, model: nn.Module) -> None:
