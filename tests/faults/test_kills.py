@@ -16,9 +16,10 @@ SETTINGS = {
     "checkpoint__every_steps": 2, "checkpoint__every_minutes": None, "checkpoint__keep_last": 3,
     "data__eval_fraction": 0.2, "evaluation__every_steps": 4, "train__hang_minutes": 0.3,
 }  # fmt: skip
-# FSDP2 writes by the same lines as DDP, and starts at three times the cost.
+# The short form has each way to save, and two processes: FSDP2 writes by the same lines as DDP, and
+# starts at three times the cost.
 SCENES = [
-    ("single", 1), ("ddp", 2),
+    ("single", 1), ("zero2", 1), ("ddp", 2),
     *(pytest.param((topology, 2), marks=long_form) for topology in ("fsdp2", "zero2")),
 ]  # fmt: skip
 

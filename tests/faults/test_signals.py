@@ -92,14 +92,15 @@ def test_a_signal_is_heeded_in_the_middle_of_an_evaluation(workshop):
     assert_saved(workshop)
 
 
-def test_a_signal_to_one_process_stops_all_after_the_same_step(workshop, undisturbed):
+@pytest.mark.parametrize("topology", ["ddp", pytest.param("fsdp2", marks=long_form)])
+def test_a_signal_to_one_process_stops_all_after_the_same_step(workshop, undisturbed, topology):
     config = workshop.write(workshop.config(**LONG | {"train__max_steps": 30}))
-    launch = start(config, "ddp", 2)
+    launch = start(config, topology, 2)
     wait_for(lambda: workshop.num_lines() > 5)
     launch.kill([1], signal.SIGTERM)
     assert launch.codes() == [75, 75], launch.output()
     assert "another process at step" in workshop.outcome()["reason"]
-    run_to_completion(config, "ddp", 2)
+    run_to_completion(config, topology, 2)
     assert losses(workshop.run_dir()) == pytest.approx(losses(undisturbed.run_dir())[:30], rel=1e-4)
 
 
