@@ -1,10 +1,10 @@
 """Check the output projection and the forecast of memory of every causal LM of transformers.
 
-    python benchmarks/architectures.py       ten minutes on a CPU; prints those that fail
+    python benchmarks/architectures.py         ten minutes on a CPU; prints those that fail
 
-Each has the default sizes of its config, but two layers. Its head is followed, the loss and the
-log-probabilities that it answers in chunks of tokens are those of all logits, with their gradients,
-and the memory of a step is forecast without weights.
+Each has the default sizes of its config, or those of SIZES, and two layers. Its head is followed;
+the loss and the log-probabilities that it answers in chunks of tokens are those of all logits, with
+their gradients; and the memory of a step is forecast without weights.
 
 For losses and gradients only the head has weights, random ones, and what the model puts between it
 and the layers; random hidden states take the place of what the layers return. So a gradient with
