@@ -1,6 +1,6 @@
 """Check the output projection and the forecast of memory of every causal LM of transformers.
 
-    python benchmarks/architectures.py         ten minutes on a CPU; prints those that fail
+    python benchmarks/architectures.py        four minutes of CPU; prints those that fail
 
 Each has the default sizes of its config, or those of SIZES, and two layers. Its head is followed;
 the loss and the log-probabilities that it answers in chunks of tokens are those of all logits, with
