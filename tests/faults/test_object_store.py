@@ -59,7 +59,7 @@ def objects(client, folder: str) -> list[str]:
 
 def wait_for_step(client, folder: str, step: int) -> None:
     manifest = f"checkpoints/step-{step:08d}/manifest.json"
-    wait_for(lambda: manifest in objects(client, folder), every=0.1)
+    wait_for(lambda: manifest in objects(client, folder), every=0.05)
 
 
 @pytest.mark.parametrize(
