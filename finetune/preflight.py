@@ -23,6 +23,7 @@ from finetune.models import (
     load,
     parameters,
     recompute,
+    scalar_heads,
 )
 from finetune.objectives import Objective, Own, chosen
 
@@ -293,6 +294,7 @@ def check_model(config: Config, data: Data) -> ModelFacts:
     recompute.chosen(skeleton, config.train.gradient_checkpointing)
     new_ids = data.new_token_ids
     adapted = adapters.apply(skeleton, config.adapter, config.model, new_token_ids=new_ids)
+    scalar_heads.attach(skeleton, chosen(config.objective).needs)
     trainable, total = parameters.count(adapted)
     _check_rates(config, skeleton, data.num_steps)
     return ModelFacts(total, trainable, head.probe(skeleton)[1])
