@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY_LLAMA, losses, read_jsonl
+from conftest import TINY_LLAMA, losses, pretrained, read_jsonl
 from torch._dynamo.utils import counters
 
-from finetune import loop, replay
+from finetune import kernels, loop, replay
 from finetune.engine import metrics, rounded_adamw
-from finetune.models import attention_choice, cross_entropy, logits, varlen_choice
+from finetune.models import attention_choice, cross_entropy, liger, logits, varlen_choice
 from finetune.models.attention import attend_within_documents
 from finetune.models.cross_entropy import nll_in_chunks
 from finetune.models.logits import LogitTransform
@@ -237,6 +237,45 @@ def test_rounded_adamw_is_one_kernel_that_gives_the_bits_of_the_reference():
     used, why = rounded_adamw.fastest(device)
     assert why == ""
     assert rounded_adamw.differences(used, device, count=5_000_000) == 0
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        liger.Norm(4096, 1e-5, 0.0, rounds_first=True),
+        liger.Norm(128, 1e-6, 0.0, rounds_first=True),
+        liger.Norm(2304, 1e-6, 1.0, rounds_first=False),
+        liger.Gate(14336, "SwiGLU"),
+        liger.Gate(9216, "GeGLU"),
+    ],
+    ids=["Llama's norm", "Qwen's of heads", "Gemma's", "SwiGLU", "GeGLU"],
+)
+def test_norms_and_gates_of_liger_agree_with_float32(part):
+    """In float32 to 1e-6, in 16 bits 1.1 times the error of PyTorch's operations; many rows too."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    pytest.importorskip("liger_kernel")
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    assert liger.wrong(part, device, dtypes) == ""
+    assert liger.wrong(part, device, (torch.bfloat16,), rows=40_000) == ""
+
+
+@pytest.mark.parametrize("method", [{}, {"model__dtype": "bfloat16"}, "lora"], ids=str)
+def test_a_run_with_ligers_kernels_has_the_losses_of_one_without(
+    workshop, monkeypatch, capsys, method
+):
+    pytest.importorskip("liger_kernel")
+    base = workshop.train("base", model__config=GPU_LLAMA, train__precision="bf16") / "model"
+    settings = pretrained(base, adapter__kind="lora") if method == "lora" else method
+    if method != "lora":
+        settings = {"model__config": GPU_LLAMA, **method}
+    settings |= {"train__precision": "bf16", "data__packing": True}
+    settings |= {"train__gradient_checkpointing": 1}
+    capsys.readouterr()
+    fast = workshop.train("fast", **settings)
+    assert "SwiGLU (2) and RMSNorm (5) run by Liger's kernels" in capsys.readouterr().out
+    monkeypatch.setenv(kernels.WITHOUT, "rms_norm,swiglu")
+    plain = workshop.train("plain", **settings)
+    assert losses(fast) == pytest.approx(losses(plain), rel=2e-2)
 
 
 @pytest.mark.parametrize("kernel", ["flash_attention_2", *attention_choice.BY_SETTING])

@@ -29,7 +29,7 @@ OPTIONAL = {
     "deepspeed": "ZeRO-1, 2 and 3",
     "pytest": "tests/test_gpu.py",
     "trl": "the comparison with TRL",
-    "liger_kernel": "TRL with Liger",
+    "liger_kernel": "norms and gates as one kernel each, and TRL with Liger",
     "flash_attn.flash_attn_interface": "FlashAttention-2",
     "flash_attn_interface": "FlashAttention-3",
     "flash_attn.cute": "FlashAttention-4",
