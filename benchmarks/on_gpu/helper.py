@@ -33,7 +33,7 @@ OPTIONAL = {
     "flash_attn.flash_attn_interface": "FlashAttention-2",
     "flash_attn_interface": "FlashAttention-3",
     "flash_attn.cute": "FlashAttention-4",
-    "torchao": "nothing so far, as train.py does not use it yet",
+    "torchao": "train.float8",
 }
 # Where the name of the package is not that of the module.
 PACKAGES = {

@@ -9,7 +9,7 @@ from finetune.config import Config
 from finetune.data.batches import Batches
 from finetune.engine.metrics import peak_rate
 from finetune.engine.topology import Topology, support
-from finetune.models import liger, logits, recompute, varlen_choice, varlen_gpu
+from finetune.models import float8, liger, logits, recompute, varlen_choice, varlen_gpu
 from finetune.models.attention_choice import BY_SETTING, DOCUMENTS
 
 # What compiling takes at the first step on a GPU, and how much longer a run should be.
@@ -27,6 +27,8 @@ def with_compilation(
     if config.train.compile != "auto":
         return config, ""
     compiled = _with_train(config, compile=True)
+    if topology.device.type == "cuda" and config.train.float8:
+        return compiled, "train.compile: auto compiles the layers, as train.float8 needs it"
     if topology.device.type == "cuda" and recompute.has_compiler():
         peak = peak_rate(torch.cuda.get_device_name(topology.device)) or SLOW_GPU
         operations = 6 * num_parameters * num_tokens / topology.num_processes
@@ -58,6 +60,8 @@ def take_kernels(
     """
     if topology.device.type != "cuda":
         return
+    if config.train.float8:
+        yield topology.on_main(lambda: float8.check(base, topology.device))
     if attention == DOCUMENTS and topology.precision in DTYPES:
         work = varlen_choice.work_of(
             base.config, DTYPES[topology.precision], train.largest().lengths,
