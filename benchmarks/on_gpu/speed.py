@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from on_gpu import memory
+from on_gpu.correctness import has_float8
 from on_gpu.memory import LAYER
 from on_gpu.report import LEFT_OUT, MEASURED, NO_TURN, WRONG, median
 from on_gpu.runner import ROOT, Row, last_words, run
@@ -40,6 +41,7 @@ QLORA = {**LORA, "adapter.kind": "qlora"}
 RECOMPUTED = {"train.gradient_checkpointing": True}
 COMPILE = {"train.compile": True}
 BF16 = {"model.dtype": "bfloat16"}
+FLOAT8 = {"train.float8": True}  # which compiles the layers
 TRL = "trl"
 WITHOUT = "without"
 """A setting of cases alone: kernels to leave out (FINETUNE_WITHOUT_KERNELS)."""
@@ -52,10 +54,14 @@ CASES: dict[str, tuple[str | None, dict[str, Any]]] = {
     "8B full in bf16": (None, BF16 | RECOMPUTED),
     "8B full in bf16, TRL": (TRL, BF16 | RECOMPUTED),
     "8B full in bf16, compiled": (None, BF16 | RECOMPUTED | COMPILE),
+    "8B full in bf16, float8": (None, BF16 | RECOMPUTED | FLOAT8),
+    "8B lora r 16, float8": (None, LORA | RECOMPUTED | FLOAT8),
     "8B lora r 16, defaults": (None, LORA),
     "8B full in bf16, defaults": (None, BF16),
     "8B lora r 16, FlashAttention-2": (None, LORA | RECOMPUTED | OWN_ATTENTION),
     "8B lora r 16, inputs cast": (None, LORA | RECOMPUTED | {WITHOUT: "adapter_casts"}),
+    "8B lora r 16, plain norms and gates": (None, LORA | RECOMPUTED | {WITHOUT: "rms_norm,swiglu"}),
+    "8B full in bf16, float8 rowwise": (None, BF16 | RECOMPUTED | {"train.float8": "rowwise"}),
     "8B full in bf16, plain optimizer": (None, BF16 | RECOMPUTED | {WITHOUT: "adamw_kernel"}),
     "8B full in bf16, plain loss": (None, BF16 | RECOMPUTED | {WITHOUT: "cross_entropy_kernel"}),
     "8B qlora nf4": (None, QLORA | RECOMPUTED),
@@ -145,6 +151,8 @@ def missing(lab: memory.Lab, topology: str | None, settings: dict[str, Any]) -> 
         return "needs deepspeed"
     if settings.get("train.precision") == "fp16" and not lab.facts.get("gpu"):
         return "needs a GPU"
+    if settings.get("train.float8") and not has_float8(lab.facts):
+        return "needs a GPU of compute capability 8.9 (Ada) or newer"
     return lab.missing(settings)
 
 
