@@ -12,7 +12,7 @@ from conftest import TINY_LLAMA, losses, read_jsonl
 from torch._dynamo.utils import counters
 
 from finetune import loop, replay
-from finetune.engine import metrics, rounded_adamw
+from finetune.engine import rounded_adamw
 from finetune.models import attention_choice, cross_entropy, logits, varlen_choice
 from finetune.models.attention import attend_within_documents
 from finetune.models.cross_entropy import nll_in_chunks
@@ -71,8 +71,9 @@ def test_every_precision_learns(workshop, precision):
         model__config=GPU_LLAMA, train__precision=precision, train__max_steps=20, train__epochs=5
     )
     assert losses(run)[-1] < 0.8 * losses(run)[0]
-    is_known = metrics.peak_rate(torch.cuda.get_device_name()) is not None
-    assert ("mfu" in read_jsonl(run / "metrics.jsonl")[-1]) == is_known
+    assert read_jsonl(run / "metrics.jsonl")[-1]["mfu"] > 0, (
+        "of the table's rate, or a measured one"
+    )
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
