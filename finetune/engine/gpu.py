@@ -7,7 +7,7 @@ import torch
 
 from finetune.config import Config
 from finetune.data.batches import Batches
-from finetune.engine.chips import rate_here
+from finetune.engine.chips import peak_rate
 from finetune.engine.topology import Topology, support
 from finetune.models import logits, recompute, varlen_choice, varlen_gpu
 from finetune.models.attention_choice import BY_SETTING, DOCUMENTS
@@ -15,7 +15,7 @@ from finetune.models.attention_choice import BY_SETTING, DOCUMENTS
 # What compiling takes at the first step on a GPU, and how much longer a run should be.
 COLD_START, EARNED = 20.0, 15
 # Floating-point operations a second of a run before it has run: two fifths of the chip's peak, or
-# of an older GPU's where nothing is known.
+# of an older GPU's.
 SHARE_OF_PEAK, SLOW_GPU = 0.4, 100e12
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -28,7 +28,7 @@ def with_compilation(
         return config, ""
     compiled = _with_train(config, compile=True)
     if topology.device.type == "cuda" and recompute.has_compiler():
-        peak = rate_here() or SLOW_GPU
+        peak = peak_rate(torch.cuda.get_device_name(topology.device)) or SLOW_GPU
         operations = 6 * num_parameters * num_tokens / topology.num_processes
         seconds = operations / (SHARE_OF_PEAK * peak)
         forbidden = any(support.conflicts(compiled, topology.parallel))

@@ -93,6 +93,26 @@ class Chooser:
     def forecast(self, parallel: ParallelConfig, micro_batch_size: int | None = None) -> Forecast:
         return self.forecaster().of(parallel, shape(self.config, micro_batch_size))
 
+    def fewest_recomputed(self, parallel: ParallelConfig, most: float) -> tuple[int, float]:
+        """Return (the fewest layers to recompute so that a step needs at most `most`, its bytes).
+
+        All layers, if no number does. Each layer that is kept holds about as much as any other, so
+        two forecasts tell where to look.
+        """
+
+        def peak(number: int) -> float:
+            changed = _with(self.config, "train", gradient_checkpointing=number or False)
+            return self.forecaster_of(changed).of(parallel, shape(self.config)).peak
+
+        count, number, needed = self.num_layers, 0, peak(0)
+        if needed > most and count:
+            per_layer = (needed - peak(count)) / count
+            estimate = (needed - most) / per_layer if per_layer > 0 else count
+            number = min(count, max(1, math.floor(estimate) - 1))
+            while (needed := peak(number)) > most and number < count:
+                number += 1
+        return number, needed
+
     def largest_micro_batch(
         self, parallel: ParallelConfig, limit: float, change: str | None = None
     ) -> int | None:
@@ -199,26 +219,16 @@ def automatic(
 def recomputed(
     config: Config, parallel: ParallelConfig, device: torch.device, precision: str, limit: float
 ) -> tuple[int, str]:
-    """Return the fewest layers to recompute so that a step fits with ROOM to spare, and a message.
-
-    Each layer that is kept holds about as much as any other, so two forecasts tell where to look.
-    """
+    """Return the fewest layers to recompute so that a step fits with ROOM to spare; a message."""
     chooser = Chooser(config, precision=precision, on_gpu=device.type == "cuda")
-    count, most = chooser.num_layers, limit * (1 - ROOM)
+    number, needed = chooser.fewest_recomputed(parallel, limit * (1 - ROOM))
+    return number, recomputation(number, chooser.num_layers, needed, limit)
 
-    def peak(number: int) -> float:
-        changed = _with(chooser.config, "train", gradient_checkpointing=number or False)
-        return chooser.forecaster_of(changed).of(parallel, shape(config)).peak
 
-    number, needed = 0, peak(0)
-    if needed > most and count:
-        per_layer = (needed - peak(count)) / count
-        estimate = (needed - most) / per_layer if per_layer > 0 else count
-        number = min(count, max(1, math.floor(estimate) - 1))
-        while (needed := peak(number)) > most and number < count:
-            number += 1
+def recomputation(number: int, count: int, needed: float, limit: float) -> str:
+    """Say how many layers train.gradient_checkpointing: auto recomputes, and why."""
     layers = f"{number} of {count} layers" if number else "no layer"
-    return number, (
+    return (
         f"train.gradient_checkpointing: auto recomputes {layers}: {needed / 1e9:.1f} of "
         f"{limit / 1e9:.1f} GB by forecast"
     )
