@@ -4,6 +4,7 @@
     python benchmarks/gpu.py memory          forecasts of `plan` and the allocator's peaks
     python benchmarks/gpu.py speed           tokens a second; also of TRL, where it is installed
     python benchmarks/gpu.py speed --only "8B|qlora"        cases by regular expression
+    python benchmarks/gpu.py speed --only tokens --minutes 30      lengths until memory ends
     python benchmarks/gpu.py correctness --cpu --only lora  a rehearsal on tiny models, anywhere
 
 Each part takes under five minutes on one GPU, without a network, with the packages of this Python;
@@ -21,14 +22,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from on_gpu import correctness, memory, report, speed
+from on_gpu import correctness, memory, picture, report, speed
 from on_gpu.runner import ROOT, Clock, Helper, Row, cores, environment
 
 PARTS = ("correctness", "memory", "speed")
 ORDER = {
     "correctness": "the most important cases first, until the time is up (MINUTES= gives more)",
     "memory": "one case after the other",
-    "speed": "the most important cases first; five minutes allow about ten (MINUTES=15 for all)",
+    "speed": "the most important cases first (MINUTES= gives more, ONLY= picks some)",
 }
 MINUTES = 4.75  # of five: killing what runs at the deadline and the table take the rest
 
@@ -106,6 +107,8 @@ def run_part(part: str, arguments: argparse.Namespace, clock: Clock) -> int:
         for row in start(part, work, logs, env, facts, helper, clock, jobs, arguments, log):
             rows.append(row)
         log("\n" + report.write(out, part, rows, facts, clock.used()))
+        if part == "speed":
+            picture.write(out / "speed.svg", rows, report.about(facts))
         return report.exit_code(rows)
     except RuntimeError as exc:
         log(f"failed: {exc}")

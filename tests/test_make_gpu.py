@@ -12,6 +12,7 @@ import typing
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import yaml
@@ -20,7 +21,7 @@ from faults.forked import fork
 
 sys.path.append(str(ROOT / "benchmarks"))
 import gpu
-from on_gpu import correctness, helper, matrix, memory, report, runner, speed
+from on_gpu import correctness, helper, matrix, memory, picture, report, runner, speed
 from on_gpu.correctness import Curves
 from on_gpu.matrix import Case, Tolerance
 from on_gpu.runner import Clock, Row
@@ -564,20 +565,108 @@ def test_processes_see_one_gpu_and_no_launcher(tmp_path, monkeypatch):
     assert runner.environment(tmp_path, threads=2, on_cpu=True)["CUDA_VISIBLE_DEVICES"] == "-1"
 
 
+def speed_rows(monkeypatch, only, measure, clock):
+    """The rows of `speed`, where `measure(case, own)` stands for a run."""
+    monkeypatch.setattr(speed, "one_round", lambda lab, case, own: measure(case, own))
+    lab = lab_of(memory.Lab, ROOT, clock)
+    return {row.name: row for row in speed.rows(lab, only)}
+
+
 def test_rounds_of_speed_end_when_the_longest_no_longer_fits(monkeypatch):
     """A case stops when a round may not fit into the time of all, and reports its rounds."""
-    lab = lab_of(memory.Lab, ROOT, Clock(0.5))
 
-    def one_round(lab, name, topology, settings, own):
+    def measure(case, own):
         time.sleep(0.2)
         own.speeds.append(1000.0 + len(own.speeds))
-        own.mfu += [] if topology == speed.TRL else [0.4]
+        own.mfu += [] if case.by == speed.TRL else [0.4]
 
-    monkeypatch.setattr(speed, "one_round", one_round)
-    found = {row.name: row for row in speed.rows(lab, "^8B lora r 16(, TRL)?$")}
+    found = speed_rows(monkeypatch, "^8B lora r 16(, TRL)?$", measure, Clock(0.5))
     assert [row.status for row in found.values()] == ["measured", "measured"]
     assert sum(row.values["rounds"] for row in found.values()) in (2, 3)
     assert found["8B lora r 16, TRL"].values["mfu"] == "40.0%"
+    assert found["8B lora r 16"].values["x TRL"] == 1.0
+
+
+def test_a_series_of_lengths_ends_where_memory_does(monkeypatch):
+    def measure(case, own):
+        if case.length > 8192:
+            ended = runner.Ended(1, 1.0, "torch.OutOfMemoryError: CUDA out of memory. Tried to ...")
+            speed.fail(own, "it", ended)
+        else:
+            own.speeds.append(1.0)
+
+    found = speed_rows(monkeypatch, "^8B lora, [0-9,]+ tokens$", measure, Clock(60))
+    assert [row.status for row in found.values()] == [
+        *["measured"] * 3, "out of memory", *["left out"] * 3,
+    ]  # fmt: skip
+    assert list(found.values())[-1].reason == "shorter sequences ran out of memory"
+    rows = list(found.values())
+    assert "| 8B lora, 16,384 tokens | out of memory |" in report.table(rows, {"versions": {}})
+    assert report.exit_code(rows) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "losses", "why"),
+    [
+        ("8B lora r 16, TRL", [11.8, 11.0], ""),
+        ("8B lora r 16, TRL", [11.8, 11.2], "its last loss is 11.2000, that of 8B lora r 16 11"),
+        ("8B lora r 16, compiled", [11.0, 11.0], "its first loss is 11.0000"),
+        ("8B qlora nf4, TRL", [11.8, 11.2], ""),  # TRL rounds these adapters to 16 bits
+        ("8B full in bf16, TRL", [11.7, 9.0], "its first loss"),
+        ("8B packs lora, TRL", [9.0, 9.0], ""),  # other documents share a pack
+    ],
+)
+def test_losses_that_should_be_equal_are_compared(name, losses, why):
+    reference = name.split(", ")[0]
+    found = {
+        reference: speed.Found(losses=[11.8, 11.0]),
+        name: speed.Found(losses=losses),
+    }
+    said = speed.unequal(speed.Case.of(name, *speed.CASES[name]), found)
+    assert said.startswith(why)
+    assert bool(said) == bool(why)
+
+
+def test_every_case_of_speed_is_a_run_that_starts():
+    for name, of in speed.CASES.items():
+        case = speed.Case.of(name, *of)
+        values = speed.config_of(case, Path("base"), Path("rows.jsonl"))
+        configs.from_dict(correctness.sections({"run.name": "a", **values}))
+        assert case.by in (None, speed.TRL) or case.needs_saved_weights
+        assert case.length <= speed.SHAPES[case.size]["max_position_embeddings"]
+    assert len(speed.LENGTHS) * 4 == sum(speed.LENGTH in c[1] for c in speed.CASES.values()) - 1
+
+
+def test_trl_gets_the_same_rows_and_its_own_best_settings():
+    def asked(name, left_out=()):
+        case = speed.Case.of(name, *speed.CASES[name])
+        return speed.trl_of(case, Path("b"), Path("r"), Path("o"), set(left_out), True)
+
+    plain, best = asked("8B lora r 16, TRL"), asked("8B lora r 16, best, TRL")
+    assert plain["settings"]["gradient_checkpointing"]
+    assert not best["settings"]["gradient_checkpointing"]
+    assert (plain["lora"], plain["dtype"]) == ({"r": 16, "lora_alpha": 32}, "bfloat16")
+    assert asked("8B qlora nf4, TRL")["qlora"]
+    assert asked("1B full, TRL")["dtype"] == "float32"
+    packs = asked("8B packs lora, TRL")["settings"]
+    assert (packs["packing"], packs["attn_implementation"]) == (True, "flash_attention_2")
+    without = asked("8B packs lora, TRL", ["flash_attn.flash_attn_interface"])["settings"]
+    assert without["attn_implementation"] == "sdpa"
+
+
+def test_the_picture_has_a_bar_for_each_case_and_a_line_for_each_series(tmp_path):
+    def row(name, tokens):
+        return Row("speed", name, "measured", values={"tokens/s": tokens, "memory, GB": 9.9})
+
+    rows = [row("8B lora", 2000.0), row("8B lora, TRL", 1000.0), Row("speed", "x", "no turn")]
+    rows += [row(f"8B lora, {length:,} tokens", 1e6 / length) for length in (2048, 4096)]
+    picture.write(tmp_path / "a.svg", rows, "H100 & more")
+    drawn = ElementTree.parse(tmp_path / "a.svg").getroot()
+    widths = [float(each.get("width")) for each in drawn.iter() if each.tag.endswith("rect")]
+    assert widths[1:] == [picture.BAR, picture.BAR / 2]
+    assert sum(each.tag.endswith("polyline") for each in drawn.iter()) == 1
+    picture.write(tmp_path / "b.svg", rows[2:3], "nothing")
+    assert not (tmp_path / "b.svg").exists()
 
 
 # ------------------------------------------------------------------------------ the whole thing

@@ -139,10 +139,26 @@ def make_base(folder: str, shape: dict[str, Any], dtype: str) -> int:
     return number
 
 
+def make_folder(folder: str, shape: dict[str, Any]) -> None:
+    """Write what a model of random weights needs besides them."""
+    sys.path.append(str(ROOT / "benchmarks"))
+    from on_gpu import random_model
+
+    random_model.write_folder(Path(folder), shape)
+
+
 def make_rows(path: str, number: int, kind: str, length: int) -> None:
-    """Write questions whose answers differ in length, or texts of about `length` tokens (bytes)."""
+    """Write rows by kind, of which tokens are bytes.
+
+    questions: their answers differ in length; texts: of `length` tokens; same: one such text again
+    and again, so that no trainer's order of rows matters; short: of 60 to 600 tokens.
+    """
     draw = random.Random(0)
     rows: list[dict[str, str]] = []
+    letters = "abcdefghij klmnopq rstuvwxyz"
+    if kind == "same":
+        rows = [{"text": "".join(draw.choices(letters, k=length))}] * number
+        number = 0
     for i in range(number):
         if kind == "questions":
             rows.append(
@@ -152,7 +168,8 @@ def make_rows(path: str, number: int, kind: str, length: int) -> None:
                 }
             )
         else:
-            rows.append({"text": "".join(draw.choices("abcdefghij klmnopq rstuvwxyz", k=length))})
+            size = draw.randint(60, min(600, length)) if kind == "short" else length
+            rows.append({"text": "".join(draw.choices(letters, k=size))})
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -188,7 +205,10 @@ def forecast(config: str, on_gpu: bool) -> dict[str, float]:
     return {"peak": found.peak, "outside": found.device.get("CUDA", 0.0)}
 
 
-REQUESTS = {each.__name__: each for each in (facts, make_base, make_rows, open_export, forecast)}
+REQUESTS = {
+    each.__name__: each
+    for each in (facts, make_base, make_folder, make_rows, open_export, forecast)
+}
 
 
 def main() -> None:

@@ -75,10 +75,14 @@ class Lab:
         return path
 
     def train(
-        self, path: Path, limit: float, topology: str | None = None
-    ) -> tuple[Ended, list[dict[str, Any]]]:
-        """Return (how the run ended, its metrics); its large directory is removed."""
-        name, command = path.stem, correctness.command(topology, path)
+        self, path: Path, limit: float, topology: str | None = None,
+        command: list[str] | None = None,
+    ) -> tuple[Ended, list[dict[str, Any]]]:  # fmt: skip
+        """Return (how the run ended, its metrics); its large directory is removed.
+
+        `command`: instead of a user's.
+        """
+        name, command = path.stem, command or correctness.command(topology, path)
         log = self.logs / f"{name}.log"
         ended = run(command, env=self.env, log=log, limit=limit, clock=self.clock)
         metrics = correctness.lines(self.work / "runs" / name / "metrics.jsonl")
