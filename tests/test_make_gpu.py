@@ -21,7 +21,7 @@ from faults.forked import fork
 
 sys.path.append(str(ROOT / "benchmarks"))
 import gpu
-from on_gpu import correctness, helper, matrix, memory, picture, report, runner, speed
+from on_gpu import correctness, helper, matrix, memory, memory_cases, picture, report, runner, speed
 from on_gpu.correctness import Curves
 from on_gpu.matrix import Case, Tolerance
 from on_gpu.runner import Clock, Row
@@ -366,6 +366,7 @@ def test_forecasts_are_right_within_bounds():
     assert memory.verdict(9.1, 9.87, memory.RATIO)[0] == "right"
     assert memory.verdict(8.0, 9.87, memory.RATIO)[0] == "wrong"
     assert memory.verdict(12.9, 9.87, memory.RATIO)[0] == "wrong"
+    assert memory.verdict(0.5, 0.9, None)[0] == "measured", "a CPU's helper keeps what it had"
 
 
 def test_each_test_of_pytest_is_a_row():
@@ -551,7 +552,8 @@ def test_a_forecast_ended_by_the_deadline_does_not_fail(tmp_path):
     lab = lab_of(memory.Lab, tmp_path, Clock(0))
     late = Future()
     late.set_exception(RuntimeError("the helper did not answer to forecast in 0 s"))
-    assert memory.measure("full", {}, tmp_path / "full.yaml", late, lab).status == "no turn"
+    case = memory_cases.Case("full", {})
+    assert memory.measure(case, [tmp_path / "full.yaml"], late, lab).status == "no turn"
 
 
 def test_processes_see_one_gpu_and_no_launcher(tmp_path, monkeypatch):

@@ -1,8 +1,16 @@
 """What a GPU has measured stands beside the forecast, and gives a run its speed."""
 
+import json
+import sys
+from concurrent.futures import Future
+
 import pytest
 import torch
-from conftest import TINY_LLAMA
+from conftest import ROOT, TINY_LLAMA
+
+sys.path.append(str(ROOT / "benchmarks"))
+from on_gpu import correctness, helper, memory, memory_cases, recording
+from on_gpu.runner import Clock, Row
 
 from finetune import config as configs
 from finetune import summary
@@ -250,3 +258,116 @@ def test_the_kernel_of_the_loss_holds_no_logits_in_float32(monkeypatch):
     monkeypatch.setenv(WITHOUT, "cross_entropy_kernel")
     without = made.trace(shape, backward=False).passing
     assert without - with_kernel > 2 * 4 * 50_000 * 1_280 - 4 * trace.KERNEL_BLOCK_BYTES
+
+
+# ------------------------------------------------------------------------ what make gpu measures
+
+
+def test_every_case_of_memory_is_a_run_that_starts():
+    cases = memory_cases.cases()
+    assert len({case.name for case in cases}) == len(cases)
+    for case in cases:
+        own = {"run.name": "x", "model.path": "base", "data.train": "rows.jsonl"}
+        values = {**own, "data.max_length": case.length, **memory.BASE, **case.settings}
+        configs.from_dict(correctness.sections(values))
+        assert set(case.shapes) <= memory_cases.SHAPES.keys()
+
+
+def test_the_notes_figures_stand_beside_what_was_measured():
+    """The whole table of OPT-350M: 16 settings by three kinds of attention; and Falcon-7B."""
+    notes = {case.name: case.notes_mb for case in memory_cases.cases() if case.notes_mb}
+    assert notes["OPT-350M full, eager"] == "15,071"
+    assert notes["OPT-350M full, SDPA"] == "3,737"
+    assert notes["OPT-350M full, inside documents"] == "3,742"
+    assert notes["OPT-350M full, accumulated, inside documents"] == "2,807"
+    assert notes["OPT-350M lora, recomputed, 8-bit AdamW, accumulated, inside documents"] == "1,595"
+    assert notes["Falcon-7B int8, 2,000 tokens, recomputed"] == "12,280"
+    assert len([name for name in notes if name.startswith("OPT")]) == 48
+
+
+def test_two_depths_say_what_a_deeper_model_takes():
+    """1 GB, and 0.25 GB a layer."""
+    assert memory_cases.deeper((2.0, 3.0), (4, 8), 32) == 9.0
+
+
+class Answers:
+    """A helper that has run the cases."""
+
+    def __init__(self, *peaks):
+        self.peaks, self.restarts, self.asked = list(peaks), 0, []
+
+    def ask(self, what, limit, **arguments):
+        self.asked.append((what, arguments.get("card_gb")))
+        peak, held = self.peaks.pop(0)
+        if what == "forecast":
+            return {"peak": 1e9 * peak, "outside": 0.6e9}
+        return {"memory_gb": peak, "reserved_gb": peak + 0.5, "held_gb": held}
+
+    def restart(self):
+        self.restarts += 1
+
+
+def measured_row(case, answers, tmp_path, forecast=None):
+    facts = {"left_out": {}, "compiler": True, "gpu": GPU, "free_gb": 80.0}
+    lab = memory.Lab(tmp_path, tmp_path, {}, facts, answers, Clock(60), False, print)
+    paths = [tmp_path / f"{place}.yaml" for place, _ in enumerate(case.shapes)]
+    return memory.measure(case, paths, forecast, lab)
+
+
+def test_falcon_is_measured_at_two_depths_and_a_leaking_helper_replaced(tmp_path):
+    forecast = Future()
+    forecast.set_result({"peak": 9.6e9, "outside": 0.6e9})
+    case = next(case for case in memory_cases.cases() if case.name.startswith("Falcon"))
+    answers = Answers((2.0, 0.0), (3.0, 0.2))
+    row = measured_row(case, answers, tmp_path, forecast)
+    assert (row.status, row.reason, answers.restarts) == ("right", "", 1)
+    assert row.values == {
+        "forecast, GB": 9.0, "measured, GB": 9.0, "forecast / measured": 1.0,
+        "reserved, GB": 9.5, "notes, MB": "15,050 or 13,957",
+    }  # fmt: skip
+
+
+def test_a_small_card_is_forecast_with_the_numbers_that_auto_took(tmp_path):
+    case = next(case for case in memory_cases.cases() if case.card_gb == 8)
+    answers = Answers((7.0, 0.0), (7.6, 0.0))
+    assert measured_row(case, answers, tmp_path).status == "right"
+    assert answers.asked == [("train", 8.0), ("forecast", None)]
+    row = measured_row(case, Answers((8.1, 0.0), (8.6, 0.0)), tmp_path)
+    assert (row.status, row.reason) == ("wrong", "it took more than 8 GB")
+
+
+def test_make_gpu_records_what_plan_reads(file, tmp_path):
+    facts = {"gpu": GPU, "memory_gb": 85.0, "versions": {"torch": "2.13.0"}, "driver": "580"}
+    fast = {"tokens/s": 20_000.0, "TFLOP/s": 400.0}
+    peak = {"forecast, GB": 9.1, "measured, GB": 9.87}
+    rows = [
+        Row("memory", "full", "right", values=peak),
+        Row("memory", "lora", "wrong", values=peak),
+        Row("memory", "qlora", "no turn"),
+        Row("speed", "8B lora r 16", "measured", values=fast),
+        Row("speed", "8B lora r 16, TRL", "measured", values=fast),
+        Row("speed", "8B full in bf16, plain loss", "measured", values=fast),
+        Row("speed", "1B full, fp16", "measured", values=fast),
+        Row("speed", "1B full", "measured", values={"tokens/s": 1.0, "TFLOP/s": ""}),
+    ]
+    lines, out = [], tmp_path / "out"
+    out.mkdir()
+    recording.record(rows, facts, "make gpu PART=memory", out, lines.append)
+    [found] = measured.read()[GPU]
+    assert found.peaks == {
+        name: Peak(forecast_gb=9.1, measured_gb=9.87) for name in ("full", "lora")
+    }
+    assert list(found.rates) == ["8B lora r 16"]
+    assert found.rates["8B lora r 16"].adapter == "lora"
+    assert found.versions == {"torch": "2.13.0", "driver": "580"}
+    assert json.loads((out / "measured.json").read_text()).keys() == {GPU}
+    recording.record([rows[2]], facts, "make gpu", out, lines.append)
+    file.write_text("{")
+    recording.record(rows, facts, "make gpu", out, lines.append)
+    assert [line.split(" for `finetune plan`")[0] for line in lines] == ["recorded", "not recorded"]
+
+
+def test_the_helper_counts_the_work_of_a_token(workshop):
+    path = workshop.write(workshop.config("x", model__config=LLAMA, train__precision="bf16"))
+    attention = 32 * 5
+    assert helper.work(str(path), 10.0) == 6 * (LAYER + HEAD) + 12 * attention

@@ -22,7 +22,7 @@ def device() -> torch.device:
 def make(
     config: Any, dtype: torch.dtype, attention: str, quantization: dict[str, Any] | None = None
 ) -> Any:
-    """Return a causal LM on the device; `quantization`: arguments of BitsAndBytesConfig, 4 bits.
+    """Return a causal LM on the device; `quantization`: arguments of BitsAndBytesConfig.
 
     Seeds before and after, so that adapters made next start alike, too.
     """
@@ -38,30 +38,53 @@ def make(
 
 
 def _quantize(model: Any, quantization: dict[str, Any]) -> None:
-    """Replace the layers' matrices by 4-bit ones, as transformers does while it reads a model."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
+    """Replace the layers' matrices by 4- or 8-bit ones, as transformers does while it reads."""
     from transformers import BitsAndBytesConfig
     from transformers.quantizers import AutoHfQuantizer
 
     config = BitsAndBytesConfig(**quantization)
     for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or module is model.get_output_embeddings():
+        # As transformers finds them: Falcon's are children of nn.Linear.
+        if not isinstance(module, nn.Linear) or module is model.get_output_embeddings():
             continue
-        with torch.device("meta"):
-            made = Linear4bit(
-                module.in_features, module.out_features, bias=False,
-                compute_dtype=config.bnb_4bit_compute_dtype,
-            )  # fmt: skip
-        made.weight = Params4bit(
-            module.weight.detach(), requires_grad=False, module=made,
-            quant_type=config.bnb_4bit_quant_type,
-            compress_statistics=config.bnb_4bit_use_double_quant,
-        )  # fmt: skip
+        made = _in_8_bits(module, config) if config.load_in_8bit else _in_4_bits(module, config)
+        made.bias = module.bias
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, made.to(device()))  # which quantises
-    model.is_loaded_in_4bit = model.is_quantized = True
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = config.load_in_4bit, config.load_in_8bit
+    model.is_quantized = True
     model.config.quantization_config = config
     model.hf_quantizer = AutoHfQuantizer.from_config(config)  # Trainer asks it
+
+
+def _in_4_bits(module: nn.Linear, config: Any) -> Any:
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    with torch.device("meta"):
+        made = Linear4bit(
+            module.in_features, module.out_features, bias=False,
+            compute_dtype=config.bnb_4bit_compute_dtype,
+        )  # fmt: skip
+    made.weight = Params4bit(
+        module.weight.detach(), requires_grad=False, module=made,
+        quant_type=config.bnb_4bit_quant_type,
+        compress_statistics=config.bnb_4bit_use_double_quant,
+    )  # fmt: skip
+    return made
+
+
+def _in_8_bits(module: nn.Linear, config: Any) -> Any:
+    from bitsandbytes.nn import Int8Params, Linear8bitLt
+
+    with torch.device("meta"):
+        made = Linear8bitLt(
+            module.in_features, module.out_features, bias=False, has_fp16_weights=False,
+            threshold=config.llm_int8_threshold,
+        )  # fmt: skip
+    # Only what comes from the CPU is quantised on its way.
+    weight = module.weight.detach().cpu()
+    made.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    return made
 
 
 def write_folder(folder: Path, shape: dict[str, Any]) -> None:

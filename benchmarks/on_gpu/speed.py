@@ -10,6 +10,7 @@ the device (one_run.py, random_model.py): ours and TRL's are the same, as are ad
 losses after the last step must agree. The first third of the steps is left out of the speeds.
 """
 
+import contextlib
 import json
 import re
 import shutil
@@ -49,6 +50,7 @@ TRL = "trl"
 # of a sequence, AT_ONCE: sequences of a step; SHORT: documents of 60 to 600 tokens instead of one.
 WITHOUT, LENGTH, AT_ONCE, SHORT = "without", "tokens", "at once", "short documents"
 OWN_ATTENTION = {WITHOUT: "flash_attention_3,flash_attention_4,cudnn"}
+SHORT_TOKENS = 330  # of short documents, on average
 LENGTHS = tuple(2**power for power in range(11, 18))  # 2,048 to 131,072
 # Losses that should be equal differ by rounding: by less than this share of the first loss.
 LOSS_WITHIN, FLOAT8_WITHIN = 5e-3, 2e-2
@@ -128,6 +130,8 @@ class Found:
     speeds: list[float] = field(default_factory=list)
     memory_gb: float = 0.0
     mfu: list[float] = field(default_factory=list)
+    flops: float = 0.0
+    """Of a token, with recomputed layers."""
     first_step: float = 0.0
     """Seconds of the first step, with all that is compiled."""
     losses: list[float] = field(default_factory=list)
@@ -168,9 +172,8 @@ class Case:
 
     @property
     def needs_saved_weights(self) -> bool:
-        """Several processes, or 8 bits: what random_model.py does not make."""
-        has_8_bits = self.settings.get("adapter.quantization") == "int8"
-        return self.by not in (None, TRL) or has_8_bits
+        """Topologies share saved weights out."""
+        return self.by not in (None, TRL)
 
 
 def rows(lab: memory.Lab, only: str) -> Iterator[Row]:
@@ -236,6 +239,7 @@ def row_of(case: Case, found: dict[str, Found], left_out: str) -> Row:
         "x TRL": round(speed / (median(trl.speeds) or 1.0), 2) if trl and trl.speeds else "",
         "memory, GB": round(own.memory_gb, 2),
         "mfu": f"{median(own.mfu):.1%}" if own.mfu else "",
+        "TFLOP/s": float(f"{speed * own.flops / 1e12:.4g}") if own.flops else "",
         "first step, s": round(own.first_step, 1),
         "last loss": own.losses[-1] if own.losses else None,
     }  # fmt: skip
@@ -309,6 +313,10 @@ def one_round(lab: memory.Lab, case: Case, own: Found) -> None:
     own.memory_gb = max(own.memory_gb, metrics[-1]["memory_gb"])
     own.first_step = own.first_step or metrics[0]["seconds"]
     own.losses = [metrics[0]["loss"], metrics[-1]["loss"]]
+    if not own.flops and case.by is None:
+        length = SHORT_TOKENS if SHORT in case.own else case.length
+        with contextlib.suppress(RuntimeError):  # a column less
+            own.flops = lab.helper.ask("work", 60, config=str(lab.resolved(path)), length=length)
 
 
 def fail(own: Found, what: str, ended: Ended) -> None:
@@ -347,7 +355,6 @@ def prepared(lab: memory.Lab, case: Case) -> tuple[Path, Path]:
         lab.helper.ask("make_folder", 60, folder=str(base), shape=shape)
     texts = lab.work / f"rows-{kind}-{case.length}.jsonl"
     if not texts.exists():
-        # Short documents have 330 tokens on average.
         of_sequence = 1 if kind == "same" else max(2, case.length // 300)
         number = STEPS * case.at_once * of_sequence
         lab.helper.ask(
