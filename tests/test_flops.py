@@ -62,6 +62,25 @@ def test_packed_4_bit_weights_count_as_unpacked():
     assert parameters.in_products(model) == (0, 128)
 
 
+def test_a_change_of_any_weight_is_noticed_slice_by_slice(monkeypatch):
+    """A sum in float64 copies what it adds up: of a whole embedding four times its memory."""
+    monkeypatch.setattr(parameters, "SLICE", 7)
+    model = nn.Linear(5, 4, bias=False, dtype=torch.bfloat16)
+    before = parameters.fingerprints(model, lambda p: p)
+    assert before == {
+        "weight": pytest.approx(float(model.weight.detach().sum(dtype=torch.float64)))
+    }
+    for place in (0, 6, 7, 13, 14, 19):
+        model.weight.data.view(-1)[place] += 1
+        assert parameters.fingerprints(model, lambda p: p) != before
+        model.weight.data.view(-1)[place] = float("nan")
+        assert parameters.not_finite(model) == ["weight"]
+        model.weight.data.view(-1)[place] = 0
+        before = parameters.fingerprints(model, lambda p: p)
+    empty = nn.Linear(5, 4, bias=False)
+    assert parameters.fingerprints(empty, lambda p: p[:0]) == {"weight": 0.0}, "another's shard"
+
+
 def config(**values):
     text = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, **values}
     return types.SimpleNamespace(get_text_config=lambda: types.SimpleNamespace(**text))

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 from finetune import loop, replay
 from finetune.engine import rounded_adamw
-from finetune.models import attention_choice, cross_entropy, logits, varlen_choice
+from finetune.models import attention_choice, cross_entropy, logits, parameters, varlen_choice
 from finetune.models.attention import attend_within_documents
 from finetune.models.cross_entropy import nll_in_chunks
 from finetune.models.logits import LogitTransform
@@ -74,6 +74,22 @@ def test_every_precision_learns(workshop, precision):
     assert read_jsonl(run / "metrics.jsonl")[-1]["mfu"] > 0, (
         "of the table's rate, or a measured one"
     )
+
+
+def test_to_notice_changes_takes_no_memory_of_weights():
+    """A sum in float64 of a whole weight would take four times the memory of bfloat16."""
+    model = torch.nn.Linear(1 << 13, 1 << 13, bias=False, dtype=torch.bfloat16, device="cuda")
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    assert parameters.fingerprints(model, lambda p: p)["weight"] != 0
+    assert torch.cuda.max_memory_allocated() - before < 1.1 * 8 * parameters.SLICE
+
+
+def test_a_summary_on_a_gpu_ends_with_memory_and_speed(workshop, capsys):
+    workshop.check(model__config=GPU_LLAMA)
+    memory, speed = capsys.readouterr().out.splitlines()[-2:]
+    assert memory.startswith("memory      fits: ")
+    assert speed.startswith(("speed       about ", "speed       not measured on "))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
