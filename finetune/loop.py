@@ -72,9 +72,7 @@ def build(run: Run) -> None:
     ))  # fmt: skip
     facts = topology.on_main(lambda: models.facts(whole, base))
     model, optimizer = topology.prepare(whole, make_optimizer, config)
-    for line in take_kernels(
-        config, topology, data.model_config, data.attention, data.train, optimizer
-    ):
+    for line in take_kernels(config, topology, base, data.attention, data.train, optimizer):
         run.log(line)
     attention_probe.check(model, base, data.attention, topology.device, topology.precision)
     if why := head.check(model, base, topology.device, topology.precision):

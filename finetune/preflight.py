@@ -19,6 +19,7 @@ from finetune.models import (
     adapters,
     attention_choice,
     base_identity,
+    float8,
     head,
     load,
     parameters,
@@ -291,6 +292,8 @@ def check_model(config: Config, data: Data) -> ModelFacts:
     load.check_shapes(skeleton)
     load.check_weights(skeleton, config.model)
     recompute.chosen(skeleton, config.train.gradient_checkpointing)
+    if config.train.float8:
+        float8.large_products(skeleton)
     new_ids = data.new_token_ids
     adapted = adapters.apply(skeleton, config.adapter, config.model, new_token_ids=new_ids)
     trainable, total = parameters.count(adapted)

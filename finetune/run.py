@@ -40,7 +40,7 @@ from finetune.export.publish import Writing
 from finetune.export.save import Base
 from finetune.export.verify import probe_logits
 from finetune.generation import generate
-from finetune.models import adapters, base_identity, load, parameters, scalar_heads
+from finetune.models import adapters, base_identity, float8, load, parameters, scalar_heads
 from finetune.models.policy import Policy
 from finetune.objectives import Objective, chosen
 from finetune.preflight import Data
@@ -349,6 +349,8 @@ def opened(config: Config, check_only: bool, stop: StopFlag) -> Iterator[Run]:
             {**configs.flatten(config.model_dump()), **configs.code_identity(config)}
         )
         topology.check(config)
+        if config.train.float8 and not (check_only and topology.device.type == "cpu"):
+            float8.require(topology.device)
         config, reserved = sized(config, topology)
         configs.accumulation_steps(config, topology.num_data)
         with watched(config, directory, topology, stop):

@@ -8,12 +8,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY_LLAMA, losses, read_jsonl
+from conftest import TINY_LLAMA, losses, pretrained, read_jsonl
 from torch._dynamo.utils import counters
 
-from finetune import loop, replay
+from finetune import kernels, loop, replay
 from finetune.engine import rounded_adamw
-from finetune.models import attention_choice, cross_entropy, logits, parameters, varlen_choice
+from finetune.models import (
+    attention_choice,
+    cross_entropy,
+    float8,
+    liger,
+    logits,
+    parameters,
+    varlen_choice,
+)
 from finetune.models.attention import attend_within_documents
 from finetune.models.cross_entropy import nll_in_chunks
 from finetune.models.logits import LogitTransform
@@ -254,6 +262,92 @@ def test_rounded_adamw_is_one_kernel_that_gives_the_bits_of_the_reference():
     used, why = rounded_adamw.fastest(device)
     assert why == ""
     assert rounded_adamw.differences(used, device, count=5_000_000) == 0
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        liger.Norm(4096, 1e-5, 0.0, rounds_first=True),
+        liger.Norm(128, 1e-6, 0.0, rounds_first=True),
+        liger.Norm(2304, 1e-6, 1.0, rounds_first=False),
+        liger.Gate(14336, "SwiGLU"),
+        liger.Gate(9216, "GeGLU"),
+    ],
+    ids=["Llama's norm", "Qwen's of heads", "Gemma's", "SwiGLU", "GeGLU"],
+)
+def test_norms_and_gates_of_liger_agree_with_float32(part):
+    """In float32 to 1e-6, in 16 bits 1.1 times the error of PyTorch's operations; many rows too."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    pytest.importorskip("liger_kernel")
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    assert liger.wrong(part, device, dtypes) == ""
+    assert liger.wrong(part, device, (torch.bfloat16,), rows=40_000) == ""
+
+
+@pytest.mark.parametrize("method", [{}, {"model__dtype": "bfloat16"}, "lora"], ids=str)
+def test_a_run_with_ligers_kernels_has_the_losses_of_one_without(
+    workshop, monkeypatch, capsys, method
+):
+    pytest.importorskip("liger_kernel")
+    base = workshop.train("base", model__config=GPU_LLAMA, train__precision="bf16") / "model"
+    settings = pretrained(base, adapter__kind="lora") if method == "lora" else method
+    if method != "lora":
+        settings = {"model__config": GPU_LLAMA, **method}
+    settings |= {"train__precision": "bf16", "data__packing": True}
+    settings |= {"train__gradient_checkpointing": 1}
+    capsys.readouterr()
+    fast = workshop.train("fast", **settings)
+    assert "SwiGLU (2) and RMSNorm (5) run by Liger's kernels" in capsys.readouterr().out
+    monkeypatch.setenv(kernels.WITHOUT, "rms_norm,swiglu")
+    plain = workshop.train("plain", **settings)
+    assert losses(fast) == pytest.approx(losses(plain), rel=2e-2)
+
+
+@pytest.fixture
+def in_float8(monkeypatch):
+    """Skip where the GPU, or this environment, has no float8; let small products have it."""
+    pytest.importorskip("torchao")
+    if torch.cuda.get_device_capability() < float8.CAPABILITY:
+        pytest.skip("float8 needs compute capability 8.9 (Ada) or newer")
+    monkeypatch.setattr(float8, "WORTH", 8)
+    torch._dynamo.reset()
+    counters.clear()
+
+
+@pytest.mark.parametrize("kind", ["tensorwise", "rowwise"])
+@pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trained"])
+def test_a_product_in_float8_is_as_exact_as_its_emulation(in_float8, kind, trains):
+    """201 tokens, no multiple of 16; products of Llama-3.1-8B, both ways."""
+    from torchao.float8 import Float8LinearConfig
+
+    config = Float8LinearConfig.from_recipe_name(kind)
+    device = torch.device("cuda", torch.cuda.current_device())
+    for inputs, outputs in ((4096, 14336), (14336, 4096), (64, 96)):
+        assert float8.wrong(config, inputs, outputs, trains, device) == ""
+
+
+@pytest.mark.filterwarnings("ignore")  # what the compiler's modules say while they are imported
+@pytest.mark.parametrize("method", ["float32 masters", "bf16 weights", "lora"])
+@pytest.mark.parametrize("kind", [True, "rowwise"], ids=["tensorwise", "rowwise"])
+def test_a_run_in_float8_learns_as_one_in_bf16(in_float8, workshop, method, kind):
+    """Twenty steps, layers compiled without a graph break; the export is verified in bf16."""
+    shape = {**GPU_LLAMA, "hidden_size": 256, "intermediate_size": 512}
+    settings = {"model__config": shape, "train__precision": "bf16", "data__packing": True}
+    settings |= {"train__epochs": 9, "train__max_steps": 20, "optimizer__lr": 1e-3}
+    if method == "bf16 weights":
+        settings["model__dtype"] = "bfloat16"
+    if method == "lora":
+        base = workshop.train("base", **settings) / "model"
+        settings |= pretrained(base, adapter__kind="lora")
+    plain, fast = (
+        losses(workshop.train(name, **settings, train__compile=True, train__float8=own))
+        for name, own in (("plain", False), ("fast", kind))
+    )
+    assert counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
+    assert not counters["graph_break"]
+    assert fast != plain
+    assert fast == pytest.approx(plain, rel=3e-2)
+    assert fast[-1] < fast[0]
 
 
 @pytest.mark.parametrize("kernel", ["flash_attention_2", *attention_choice.BY_SETTING])

@@ -143,6 +143,7 @@ def test_requirements_of_a_case_follow_from_its_settings():
     assert needs["fp16"] == {"gpu"}
     assert needs["optimizer-lion"] == needs["init-loftq"] == {"bitsandbytes"}
     assert needs["resumed-zero2"] == {"deepspeed"}
+    assert needs["float8"] == {"gpu", "ada", "torchao", "compiler"}
     assert needs["plain-full"] == set()
 
 

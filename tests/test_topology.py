@@ -155,6 +155,7 @@ USES = {
     "noise on embeddings": {"train__neftune_alpha": 5},
     "largest micro-batch that fits": {"train__micro_batch_size": "auto"},
     "compiled layers": {"train__compile": True},
+    "float8 products": {"train__float8": True},
     "fp16": {"train__precision": "fp16"},
 }
 

@@ -76,11 +76,17 @@ class Lab:
                 return "needs a GPU"
             if need == "hopper" and not str(self.facts.get("capability")).startswith("9."):
                 return "needs compute capability 9 (Hopper)"
+            if need == "ada" and not has_float8(self.facts):
+                return "needs compute capability 8.9 (Ada) or newer"
             if need == "compiler" and not self.facts["compiler"]:
                 return "torch.compile needs a C++ compiler (CXX, or g++)"
             if need in self.facts["left_out"]:
                 return f"needs {need}"
         return ""
+
+
+def has_float8(facts: Mapping[str, Any]) -> bool:
+    return tuple(map(int, facts.get("capability", "0.0").split("."))) >= (8, 9)
 
 
 def rows(lab: Lab, jobs: int, only: str) -> Iterator[Row]:

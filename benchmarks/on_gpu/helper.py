@@ -31,11 +31,11 @@ OPTIONAL = {
     "deepspeed": "ZeRO-1, 2 and 3",
     "pytest": "tests/test_gpu.py",
     "trl": "the comparison with TRL",
-    "liger_kernel": "TRL with Liger",
+    "liger_kernel": "norms and gates as one kernel each, and TRL with Liger",
     "flash_attn.flash_attn_interface": "FlashAttention-2",
     "flash_attn_interface": "FlashAttention-3",
     "flash_attn.cute": "FlashAttention-4",
-    "torchao": "nothing so far, as train.py does not use it yet",
+    "torchao": "train.float8",
 }
 # Where the name of the package is not that of the module.
 PACKAGES = {

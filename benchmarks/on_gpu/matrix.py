@@ -50,6 +50,9 @@ COMPILED = Tolerance(
     1.2e-2, 1e-1, "a fused kernel keeps float32 where single operators round to bf16"
 )
 COMPILED_ADAPTERS = Tolerance(4e-3, 5e-2, "as compiled, but only adapters move")
+FLOAT8 = Tolerance(
+    3e-2, 3e-1, "a product in float8 is 4 to 6 % off; a wrong scale, or a missing gradient, more"
+)
 LAYOUT = Tolerance(
     2e-2,
     1e-1,
@@ -95,7 +98,7 @@ class Case:
     on_cpu: bool = False
     """A reference, run without the GPU."""
     needs: frozenset[str] = frozenset()
-    """Packages, or "gpu", "compiler": left out where they are missing."""
+    """Packages, or "gpu", "ada", "hopper", "compiler": left out where they are missing."""
 
 
 # Files for several nodes are those for one with an address in front; with one process they are the
@@ -156,7 +159,10 @@ FIRST = (
 
 def cases() -> list[Case]:
     """Return all, the most important first, each after what it is compared with."""
-    groups = (_methods, _precisions, _resumed, _compiled, _optimizers, _adapters, _layouts, _extras)
+    groups = (
+        _methods, _precisions, _resumed, _compiled, _optimizers, _adapters, _layouts, _float8,
+        _extras,
+    )  # fmt: skip
     by_name = {case.name: _with_needs(case) for group in groups for case in group()}
     ordered: dict[str, Case] = {}
     for name in (*FIRST, *by_name):
@@ -296,6 +302,26 @@ def _layouts() -> Iterable[Case]:
         yield Case(name, settings, None, "plain-full", LAYOUT, needs=frozenset({"gpu", *own}))
 
 
+def _float8() -> Iterable[Case]:
+    """Give the loss curve of a model whose products are large enough, beside bf16's."""
+    shape = {
+        "model_type": "llama", "hidden_size": 2048, "intermediate_size": 4096,
+        "num_hidden_layers": 2, "num_attention_heads": 16, "num_key_value_heads": 4,
+        "max_position_embeddings": 1024,
+    }  # fmt: skip
+    wide = COMPILE | {
+        "model.path": None, "model.init": "random", "model.tokenizer": "bytes",
+        "model.config": shape, "optimizer.lr": 3e-4, "train.max_steps": 24,
+    }  # fmt: skip
+    needs = frozenset({"gpu", "ada"})
+    yield Case("wide", wide, needs=needs)
+    for name, kind in (("float8", True), ("float8-rowwise", "rowwise")):
+        yield Case(name, wide | {"train.float8": kind}, None, "wide", FLOAT8, needs=needs)
+    settings = wide | {"train.float8": True}
+    yield Case("float8-fsdp2", settings, "fsdp2", "wide", FLOAT8, needs=needs)
+    yield Case("float8-ddp", settings, "ddp", "wide", FLOAT8, needs=needs)
+
+
 def _extras() -> Iterable[Case]:
     sampling = {
         "evaluation.sample_prompts": ["what is 3 times three"], "evaluation.sample_every_steps": 4,
@@ -324,8 +350,10 @@ def needs(settings: Mapping[str, Any]) -> set[str]:
     quantizes = settings.get("adapter.kind") == "qlora" or settings.get("adapter.init") == "loftq"
     if quantizes or re.search("8bit|paged|lion", settings.get("optimizer.kind", "")):
         found.add("bitsandbytes")
-    if settings.get("train.compile"):
+    if settings.get("train.compile") or settings.get("train.float8"):
         found.add("compiler")
+    if settings.get("train.float8"):
+        found.add("torchao")
     if settings.get("train.precision") == "fp16":
         found.add("gpu")
     return found

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from on_gpu import memory
+from on_gpu.correctness import has_float8
 from on_gpu.memory import LAYER
 from on_gpu.report import LEFT_OUT, MEASURED, NO_TURN, OUT_OF_MEMORY, WRONG, median
 from on_gpu.runner import ROOT, Ended, Row, last_words, run
@@ -45,6 +46,7 @@ QLORA = {**LORA, "adapter.kind": "qlora"}
 RECOMPUTED = {"train.gradient_checkpointing": True}
 COMPILE = {"train.compile": True}
 BF16 = {"model.dtype": "bfloat16"}
+FLOAT8 = {"train.float8": True}  # which compiles the layers
 TRL = "trl"
 # Settings of cases alone. WITHOUT: kernels to leave out (FINETUNE_WITHOUT_KERNELS); LENGTH: tokens
 # of a sequence, AT_ONCE: sequences of a step; SHORT: documents of 60 to 600 tokens instead of one.
@@ -88,10 +90,14 @@ CASES: Cases = {
     "8B qlora nf4, TRL": (TRL, QLORA | RECOMPUTED),
     "8B lora r 16, compiled": (None, LORA | RECOMPUTED | COMPILE),
     "8B full in bf16, compiled": (None, BF16 | RECOMPUTED | COMPILE),
+    "8B full in bf16, float8": (None, BF16 | RECOMPUTED | FLOAT8),
+    "8B lora r 16, float8": (None, LORA | RECOMPUTED | FLOAT8),
     "8B lora r 16, defaults": (None, LORA),
     "8B full in bf16, defaults": (None, BF16),
     "8B lora r 16, FlashAttention-2": (None, LORA | RECOMPUTED | OWN_ATTENTION),
     "8B lora r 16, inputs cast": (None, LORA | RECOMPUTED | {WITHOUT: "adapter_casts"}),
+    "8B lora r 16, plain norms and gates": (None, LORA | RECOMPUTED | {WITHOUT: "rms_norm,swiglu"}),
+    "8B full in bf16, float8 rowwise": (None, BF16 | RECOMPUTED | {"train.float8": "rowwise"}),
     "8B full in bf16, plain optimizer": (None, BF16 | RECOMPUTED | {WITHOUT: "adamw_kernel"}),
     "8B full in bf16, plain loss": (None, BF16 | RECOMPUTED | {WITHOUT: "cross_entropy_kernel"}),
     "8B qlora nf4, compiled": (None, QLORA | RECOMPUTED | COMPILE),
@@ -280,6 +286,8 @@ def missing(lab: memory.Lab, case: Case) -> str:
         return "needs deepspeed"
     if case.settings.get("train.precision") == "fp16" and not lab.facts.get("gpu"):
         return "needs a GPU"
+    if case.settings.get("train.float8") and not has_float8(lab.facts):
+        return "needs a GPU of compute capability 8.9 (Ada) or newer"
     return lab.missing(case.settings)
 
 

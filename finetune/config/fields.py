@@ -307,6 +307,11 @@ class Train(Section):
     Steps are faster after a first one of a minute or two; needs a C++ compiler.
     auto: on a GPU, if the run is long enough to earn it and nothing forbids it; on a CPU not.
     """
+    float8: Literal["rowwise"] | bool = False
+    """Multiply the large matrices of the layers in float8 while training; all else in bf16.
+    true: a scale for each matrix; rowwise: a scale for each row, more exact and slower.
+    Needs torchao, compiled layers, and a GPU of compute capability 8.9 (Ada, Hopper) or newer.
+    """
     hang_minutes: PositiveNumber | None = 10.0
     """End all processes if one does not answer or finish a micro-batch in this many minutes.
     null: no limit.

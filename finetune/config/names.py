@@ -71,6 +71,7 @@ _CALLED = {
     "train.precision": "bf16 fp16 tf32 mixed_precision use_bf16 use_fp16",
     "train.gradient_checkpointing": "activation_checkpointing grad_checkpoint",
     "train.compile": "torch_compile",
+    "train.float8": "fp8 use_fp8 enable_fp8",
     "train.max_grad_norm": "gradient_clipping grad_clip clip_grad_norm",
     "train.neftune_alpha": "neftune_noise_alpha",
     "run.dir": "output_dir output save_dir",
@@ -196,7 +197,7 @@ _NOT_YET = {
         "write fp16": "float16",
         "write bf16": "bfloat16",
         "write fp32": "float32 no",
-        "fp8 is not yet supported; use bf16": "fp8",
+        "float8 products are train.float8: true; write bf16": "fp8 float8",
         "weights in 8 bits are adapter.kind: qlora with adapter.quantization: int8": "int8",
     },
     "model.dtype": {

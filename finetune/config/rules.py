@@ -32,6 +32,7 @@ def conflicts(config: Config) -> Iterator[str]:
     yield from _schedule_conflicts(config)
     yield from _evaluation_conflicts(config)
     yield from _batch_conflicts(config)
+    yield from _float8_conflicts(config)
     yield from _tracking_conflicts(config)
 
 
@@ -155,6 +156,23 @@ def _batch_conflicts(config: Config) -> Iterator[str]:
     if micro != "auto" and size % micro:
         what = f"is not a multiple of train.micro_batch_size {micro}"
         yield f"train.global_batch_size: {size} {what}"
+
+
+def _float8_conflicts(config: Config) -> Iterator[str]:
+    train = config.train
+    if not train.float8:
+        return
+    if config.adapter.kind == "qlora":
+        yield (
+            "train.float8: qlora's frozen weights have 4 or 8 bits already; use adapter.kind: lora"
+        )
+    if train.compile is False:
+        yield (
+            "train.float8: only compiled layers are faster with it, as a compiler fuses its casts; "
+            "remove train.compile: false"
+        )
+    if train.precision in ("fp32", "fp16"):
+        yield f"train.float8: all else runs in bf16, and train.precision is {train.precision}"
 
 
 def _tracking_conflicts(config: Config) -> Iterator[str]:

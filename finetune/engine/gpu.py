@@ -9,7 +9,7 @@ from finetune.config import Config
 from finetune.data.batches import Batches
 from finetune.engine.chips import peak_rate
 from finetune.engine.topology import Topology, support
-from finetune.models import logits, recompute, varlen_choice, varlen_gpu
+from finetune.models import float8, liger, logits, recompute, varlen_choice, varlen_gpu
 from finetune.models.attention_choice import BY_SETTING, DOCUMENTS
 
 # What compiling takes at the first step on a GPU, and how much longer a run should be.
@@ -27,6 +27,8 @@ def with_compilation(
     if config.train.compile != "auto":
         return config, ""
     compiled = _with_train(config, compile=True)
+    if topology.device.type == "cuda" and config.train.float8:
+        return compiled, "train.compile: auto compiles the layers, as train.float8 needs it"
     if topology.device.type == "cuda" and recompute.has_compiler():
         peak = peak_rate(torch.cuda.get_device_name(topology.device)) or SLOW_GPU
         operations = 6 * num_parameters * num_tokens / topology.num_processes
@@ -47,25 +49,33 @@ def _with_train(config: Config, **values: Any) -> Config:
 
 
 def take_kernels(
-    config: Config, topology: Topology, model_config: Any, attention: str, train: Batches,
-    optimizer: Any,
-) -> Iterator[str]:  # fmt: skip
-    """Choose the kernels of attention and the loss; yield which, and why some are not used.
+    config: Config, topology: Topology, base: Any, attention: str, train: Batches, optimizer: Any
+) -> Iterator[str]:
+    """Choose the kernels of attention, norms, gates and the loss; yield which, and why not some.
+
+    `base`: the model inside its wrappers.
 
     The main process times them, and all take the same. Raises ModelError if the kernel that
     model.attention names cannot be used.
     """
     if topology.device.type != "cuda":
         return
+    if config.train.float8:
+        yield topology.on_main(lambda: float8.check(base, topology.device))
     if attention == DOCUMENTS and topology.precision in DTYPES:
         work = varlen_choice.work_of(
-            model_config, DTYPES[topology.precision], train.largest().lengths,
+            base.config, DTYPES[topology.precision], train.largest().lengths,
             train.sequences.examples.input.lengths.tolist(), topology.parallel.num_context,
         )  # fmt: skip
         named = config.model.attention if config.model.attention in BY_SETTING else None
         kernel, line = topology.on_main(lambda: varlen_choice.choose(work, topology.device, named))
         varlen_gpu.use(kernel)
         yield f"attention inside documents by {line}"
+    yield from liger.install(
+        base, on_main=topology.on_main, device=topology.device,
+        dtypes=[torch.float32, *filter(None, [DTYPES.get(topology.precision)])],
+        compiled=recompute.layers(base) if config.train.compile is True else (),
+    )  # fmt: skip
     if why := logits.fused(topology.device)[1]:
         yield f"note: the loss takes several passes over the logits for two, because {why}"
     if why := getattr(optimizer, "note", ""):

@@ -13,6 +13,7 @@ from finetune.models import (
     adapters,
     base_identity,
     embeddings,
+    float8,
     head,
     load,
     parameters,
@@ -56,6 +57,8 @@ def build(
     head.install(base)
     if config.train.neftune_alpha is not None:
         embeddings.add_noise(base, config.train.neftune_alpha)
+    if config.train.float8:
+        float8.convert(base, config.train.float8)
     num_recomputed = recompute.chosen(base, config.train.gradient_checkpointing)
     compiled = config.train.compile is True  # a run has replaced auto
     if compiled or num_recomputed:

@@ -26,7 +26,7 @@ def chosen(model: nn.Module, wanted: bool | int | str) -> int:
     """
     if wanted in (False, "auto"):
         return 0
-    count = len(_layers(model))
+    count = len(layers(model))
     if wanted is not True and int(wanted) > count:
         raise ModelError(
             f"train.gradient_checkpointing: {wanted}, but {type(model).__name__} has {count} "
@@ -55,7 +55,7 @@ def wrap(model: nn.Module, *, compiled: bool, num_recomputed: int) -> None:
             )
         # Treat scales and epsilons as constants; otherwise everything is compiled twice.
         torch._dynamo.config.specialize_float = True
-    for number, layer in enumerate(_layers(model)):
+    for number, layer in enumerate(layers(model)):
         trained: Any = torch.compile(layer.forward, dynamic=True) if compiled else layer.forward
         if number < num_recomputed:  # only the inputs are kept (Chen et al., 2016)
             trained = functools.partial(checkpoint, trained, use_reentrant=False)
@@ -71,7 +71,8 @@ def _compiler() -> str:
     return os.environ.get("CXX", "g++")
 
 
-def _layers(model: nn.Module) -> list[nn.Module]:
+def layers(model: nn.Module) -> list[nn.Module]:
+    """Return the layers of a model, shared out or not. Raises ModelError if unknown."""
     found = list(_outermost(model, classes(model)))
     if not found:
         raise ModelError(
@@ -83,7 +84,8 @@ def _layers(model: nn.Module) -> list[nn.Module]:
 
 def _outermost(module: nn.Module, names: set[str]) -> Iterator[nn.Module]:
     for child in module.children():
-        if type(child).__name__ in names:
+        # `fully_shard` puts a class of its own before a layer's.
+        if not names.isdisjoint(kind.__name__ for kind in type(child).__mro__):
             yield child
         else:
             yield from _outermost(child, names)

@@ -121,6 +121,12 @@ FEATURES = [
          "*_context": "processes exchange tokens inside the layers; untested, leave it out"},
     ),
     Feature(
+        "float8 products", "train.float8", lambda c: bool(c.train.float8),
+        {"zero3*": "it needs compiled layers; take fsdp2.yaml",
+         "zero*": "DeepSpeed keeps all weights in 16 bits; untested, take ddp.yaml or fsdp2.yaml",
+         "*_context": "it needs compiled layers; leave it out"},
+    ),
+    Feature(
         "largest micro-batch that fits", "train.micro_batch_size: auto",
         lambda c: c.train.micro_batch_size == "auto",
         {"zero*": "DeepSpeed counts trial passes as real micro-batches; "
