@@ -105,7 +105,8 @@ class Forecaster:
             # One process reads all weights, and opens the export next to its own copy.
             w = self.weights
             whole = 2 * w.stored if w.num == w.num_trained else w.stored
-            host = {"process": PROCESS, **held.waiting, **copied, WHOLE: whole}
+            moved = {"activations": traced.moved} if traced.moved else {}
+            host = {"process": PROCESS, **held.waiting, **moved, **copied, WHOLE: whole}
             device["CUDA"] = CONTEXT + (CHANNELS if parallel.num_processes > 1 else 0.0)
             return Forecast(device, peak + device["CUDA"], host)
         peak += sum(held.waiting.values()) + copied["checkpoint"]
