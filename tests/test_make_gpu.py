@@ -637,7 +637,7 @@ def test_every_case_of_speed_is_a_run_that_starts():
         configs.from_dict(correctness.sections({"run.name": "a", **values}))
         assert case.by in (None, speed.TRL) or case.needs_saved_weights
         assert case.length <= speed.SHAPES[case.size]["max_position_embeddings"]
-    assert len(speed.LENGTHS) * 4 == sum(speed.LENGTH in c[1] for c in speed.CASES.values()) - 1
+    assert len(speed.LENGTHS) * 6 == sum(speed.LENGTH in c[1] for c in speed.CASES.values()) - 1
 
 
 def test_trl_gets_the_same_rows_and_its_own_best_settings():

@@ -136,6 +136,12 @@ def test_a_run_is_compared_with_the_newest_case_like_it():
     assert speed.closest(known[:1], config_of(train={"compile": False}))[0] == "new"
     assert speed.closest(known[:1], config_of(optimizer={"kind": "lion"}))[0] == "new"
     assert speed.closest([measurement()], config_of()) is None
+    eight = Rate(tokens_per_second=1.0, tflops=600, adapter="full", compiled=True, float8=True)
+    both = [measurement().model_copy(update={"rates": {"float8": eight}}), *known]
+    assert speed.closest(both, config_of(train={"compile": True}))[0] == "new"
+    in_float8 = config_of(train={"compile": True, "float8": True, "precision": "bf16"})
+    assert speed.closest(both, in_float8)[0] == "float8"
+    assert speed.closest(known, in_float8)[0] == "new"
 
 
 def test_speed_and_hours_follow_from_the_rate_of_the_chip():
@@ -248,6 +254,17 @@ def test_a_pass_on_a_gpu_holds_that_room_while_it_runs():
         before = ledger.passing
         out.sum().backward()
     assert ledger.most_passing >= before + trace.attention_workspace(query, query)
+
+
+def test_products_in_float8_hold_their_operands_twice():
+    """Inputs, or gradients, and weights of the largest product; a layer keeps 16 bits."""
+    wide = LLAMA | {"hidden_size": 2048, "intermediate_size": 8192}
+    in_float8, in_bf16 = {"float8": True, "precision": "bf16"}, {"precision": "bf16"}
+    found = chooser_of(wide, train=in_float8).forecast(ONE).device
+    plain = chooser_of(wide, train=in_bf16).forecast(ONE).device
+    assert found["float8"] == 2 * (4 * 128 * (2048 + 8192) + 2048 * 8192)
+    assert found["activations"] == plain["activations"]
+    assert "float8" not in plain
 
 
 def test_the_kernel_of_the_loss_holds_no_logits_in_float32(monkeypatch):

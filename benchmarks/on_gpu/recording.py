@@ -61,6 +61,7 @@ def rates(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
                 found[row.name] = {
                     "tokens_per_second": row.values["tokens/s"], "tflops": row.values["TFLOP/s"],
                     "adapter": case.settings.get("adapter.kind", "full"),
-                    "compiled": case.settings.get("train.compile") is True,
+                    "compiled": bool(case.settings.keys() & {"train.compile", "train.float8"}),
+                    "float8": bool(case.settings.get("train.float8")),
                 }  # fmt: skip
     return found

@@ -44,6 +44,7 @@ CASE_SECONDS = 120.0  # compiling takes 20, steps over 131,072 tokens 10 to 20 e
 LORA = {"adapter.kind": "lora", "adapter.r": 16}
 QLORA = {**LORA, "adapter.kind": "qlora"}
 RECOMPUTED = {"train.gradient_checkpointing": True}
+OFFLOADED = {**RECOMPUTED, "train.activation_offload": True}
 COMPILE = {"train.compile": True}
 BF16 = {"model.dtype": "bfloat16"}
 FLOAT8 = {"train.float8": True}  # which compiles the layers
@@ -60,11 +61,12 @@ Cases = dict[str, tuple[str | None, dict[str, Any]]]
 
 
 def series() -> Cases:
-    """Return the cases of growing length: each trainer without recomputation until memory ends."""
+    """Return the cases of growing length, until memory ends; TRL recomputes, which fits most."""
     methods = {"lora": LORA, "full in bf16": BF16}
     trainers: dict[str, tuple[str | None, dict[str, Any]]] = {
         "": (None, COMPILE),
-        ", TRL": (TRL, {}),
+        ", offload": (None, COMPILE | OFFLOADED),
+        ", TRL": (TRL, RECOMPUTED),
     }
     return {
         f"8B {method}, {length:,} tokens{ending}": (by, settings | more | {LENGTH: length})
@@ -100,6 +102,7 @@ CASES: Cases = {
     "8B full in bf16, float8 rowwise": (None, BF16 | RECOMPUTED | {"train.float8": "rowwise"}),
     "8B full in bf16, plain optimizer": (None, BF16 | RECOMPUTED | {WITHOUT: "adamw_kernel"}),
     "8B full in bf16, plain loss": (None, BF16 | RECOMPUTED | {WITHOUT: "cross_entropy_kernel"}),
+    "8B lora r 16, offload": (None, LORA | OFFLOADED),
     "8B qlora nf4, compiled": (None, QLORA | RECOMPUTED | COMPILE),
     "8B-32 lora r 16": (None, LORA | COMPILE),
     "8B-32 lora r 16, TRL": (TRL, LORA),

@@ -165,6 +165,9 @@ class Chooser:
         if config.train.gradient_checkpointing is not True:
             yield "train.gradient_checkpointing: true", recomputed
             before = "train.gradient_checkpointing: true, "
+        if self.on_gpu and not config.train.activation_offload:
+            offloaded = _with(recomputed, "train", activation_offload=True)
+            yield f"{before}train.activation_offload: true", offloaded
         if kind == "full" and config.optimizer.kind == "adamw":
             eight_bit = _with(recomputed, "optimizer", kind="adamw_8bit")
             yield f"{before}optimizer.kind: adamw_8bit", eight_bit

@@ -37,6 +37,7 @@ class Rate(_Part):
     adapter: str
     """adapter.kind"""
     compiled: bool
+    float8: bool = False
 
 
 class Measurement(_Part):

@@ -51,13 +51,15 @@ def closest(
     """Return (case, rate, measurement) of the run that is most like this config's.
 
     One that trains by the same adapter.kind, compiled alike if there is one; None if there is none.
+    A run in float8 may be compared with one in 16 bits, but not the other way round.
     """
+    in_float8 = bool(config.train.float8)
     found = [
         (name, rate, measurement)
         for measurement in measurements
         for name, rate in measurement.rates.items()
-        if rate.adapter == config.adapter.kind
+        if rate.adapter == config.adapter.kind and (in_float8 or not rate.float8)
     ]
-    compiled = config.train.compile is True
-    alike = [each for each in found if each[1].compiled == compiled]
+    wanted = config.train.compile is True, in_float8
+    alike = [each for each in found if (each[1].compiled, each[1].float8) == wanted]
     return next(iter(alike or found), None)

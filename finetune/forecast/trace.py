@@ -50,6 +50,8 @@ class Trace:
     """After the pass."""
     kept: int
     """The part of `passing` that forward keeps for backward."""
+    moved: int = 0
+    """In host memory between forward and backward (train.activation_offload)."""
 
 
 class Ledger(TorchDispatchMode):
@@ -141,7 +143,9 @@ class Rehearsal:
 
         ZeRO keeps weights halved, and FSDP2 gathers them so.
         """
-        train = config.train.model_copy(update={"compile": False})
+        offloads = on_gpu and config.train.activation_offload
+        plain = {"compile": False, "float8": False, "activation_offload": offloads}
+        train = config.train.model_copy(update=plain)
         uncompiled = config.model_copy(update={"train": train})
         self.attention, self.on_gpu = attention, on_gpu
         self.dtype = None if precision == "fp32" else torch.bfloat16
@@ -178,6 +182,8 @@ class Rehearsal:
         rows, documents_of_row = (shape.num_sequences, 1) if is_padded else (1, shape.num_sequences)
         block_bytes = _block_bytes(self.on_gpu)
         hooks = []
+        if self.base.offload:
+            self.base.offload.host_bytes = 0
         with self.mode:
             for parameter in self.model.parameters():
                 parameter.grad = None
@@ -199,7 +205,8 @@ class Rehearsal:
                 if backward:
                     loss.backward()
                 del loss
-            found = Trace(ledger.most_passing, ledger.most, ledger.gradients, kept)
+            moved = self.base.offload.host_bytes if self.base.offload else 0
+            found = Trace(ledger.most_passing, ledger.most, ledger.gradients, kept, moved)
             for hook in hooks:
                 hook.remove()
             for parameter in self.model.parameters():
