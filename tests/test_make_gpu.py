@@ -749,6 +749,23 @@ def test_a_rehearsal_without_a_gpu_runs_interrupts_resumes_and_compares(
     assert "| resumed-lora | right |" in printed
 
 
+@pytest.mark.proof
+def test_a_rehearsal_of_memory_shows_forecasts_peaks_and_the_notes_figures(tmp_path):
+    only = "^OPT-350M lora, recomputed, (eager|inside)|^Falcon-7B int8, 500 tokens, rec|of 8 GB"
+    done = make_gpu("PART=memory", "CPU=1", f"ONLY={only}", f"OUT={tmp_path}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "memory.json").read_text())["rows"]
+    found = {row["name"]: (row["status"], row["values"]["notes, MB"]) for row in rows}
+    assert found == {
+        "1B lora, on a card of 8 GB": ("measured", ""),
+        "OPT-350M lora, recomputed, eager": ("measured", "2,059"),
+        "OPT-350M lora, recomputed, inside documents": ("measured", "1,595"),
+        "Falcon-7B int8, 500 tokens, recomputed": ("measured", "10,369"),
+    }
+    assert all(row["values"]["forecast, GB"] > 0.4 for row in rows)
+    assert not (tmp_path / "measured.json").exists(), "only a GPU's figures are recorded"
+
+
 @pytest.mark.slow
 def test_what_cannot_start_fails_at_once_with_a_reason(tmp_path, at_once, capsys):
     assert at_once("speed", "--out", str(tmp_path)) == 2

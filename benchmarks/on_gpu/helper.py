@@ -253,6 +253,7 @@ def train(config: str, card_gb: float | None = None) -> dict[str, float]:
     finally:
         gc.collect()
         if has_gpu:
+            torch._C._cuda_clearCublasWorkspaces()  # else they would count as held
             torch.cuda.empty_cache()
     held = torch.cuda.memory_allocated() / 1e9 if has_gpu else 0.0
     return {"memory_gb": peak, "reserved_gb": reserved, "held_gb": held}
