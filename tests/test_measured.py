@@ -17,11 +17,13 @@ from finetune import summary
 from finetune.__main__ import main as command
 from finetune.engine.topology.launch import ParallelConfig
 from finetune.errors import ConfigError, ModelError
-from finetune.forecast import measured, outlook, speed, trace
+from finetune.forecast import fused, measured, outlook, speed, trace
 from finetune.forecast.choice import Chooser
 from finetune.forecast.command import _measured
+from finetune.forecast.fused import LeanGate, LeanNorm
 from finetune.forecast.measured import Measurement, Peak, Rate
 from finetune.kernels import WITHOUT
+from finetune.models import liger
 
 pytestmark = pytest.mark.slow
 GPU, ONE = "NVIDIA H100 80GB HBM3", ParallelConfig()
@@ -265,6 +267,61 @@ def test_products_in_float8_hold_their_operands_twice():
     assert found["float8"] == 2 * (4 * 128 * (2048 + 8192) + 2048 * 8192)
     assert found["activations"] == plain["activations"]
     assert "float8" not in plain
+
+
+class Nothing:
+    """A kernel that is not run: what counts is what is allocated around it."""
+
+    def __getitem__(self, grid):
+        return lambda *_, **__: None
+
+
+def held(part, *given):
+    """Return the bytes that are kept after forward, and the most that backward adds."""
+    inputs, ledger = [each * 1 if each.dim() > 1 else each for each in given], trace.Ledger()
+    for each in inputs:
+        ledger.ignore(each)
+    with ledger:
+        out = part.fused(*inputs)
+        kept = ledger.passing
+        out.backward(torch.ones_like(out))
+    return kept, ledger.most_passing - kept
+
+
+def test_stand_ins_hold_what_ligers_kernels_hold(monkeypatch):
+    rms_norm = pytest.importorskip("liger_kernel.ops.rms_norm")
+    swiglu = pytest.importorskip("liger_kernel.ops.swiglu")
+    for module in (rms_norm, swiglu):
+        for name in filter(lambda name: name.endswith("ward_kernel"), dir(module)):
+            monkeypatch.setattr(module, name, Nothing())
+    for dtype in (torch.float32, torch.bfloat16):
+        states, other = (torch.randn(512, 1024, dtype=dtype).requires_grad_() for _ in range(2))
+        weight = torch.ones(1024, dtype=dtype)
+        norm, gate = (1024, 1e-5, 0.0, True), (1024, "SwiGLU")
+        assert held(liger.Norm(*norm), states, weight) == held(LeanNorm(*norm), states, weight)
+        assert held(liger.Gate(*gate), states, other) == held(LeanGate(*gate), states, other)
+
+
+def test_norms_and_gates_by_kernels_keep_less(monkeypatch):
+    """T tokens, width H, gates of M, in bf16, of a layer whose weights train in float32.
+
+    A norm keeps no float32 copies of its input and of what it divides, a gate not what silu gives.
+    """
+    shape = trace.Shape(1, 100, 100)
+
+    def kept(**train):
+        config = config_of(train={"precision": "bf16", "gradient_checkpointing": False, **train})
+        made = Chooser(config, precision="bf16", on_gpu=True).forecaster()._rehearsal(False)
+        return made.trace(shape).kept
+
+    monkeypatch.setattr(fused, "has_package", lambda name: False)
+    plain = kept()
+    monkeypatch.setattr(fused, "has_package", lambda name: name == "liger-kernel")
+    by_liger = kept()
+    assert plain - by_liger >= 100 * (2 * 4 * 32 + 2 * 64)
+    assert kept(compile=True) == plain, "a compiler fuses them itself"
+    monkeypatch.setenv(WITHOUT, "rms_norm,swiglu")
+    assert kept() == plain
 
 
 def test_the_kernel_of_the_loss_holds_no_logits_in_float32(monkeypatch):

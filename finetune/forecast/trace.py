@@ -17,6 +17,7 @@ from finetune import failures, kernels
 from finetune.config import Config
 from finetune.engine.topology import meta
 from finetune.errors import ModelError
+from finetune.forecast import fused
 from finetune.models import attention_choice, attention_probe, cross_entropy, head, logits
 from finetune.models.build import build
 
@@ -161,6 +162,8 @@ class Rehearsal:
         with self.mode:
             meta.move(self.model, "cpu")
         self.model.train()
+        if on_gpu and config.train.compile is not True:  # a compiler fuses norms and gates itself
+            fused.install(self.base)
         if on_gpu and attention != "eager":
             _disable_attention_dropout(self.model)
 

@@ -142,8 +142,7 @@ def install(
     counts: Counter[str] = Counter()
     for module, part in found:
         if part not in problems:
-            forward = _norm_forward if isinstance(part, Norm) else _gate_forward
-            module.forward = forward(module, part)
+            stand_for(module, part)
             counts[part.title] += 1
     if counts:
         named = " and ".join(f"{title} ({number})" for title, number in counts.items())
@@ -151,6 +150,12 @@ def install(
     for why in dict.fromkeys(problems.values()):
         titles = dict.fromkeys(part.title for part, own in problems.items() if own == why)
         yield f"note: {' and '.join(titles)} by several kernels for one, because {why}"
+
+
+def stand_for(module: Any, part: Part) -> None:
+    """Let a module compute its part fused where the kernel takes its inputs."""
+    forward = _norm_forward if isinstance(part, Norm) else _gate_forward
+    module.forward = forward(module, part)
 
 
 def problem(part: Part, device: torch.device, dtypes: Sequence[torch.dtype]) -> str:
