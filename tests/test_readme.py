@@ -20,9 +20,11 @@ from conftest import (
     pairs,
     pretrained,
     read_jsonl,
+    short,
     tracked,
     write_jsonl,
 )
+from faults.forked import fork
 from transformers import AutoModelForCausalLM
 
 import train
@@ -118,10 +120,10 @@ BRIEF = {
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_commands_of_the_readme_in_order(my_run, monkeypatch):
-    """--check, plan, train, chat, evaluate, merge; then the same with several processes.
+    """--check, plan, train, chat, evaluate, merge.
 
-    Several of them cold would take a minute, so one process runs all but the last of them;
-    test_launch.py and the last one here start as a user does.
+    Six cold commands would take a minute, so this process runs them; test_launch.py starts as a
+    user does.
     """
     runs = ("python train.py my_run", "python -m finetune ")
     chosen = [c for c in commands() if c.startswith(runs) and c != "python -m finetune launch"]
@@ -137,9 +139,24 @@ def test_the_commands_of_the_readme_in_order(my_run, monkeypatch):
             patch.setattr(sys, "stderr", sys.stderr)
             assert train.main() == 0, command
         forget_process_state()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_cold", short([False, True], False), ids=["forked", "as typed"])
+def test_the_command_for_several_processes(my_run, is_cold):
+    """test_launcher.py compares the environment of a forked process with accelerate's."""
     [several] = [c for c in commands() if c.startswith("accelerate launch")]
-    result = launch([*typed(several, my_run), *BRIEF["several"]])
-    assert result.returncode == 0, result.stderr
+    words = [*typed(several, my_run), *BRIEF["several"]]
+    if is_cold:
+        result = launch(words)
+        assert result.returncode == 0, result.stderr
+        return
+    script = words.index(str(ROOT / "train.py"))
+    file, processes = str(ROOT / "accelerate_configs/ddp.yaml"), 2
+    assert words[3:script] == ["--config_file", file, "--num_processes", str(processes)]
+    logs = [my_run / f"{rank}.log" for rank in range(processes)]
+    begun = fork("train", words[script + 1 :], "ddp", logs, {})
+    assert begun.codes() == [0] * processes, begun.output()
 
 
 def test_help_names_every_setting_without_torch():

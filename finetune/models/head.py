@@ -238,12 +238,15 @@ def probe(base: Any) -> tuple[LogitTransform | None, str | None]:
 def _probe(
     base: Any, head: nn.Module, layers: nn.Module
 ) -> tuple[LogitTransform | None, str | None]:
-    # A grid for the shape, then a slope near 0 and the limit far from it.
-    given = torch.cat([torch.linspace(-200, 200, 4001), torch.tensor([1e-3, 1e6])])[None, None]
+    # A grid for the shape, then a slope near 0 and the limit far from it. At least as many numbers
+    # as words, as some forwards cut those that only pad the vocabulary.
+    text = base.config.get_text_config()
+    grid = torch.linspace(-200, 200, max(4001, text.vocab_size))
+    given = torch.cat([grid, torch.tensor([1e-3, 1e6])])[None, None]
     device = next(base.parameters()).device
     token = torch.zeros(1, 1, dtype=torch.long, device=device)
     try:
-        states = torch.zeros(1, 1, base.config.get_text_config().hidden_size, device=device)
+        states = torch.zeros(1, 1, text.hidden_size, device=device)
         with (
             torch.no_grad(),
             _answering(layers, lambda *_, **__: _Outputs(states)),
