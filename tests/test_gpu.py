@@ -298,16 +298,19 @@ def test_rounded_adamw_is_one_kernel_that_gives_the_bits_of_the_reference():
         liger.Norm(2304, 1e-6, 1.0, rounds_first=False),
         liger.Gate(14336, "SwiGLU"),
         liger.Gate(9216, "GeGLU"),
+        liger.Gate(8192, "SwiGLU", ("gate_up_proj",)),
     ],
-    ids=["Llama's norm", "Qwen's of heads", "Gemma's", "SwiGLU", "GeGLU"],
+    ids=["Llama's norm", "Qwen's of heads", "Gemma's", "SwiGLU", "GeGLU", "Phi-3's SwiGLU"],
 )
-def test_norms_and_gates_of_liger_agree_with_float32(part):
+def test_norms_and_gates_of_liger_agree_with_float32(monkeypatch, part):
     """In float32 to 1e-6, in 16 bits 1.1 times the error of PyTorch's operations; many rows too."""
     device = torch.device("cuda", torch.cuda.current_device())
     pytest.importorskip("liger_kernel")
+    monkeypatch.setattr(liger, "WITHIN", 1e-6)
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     assert liger.wrong(part, device, dtypes) == ""
-    assert liger.wrong(part, device, (torch.bfloat16,), rows=40_000) == ""
+    rows = 40_000 if part.size <= 256 else 3_000  # small norms have another kernel from 32,768
+    assert liger.wrong(part, device, (torch.bfloat16,), rows=rows) == ""
 
 
 @pytest.mark.parametrize("method", [{}, {"model__dtype": "bfloat16"}, "lora"], ids=str)

@@ -13,6 +13,8 @@ from transformers.models.gemma.configuration_gemma import GemmaConfig
 from transformers.models.gemma.modeling_gemma import GemmaMLP, GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+from transformers.models.phi3.configuration_phi3 import Phi3Config
+from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
 from finetune import kernels
 from finetune.models import liger, recompute
@@ -26,6 +28,7 @@ PARTS = [
     Norm(24, 1e-6, 1.0, rounds_first=False),
     Gate(40, "SwiGLU"),
     Gate(40, "GeGLU"),
+    Gate(40, "SwiGLU", ("gate_up_proj",)),
 ]
 
 
@@ -68,10 +71,9 @@ def test_other_norms_stay_as_they_are(norm):
 
 
 def mlp(activation="silu", kind=LlamaMLP):
-    config = tiny_llama(hidden_act=activation)
-    if kind is GemmaMLP:
-        config = GemmaConfig(hidden_size=32, intermediate_size=64, hidden_act=activation)
-    return kind(config)
+    settings = {"hidden_size": 32, "intermediate_size": 64, "hidden_act": activation}
+    configs = {GemmaMLP: GemmaConfig, Phi3MLP: Phi3Config}
+    return kind(configs.get(kind, tiny_llama)(**settings))
 
 
 class Scaled(LlamaMLP):
@@ -84,20 +86,27 @@ class Summed(LlamaMLP):
         return super().forward(x) + x
 
 
+SEPARATE, JOINT = ("gate_proj", "up_proj"), ("gate_up_proj",)
+
+
 @pytest.mark.parametrize(
-    ("module", "title"),
+    ("module", "gate"),
     [
-        (mlp(), "SwiGLU"),
-        (mlp("gelu_pytorch_tanh", GemmaMLP), "GeGLU"),
+        (mlp(), Gate(64, "SwiGLU", SEPARATE)),
+        (mlp("gelu_pytorch_tanh", GemmaMLP), Gate(64, "GeGLU", SEPARATE)),
+        (mlp(kind=Phi3MLP), Gate(64, "SwiGLU", JOINT)),
+        (mlp("gelu_pytorch_tanh", kind=Phi3MLP), None),
         (mlp("gelu"), None),
         (mlp(kind=Scaled), None),
         (mlp(kind=Summed), None),
         (nn.Linear(4, 4), None),
     ],
-    ids=["silu", "tanh of gelu", "gelu", "scaled", "summed", "no MLP"],
-)
-def test_a_gate_is_known_by_what_it_computes(module, title):
-    assert liger.gate_of(module) == (title and Gate(64, title))
+    ids=[
+        "Llama", "Gemma", "Phi-3", "Phi-3 with gelu", "exact gelu", "scaled", "summed", "no MLP",
+    ],
+)  # fmt: skip
+def test_a_gate_is_known_by_what_it_computes(module, gate):
+    assert liger.gate_of(module) == gate
 
 
 @pytest.fixture
@@ -145,6 +154,7 @@ def test_only_the_modules_of_one_model_change_and_it_computes_the_same(fused, me
     if method == "recomputed":
         recompute.wrap(model, compiled=False, num_recomputed=2)
     assert install(model) == ["SwiGLU (2) and RMSNorm (5) run by Liger's kernels"]
+    assert install(model) == [], "what something else has replaced is left alone"
     fused.clear()
     found = gradients(model)
     # The last norm is in no layer: recomputation runs it once.
@@ -188,7 +198,7 @@ def test_a_norm_whose_result_is_wider_than_its_input_stays_pytorchs(states, weig
 class Doubled(Gate):
     what: str = "output"
 
-    def fused(self, gate, up):
+    def fused(self, *given):
         class Wrong(torch.autograd.Function):
             @staticmethod
             def forward(ctx, gate, up):
@@ -206,7 +216,7 @@ class Doubled(Gate):
         what = self.what
         if what == "error":
             raise RuntimeError("out of registers\nand more")
-        return Wrong.apply(gate, up)
+        return Wrong.apply(*given)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +231,7 @@ class Doubled(Gate):
     ],
 )
 def test_a_kernel_with_another_result_is_refused(what, why):
-    found = liger.wrong(Doubled(40, "SwiGLU", what), CPU, FLOAT)
+    found = liger.wrong(Doubled(40, "SwiGLU", what=what), CPU, FLOAT)
     assert found.startswith(why)
     assert bool(found) == bool(why)
 
@@ -270,6 +280,7 @@ def ligers_own(interpreted, monkeypatch):
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: f"{part.title} {part.__dict__}")
-def test_ligers_kernels_equal_pytorchs_operations(ligers_own, part):
+def test_ligers_kernels_equal_pytorchs_operations(ligers_own, monkeypatch, part):
     """In float32 to 1e-6; float16 stands for bfloat16, which the interpreter cannot compute."""
+    monkeypatch.setattr(liger, "WITHIN", 1e-6)
     assert liger.wrong(part, CPU, (torch.float32, torch.float16), rows=5) == ""

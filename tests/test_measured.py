@@ -300,6 +300,7 @@ def test_stand_ins_hold_what_ligers_kernels_hold(monkeypatch):
         norm, gate = (1024, 1e-5, 0.0, True), (1024, "SwiGLU")
         assert held(liger.Norm(*norm), states, weight) == held(LeanNorm(*norm), states, weight)
         assert held(liger.Gate(*gate), states, other) == held(LeanGate(*gate), states, other)
+        assert held(liger.Gate(*gate), states) == held(LeanGate(*gate), states), "side by side"
 
 
 def test_norms_and_gates_by_kernels_keep_less(monkeypatch):

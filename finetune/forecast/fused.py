@@ -46,6 +46,19 @@ class _Gate(torch.autograd.Function):
         return gate, up
 
 
+class _GateOfOne(torch.autograd.Function):
+    """Keeps gate and up, which lie side by side, until their gradient is there."""
+
+    @staticmethod
+    def forward(ctx: Any, both: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(both)
+        return both.new_empty((*both.shape[:-1], both.shape[-1] // 2))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return torch.empty_like(ctx.saved_tensors[0])
+
+
 class LeanNorm(liger.Norm):
     def fused(self, states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = _Norm.apply(states, weight)
@@ -53,8 +66,9 @@ class LeanNorm(liger.Norm):
 
 
 class LeanGate(liger.Gate):
-    def fused(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = _Gate.apply(gate, up)
+    def fused(self, *given: torch.Tensor) -> torch.Tensor:
+        function: Any = _Gate if len(given) == 2 else _GateOfOne
+        out: torch.Tensor = function.apply(*given)
         return out
 
 

@@ -38,9 +38,10 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "GeGLU": lambda states: F.gelu(states, approximate="tanh"),
 }
 ROWS = 301  # more than the multiprocessors of a GPU, which share them in backward
-# Both against float32: a kernel in float32 by the order of its sums, and in 16 bits as much as
-# PyTorch's operations, or two roundings of bfloat16 (each 2^-9 at most, 2^-10 by root mean square).
-WITHIN, TIMES, ROUNDINGS = 1e-6, 1.1, 2**-9
+# How far a kernel may be from PyTorch in float32 (seen: 1e-6, by the order of sums): a kernel in
+# float32 itself, and in 16 bits as far as PyTorch's operations are, or two roundings of bfloat16
+# (each 2^-9 at most, 2^-10 by root mean square).
+WITHIN, TIMES, ROUNDINGS = 1e-5, 1.1, 2**-9
 
 
 @dataclass(frozen=True)
@@ -89,37 +90,49 @@ class Gate:
     size: int
     title: str
     """One of ACTIVATIONS."""
+    products: tuple[str, ...] = ("gate_proj", "up_proj")
+    """The modules that make gate and up; one makes them side by side."""
 
     name = SWIGLU
 
-    def plain(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    def plain(self, *given: torch.Tensor) -> torch.Tensor:
+        gate, up = given if len(given) == 2 else given[0].chunk(2, -1)
         return ACTIVATIONS[self.title](gate) * up
 
-    def fused(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        # Backward writes both gradients over `gate` and `up`: they are outputs of products, or of
+    def fused(self, *given: torch.Tensor) -> torch.Tensor:
+        # With two, backward writes both gradients over them: they are outputs of products, or of
         # an adapter's sum, which nothing else keeps.
-        if self.title == "SwiGLU":
-            from liger_kernel.ops.swiglu import LigerSiLUMulFunction as Function
-        else:
-            from liger_kernel.ops.geglu import LigerGELUMulFunction as Function
-        out: torch.Tensor = Function.apply(gate, up)
+        from liger_kernel.ops import geglu, swiglu
+
+        function: Any = swiglu.LigerSiLUMulFunction
+        if len(given) == 1:
+            function = swiglu.LigerFusedGateUpSiLUMulFunction
+        elif self.title == "GeGLU":
+            function = geglu.LigerGELUMulFunction
+        out: torch.Tensor = function.apply(*given)
         return out
 
-    def takes(self, gate: torch.Tensor, up: torch.Tensor) -> bool:
-        return gate.numel() > 0 and gate.dtype == up.dtype
+    def takes(self, *given: torch.Tensor) -> bool:
+        return given[0].numel() > 0 and given[0].dtype == given[-1].dtype
 
     def examples(self, rows: int, random: torch.Generator) -> Tensors:
-        return [3 * torch.randn(rows, self.size, generator=random) for _ in range(2)]
+        both = 3 * torch.randn(rows, 2 * self.size, generator=random)
+        return list(both.chunk(2, -1)) if len(self.products) == 2 else [both]
 
 
 Part = Norm | Gate
 
 
 def parts(model: nn.Module, without: Iterable[nn.Module] = ()) -> Iterator[tuple[nn.Module, Part]]:
-    """Yield the modules that a kernel can stand for, except in `without`, and what they compute."""
+    """Yield the modules that a kernel can stand for, except in `without`, and what they compute.
+
+    A module whose forward something else has replaced is left alone.
+    """
     left_out = {id(inner) for module in without for inner in module.modules()}
     for module in model.modules():
-        if id(module) not in left_out and (part := norm_of(module) or gate_of(module)):
+        if id(module) in left_out or "forward" in vars(module):
+            continue
+        if part := norm_of(module) or gate_of(module):
             yield module, part
 
 
@@ -154,8 +167,10 @@ def install(
 
 def stand_for(module: Any, part: Part) -> None:
     """Let a module compute its part fused where the kernel takes its inputs."""
-    forward = _norm_forward if isinstance(part, Norm) else _gate_forward
-    module.forward = forward(module, part)
+    if isinstance(part, Norm):
+        module.forward = _norm_forward(module, part)
+    else:
+        module.forward = _gate_forward(module, part)
 
 
 def problem(part: Part, device: torch.device, dtypes: Sequence[torch.dtype]) -> str:
@@ -167,7 +182,7 @@ def problem(part: Part, device: torch.device, dtypes: Sequence[torch.dtype]) -> 
     return wrong(part, device, dtypes)
 
 
-def _norm_forward(module: Any, norm: Part) -> Callable[..., torch.Tensor]:
+def _norm_forward(module: Any, norm: Norm) -> Callable[..., torch.Tensor]:
     plain = module.forward
 
     @functools.wraps(plain)
@@ -181,13 +196,13 @@ def _norm_forward(module: Any, norm: Part) -> Callable[..., torch.Tensor]:
     return forward
 
 
-def _gate_forward(module: Any, part: Part) -> Callable[..., torch.Tensor]:
+def _gate_forward(module: Any, gate: Gate) -> Callable[..., torch.Tensor]:
     @functools.wraps(module.forward)
     def forward(*arguments: Any, **keywords: Any) -> torch.Tensor:
         (states,) = (*arguments, *keywords.values())
-        gate, up = module.gate_proj(states), module.up_proj(states)
-        combine = part.fused if part.takes(gate, up) else part.plain
-        out: torch.Tensor = module.down_proj(combine(gate, up))
+        given = [getattr(module, name)(states) for name in gate.products]
+        combine = gate.fused if gate.takes(*given) else gate.plain
+        out: torch.Tensor = module.down_proj(combine(*given))
         return out
 
     return forward
@@ -228,28 +243,41 @@ def _computes(module: nn.Module, norm: Norm, states: torch.Tensor, weight: torch
 
 def gate_of(module: nn.Module) -> Gate | None:
     """Return what an MLP does between its products, by running its class with others' products."""
-    names = ("gate_proj", "up_proj", "down_proj")
-    size = getattr(module._modules.get("gate_proj"), "out_features", None)
-    if size is None or not module._modules.keys() >= set(names) or not _takes_one(module):
-        return None
+    for products in (("gate_proj", "up_proj"), ("gate_up_proj",)):
+        if module._modules.keys() >= {*products, "down_proj"} and _takes_one(module):
+            return _gate_of(module, products)
+    return None
+
+
+def _gate_of(module: nn.Module, products: tuple[str, ...]) -> Gate | None:
     random = torch.Generator().manual_seed(0)
-    states, gate, up, result = (torch.randn(4, 16, generator=random) for _ in range(4))
-    seen: list[torch.Tensor] = []
+    both, states, result = (torch.randn(4, 16, generator=random) for _ in range(3))
+    answers = list(both.chunk(2, -1)) if len(products) == 2 else [both]
+    given: list[torch.Tensor] = []
 
     def answering(answer: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        return lambda given: seen.append(given) or answer  # type: ignore[func-returns-value]
+        def answered(states: torch.Tensor) -> torch.Tensor:
+            given.append(states)
+            return answer
 
-    stands_in = dict(zip(names, map(answering, (gate, up, result))))
+        return answered
+
+    stands_in = dict(zip((*products, "down_proj"), map(answering, (*answers, result))))
     try:
         with torch.no_grad():
             out = _copy(module, _modules={**module._modules, **stands_in}).forward(states)
     except Exception:  # of any author's code
         return None
-    if out is not result or len(seen) != 3 or seen[0] is not states or seen[1] is not states:
+    size = getattr(getattr(module, products[0]), "out_features", 0) // (3 - len(products))
+    is_usual = len(given) == len(products) + 1 and all(x is states for x in given[:-1])
+    if out is not result or not is_usual or not size:
         return None
-    for title, activation in ACTIVATIONS.items():
-        if torch.allclose(seen[2], activation(gate) * up, rtol=1e-5, atol=1e-6):
-            return Gate(int(size), title)
+    for title in ACTIVATIONS if len(products) == 2 else ("SwiGLU",):  # all that Liger has
+        gate = Gate(size, title, products)
+        wanted = gate.plain(*answers)
+        found = given[-1]
+        if found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-5, atol=1e-6):
+            return gate
     return None
 
 
@@ -268,8 +296,8 @@ def _copy(module: nn.Module, **values: Any) -> Any:
 def wrong(part: Part, device: torch.device, dtypes: Sequence[torch.dtype], rows: int = ROWS) -> str:
     """Return what is wrong with a kernel's outputs or gradients beside float32's, or ""."""
     examples = part.examples(rows, torch.Generator().manual_seed(0))
-    for pair in itertools.product(dtypes, dtypes):
-        given = [each.to(dtype).to(device) for each, dtype in zip(examples, pair)]
+    for chosen in itertools.product(dtypes, repeat=len(examples)):
+        given = [each.to(dtype).to(device) for each, dtype in zip(examples, chosen)]
         if not part.takes(*given):
             continue
         try:
@@ -280,7 +308,7 @@ def wrong(part: Part, device: torch.device, dtypes: Sequence[torch.dtype], rows:
         exact = _run(part.plain, [each.float() for each in given])
         for name, own, usual, right in zip(_COMPARED, found, _run(part.plain, given), exact):
             error, most = _error(own, right), WITHIN
-            if torch.float32 != min(pair, key=lambda dtype: dtype.itemsize):
+            if set(chosen) != {torch.float32}:
                 most = max(TIMES * _error(usual, right), ROUNDINGS)
             if own.dtype != usual.dtype or not error <= most:
                 dtype = str(given[0].dtype).removeprefix("torch.")
