@@ -38,7 +38,7 @@ quickstart: install
 	@echo "The tuned model is in runs/quickstart/model. Chat with it:"
 	@echo "  $(BIN)/python -m finetune chat --model runs/quickstart/model --one-turn"
 
-# Under 6 minutes on two idle cores; it ends with a count of what it leaves to the targets below.
+# About 4 minutes on two idle cores; it ends with a count of what it leaves to the targets below.
 test: .venv/tools
 	$(BIN)/python -m pytest tests -n auto --dist worksteal
 
@@ -49,7 +49,7 @@ test-fast: .venv/tools
 proofs: .venv/tools
 	$(BIN)/python -m pytest tests -n auto --dist worksteal -m proof
 
-# 201 kills, every signal, cloud, damage and move to another topology.
+# Hundreds of kills, every signal, cloud, damage and move to another topology.
 faults: .venv/tools
 	FINETUNE_KILLS=201 $(BIN)/python -m pytest tests/faults tests/distributed -n 2 -s -m ""
 

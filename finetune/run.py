@@ -40,7 +40,7 @@ from finetune.export.publish import Writing
 from finetune.export.save import Base
 from finetune.export.verify import probe_logits
 from finetune.generation import generate
-from finetune.models import adapters, base_identity, load, parameters
+from finetune.models import adapters, base_identity, load, parameters, scalar_heads
 from finetune.models.policy import Policy
 from finetune.objectives import Objective, chosen
 from finetune.preflight import Data
@@ -245,6 +245,7 @@ class Run:
         weights = topology.full_weights(self.state.model, trained_only=is_adapter)
         if is_adapter:
             weights = adapters.in_base_dtype(model, weights)
+        weights = scalar_heads.without(weights)
         logits = topology.on_every(lambda: probe_logits(model, topology.device))
         has_turns = self.objective.has_turns  # rows of plain text have no turns, so no template
         writing = Writing(

@@ -68,9 +68,11 @@ SIX = {
     "checkpoint__every_steps": 3,
 }  # fmt: skip
 ONE = {"train__max_steps": 1, "train__micro_batch_size": 8}
-# Variants of a method that has its own line, and optimizers of other packages on adapters:
-# make proofs.
+# Variants of a method that has its own line, methods that another test here trains and exports, and
+# optimizers of other packages on adapters: make proofs.
 WIDE = {
+    "lora, whole modules",  # merged below
+    "qlora, int8",  # the quantised base that stays
     "lora, some layers",
     "lora, gaussian",
     "lora, biases of adapted",
@@ -121,7 +123,8 @@ def pairs_of_method_and_optimizer():
     for method in METHODS:
         for optimizer in OPTIMIZERS if method in ("full", "lora", "qlora, NF4") else OPTIMIZERS[:2]:
             if not (optimizer in ("muon", "adafactor") and "adapter__kind" in METHODS[method]):
-                is_wide = method in WIDE or optimizer.startswith("paged") or optimizer == "lion"
+                is_wide = method in WIDE or optimizer.startswith("paged")
+                is_wide |= optimizer in ("lion", "adamw_8bit")  # lion_8bit is both
                 is_wide |= optimizer != "adamw" and method != "full"
                 name = f"{method} with {optimizer}"
                 yield pytest.param(
@@ -296,7 +299,7 @@ def test_an_adapter_cannot_continue_with_another_shape(workshop, base, trained, 
         )
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", short(["fp32", "bf16"], "bf16"))
 def test_an_adapter_can_be_trained_further(workshop, base, other_base, trained, precision):
     """In any precision it recognises its base."""
     first = trained("lora")

@@ -71,21 +71,23 @@ def refusal(workshop):
 BATCH = Batch(
     dict.fromkeys(("input_ids", "position_ids"), torch.zeros(1, 9, dtype=torch.int64)),
     labels=torch.arange(5), positions=torch.arange(5), document=torch.tensor([0, 0, 0, 1, 1]),
-    example=torch.tensor([0, 1]), lengths=(5, 4), num_documents=2,
+    example=torch.tensor([0, 1]), ends=torch.tensor([4, 8]), lengths=(5, 4), num_documents=2,
     counts={"tokens": 5, "documents": 2, "examples": 2, "input_tokens": 9},
 )  # fmt: skip
 
 
 FILLER = Batch(
     {"input_ids": torch.zeros(1, 2, dtype=torch.int64)},
-    **dict.fromkeys(("labels", "positions", "document", "example"), torch.zeros(0).long()),
+    **dict.fromkeys(("labels", "positions", "document", "example", "ends"), torch.zeros(0).long()),
     lengths=(2,), counts={"tokens": 0, "documents": 0, "examples": 0, "input_tokens": 0},
 )  # fmt: skip
 
 
-def rehearse(kind: str, batch: Batch = BATCH, filler: Batch = FILLER) -> None:
+def rehearse(
+    kind: str, batch: Batch = BATCH, filler: Batch = FILLER, *, has_adapters: bool = False
+) -> None:
     settings = own_objective(kind)(kind=kind)
-    Own(settings).rehearse(batch, filler, settings, has_adapters=False)
+    Own(settings).rehearse(batch, filler, settings, has_adapters)
 
 
 @pytest.mark.parametrize("name", ["Dft", "dft"])
@@ -183,6 +185,10 @@ def test_a_file_is_found_beside_the_config_and_from_here(workshop, own, monkeypa
             }.items()
         ),
         (LOSS + "...\n    def __init__(self, a): ...", "Own", "own.py: TypeError: "),
+        (
+            LOSS + "...\n    needs = {'rewards'}", "Own",
+            "own.py:Own: needs names rewards; a policy can get heads for scores, values",
+        ),
     ],
 )  # fmt: skip
 def test_a_file_that_gives_no_objective_is_refused_with_its_line(own, refusal, source, name, says):
@@ -234,6 +240,20 @@ def prepare(line):
             "own.py:4: ValueError: a policy cannot be asked for logits",
         ),
         ("policy.without_adapters()", "own.py:4: ValueError: all weights are trained"),
+        (
+            "policy(batch, {'scores', 'nll'})",
+            "own.py:4: ValueError: the policy has no head for scores; give your objective "
+            "needs = {'scores'}",
+        ),
+        (
+            "policy(batch, {'divergence'})",
+            "own.py:4: ValueError: divergence and reference come together; give both or neither",
+        ),
+        (
+            "r = policy(batch, {'distribution'}).distribution\n"
+            "        policy(batch, {'divergence'}, reference=r, beta=2)",
+            "own.py:5: ValueError: beta is between 0 and 1, got 2",
+        ),
         (f"return {NLL}", "own.py:3: loss should return a list of terms, got the tensor"),
         (f"return ['x', Term('loss', {NLL}, per='tokens')]", "item 0 is a str"),
         ("return []", "own.py:3: loss returns only terms of weight 0; give the loss a weight"),
@@ -387,7 +407,8 @@ def test_a_sum_of_documents_pairs_or_tokens_is_not_refused(name):
         columns={"margin": torch.full((2,), 0.1)},
     )  # fmt: skip
     filler = replace(FILLER, columns={"margin": torch.zeros(0)})
-    rehearse(objectives.SETTINGS[name]["objective__kind"], pair, filler)
+    own = objectives.SETTINGS[name]
+    rehearse(own["objective__kind"], pair, filler, has_adapters="adapter__kind" in own)
 
 
 def test_a_check_rehearses_the_objective(workshop, own):

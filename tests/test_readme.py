@@ -5,6 +5,7 @@ import math
 import re
 import shlex
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +16,15 @@ from conftest import (
     Workshop,
     forget_process_state,
     launch,
+    losses,
     pairs,
+    pretrained,
     read_jsonl,
+    short,
     tracked,
     write_jsonl,
 )
+from faults.forked import fork
 from transformers import AutoModelForCausalLM
 
 import train
@@ -115,10 +120,10 @@ BRIEF = {
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_commands_of_the_readme_in_order(my_run, monkeypatch):
-    """--check, plan, train, chat, evaluate, merge; then the same with several processes.
+    """--check, plan, train, chat, evaluate, merge.
 
-    Several of them cold would take a minute, so one process runs all but the last of them;
-    test_launch.py and the last one here start as a user does.
+    Six cold commands would take a minute, so this process runs them; test_launch.py starts as a
+    user does.
     """
     runs = ("python train.py my_run", "python -m finetune ")
     chosen = [c for c in commands() if c.startswith(runs) and c != "python -m finetune launch"]
@@ -134,9 +139,24 @@ def test_the_commands_of_the_readme_in_order(my_run, monkeypatch):
             patch.setattr(sys, "stderr", sys.stderr)
             assert train.main() == 0, command
         forget_process_state()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_cold", short([False, True], False), ids=["forked", "as typed"])
+def test_the_command_for_several_processes(my_run, is_cold):
+    """test_launcher.py compares the environment of a forked process with accelerate's."""
     [several] = [c for c in commands() if c.startswith("accelerate launch")]
-    result = launch([*typed(several, my_run), *BRIEF["several"]])
-    assert result.returncode == 0, result.stderr
+    words = [*typed(several, my_run), *BRIEF["several"]]
+    if is_cold:
+        result = launch(words)
+        assert result.returncode == 0, result.stderr
+        return
+    script = words.index(str(ROOT / "train.py"))
+    file, processes = str(ROOT / "accelerate_configs/ddp.yaml"), 2
+    assert words[3:script] == ["--config_file", file, "--num_processes", str(processes)]
+    logs = [my_run / f"{rank}.log" for rank in range(processes)]
+    begun = fork("train", words[script + 1 :], "ddp", logs, {})
+    assert begun.codes() == [0] * processes, begun.output()
 
 
 def test_help_names_every_setting_without_torch():
@@ -170,11 +190,7 @@ def test_every_recipe_passes_the_config_check(path):
 def test_an_objective_of_the_documentation_learns_what_it_says(workshop, page, expected):
     """One step over all rows: loss and gradient norm against the formula, on logits."""
     text = (ROOT / page).read_text()
-    source = next(block for block in blocks("python", text) if "import Objective" in block)
-    of_pages = [block for block in blocks("yaml", text) if "pairwise.py" not in block]
-    settings = yaml.safe_load(of_pages[-1])["objective"]
-    (workshop.folder / settings["kind"].partition(":")[0]).write_text(source)
-    own = {f"objective__{key}": value for key, value in settings.items()}
+    own = example(workshop, text, "Objective")
     base = workshop.train("base") / "model"
     held_out = write_jsonl(workshop.folder / "held_out.jsonl", pairs(60)[40:])
     run = workshop.train(
@@ -193,20 +209,32 @@ def test_an_objective_of_the_documentation_learns_what_it_says(workshop, page, e
     assert line["eval_loss"] < line["cross_entropy"] == pytest.approx(math.log(line["perplexity"]))
 
 
-def test_the_pairs_of_the_documentation_learn_which_answer_is_better(workshop):
-    text = (ROOT / "docs/objectives.md").read_text()
-    [source] = [block for block in blocks("python", text) if "def pairs" in block]
-    [settings] = [block for block in blocks("yaml", text) if "pairwise.py" in block]
-    settings = yaml.safe_load(settings)
-    (workshop.folder / "pairwise.py").write_text(source)
+@pytest.mark.parametrize("name", ["Pairwise", "Reward"])
+def test_the_pairs_of_the_documentation_learn_which_answer_is_better(workshop, name):
+    own = example(workshop, (ROOT / "docs/objectives.md").read_text(), name)
     row = {"best": "yes, it is", "worst": "no, it is not", "score_gap": 0.1}
     write_jsonl(workshop.rows, [{"q": f"is {n} a number?", **row} for n in range(16)])
-    run = workshop.train(
-        data__format=settings["data"]["format"], objective__kind=settings["objective"]["kind"],
-        train__max_steps=6,
-    )  # fmt: skip
-    losses = [line["loss"] for line in read_jsonl(run / "metrics.jsonl")]
-    assert losses[-1] < losses[0]
+    found = losses(workshop.train(**own, train__max_steps=4, train__micro_batch_size=8))
+    assert found[-1] < found[0]
+
+
+@pytest.mark.slow
+def test_the_documentations_example_of_a_divergence_stays_near_the_base(workshop):
+    own = example(workshop, (ROOT / "docs/objectives.md").read_text(), "Near")
+    base = workshop.train("base", train__max_steps=1) / "model"
+    run = workshop.train(**own, **pretrained(base), train__max_steps=2)
+    assert [line["divergence"] > 0 for line in read_jsonl(run / "metrics.jsonl")] == [False, True]
+
+
+def example(workshop, text: str, name: str) -> dict[str, Any]:
+    """Write the first objective of a page with `name` in it; return the settings beside it."""
+    sources = [block for block in blocks("python", text) if "import Objective" in block]
+    source = next(block for block in sources if name in block)
+    [kind] = re.findall(r"class (\w+)\(Objective\)", source)
+    [settings] = [block for block in blocks("yaml", text) if f".py:{kind}" in block]
+    found = yaml.safe_load(settings)
+    (workshop.folder / found["objective"]["kind"].partition(":")[0]).write_text(source)
+    return {f"{part}__{key}": value for part in found for key, value in found[part].items()}
 
 
 def token_logprobs(base, tokens):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import short, tiny_llama
 from transformers import AutoModelForCausalLM
 
 from finetune.errors import ModelError
@@ -40,7 +40,7 @@ def losses_and_gradients(model, packs):
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
 )  # the compiler's own
-@pytest.mark.parametrize("recomputed", [0, 3])
+@pytest.mark.parametrize("recomputed", short([0, 3], 3))
 @pytest.mark.slow
 def test_one_compilation_serves_all_layers_and_every_pack(monkeypatch, recomputed):
     """Otherwise each new length of a pack would compile for minutes."""

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -334,17 +335,28 @@ def test_a_run_with_only_damaged_checkpoints_does_not_restart(workshop, monkeypa
     assert (run / "metrics.jsonl").read_text() == lines
 
 
-def test_a_closed_pipe_does_not_end_the_run(workshop):
-    """A terminal that was closed, a pipe that has broken; also when the interpreter ends."""
-    config = workshop.write(workshop.config(train__max_steps=30, train__epochs=9))
+def test_a_closed_pipe_does_not_end_the_run(workshop, monkeypatch):
+    """A terminal that was closed, or a pipe that has broken."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", buffering=1) as broken:
+        with pytest.raises(BrokenPipeError):
+            print("lost", file=broken)
+        monkeypatch.setattr(sys, "stdout", broken)
+        monkeypatch.setattr(sys, "stderr", broken)
+        assert workshop.main() == 0
+        with open(os.devnull, "w") as sink:  # for what is buffered
+            os.dup2(sink.fileno(), broken.fileno())
+    assert workshop.outcome()["state"] == "complete"
+
+
+def test_a_closed_pipe_leaves_the_exit_code_when_the_interpreter_ends():
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), "--config", str(config)],
+        [sys.executable, str(ROOT / "train.py"), "--config", "no_such_file.yaml"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT,
     )  # fmt: skip
-    process.stdout.readline()
     process.stdout.close()
-    assert process.wait(120) == 0
-    assert workshop.outcome()["state"] == "complete"
+    assert process.wait(120) == 2
 
 
 def test_a_checkpoint_that_is_a_link_is_pruned_as_a_link(workshop, monkeypatch):

@@ -29,7 +29,11 @@ def deepspeed(folder, **values):
         ({**FSDP, "FSDP_VERSION": "1"}, "asks for FSDP 1; set fsdp_version: 2"),
         ({**FSDP, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "train.gradient_checkpointing decides"),
         ({**FSDP, "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "set TRANSFORMER_BASED_WRAP"),
-        ({**FSDP, "FSDP_RESHARD_AFTER_FORWARD": "false"}, "set it to true: after an evaluation"),
+        ({**FSDP, "FSDP_RESHARD_AFTER_FORWARD": "2"}, "forward: 2; it must be true or false"),
+        (
+            {**FSDP, "FSDP_RESHARD_AFTER_FORWARD": "false", "FSDP_OFFLOAD_PARAMS": "true"},
+            "keeps whole layers on the device",
+        ),
         ({**FSDP, "FSDP_IGNORED_MODULES": "lm_head"}, "every weight is sharded"),
         ({**PARALLEL, "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2"}, "is 2, but there are 4 processes"),
         ({**PARALLEL, "PARALLELISM_CONFIG_TP_SIZE": "4"}, "tp_size: 4 is not supported"),

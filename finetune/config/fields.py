@@ -244,6 +244,8 @@ class Optimizer(Section):
     """
     embedding_lr: PositiveNumber | None = None
     """Peak learning rate of embeddings and head; null: optimizer.lr."""
+    head_lr: PositiveNumber | None = None
+    """Peak learning rate of value and score heads (docs/objectives.md); null: optimizer.lr."""
     lora_plus_ratio: PositiveNumber | None = None
     """LoRA+ (Hayou et al., 2024): learning rate of B divided by that of A matrices; null: 1."""
     betas: (

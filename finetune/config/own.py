@@ -29,6 +29,7 @@ class OwnObjective(Kind):
     """The Objective itself."""
 
 
+HEADS = {"scores", "values"}  # what an objective may need
 OWN_NAMES = tuple(OwnObjective.__class_vars__)
 
 
@@ -54,6 +55,9 @@ def _own_section(code: OwnCode) -> type[OwnObjective]:
         if (part := objective.supervises("completion")) not in get_args(LossOn):
             listed = ", ".join(get_args(LossOn))
             raise ConfigError(f"{code}: supervises should return one of {listed}, got {part!r}")
+        if unknown := set(objective.needs) - HEADS:
+            listed, heads = ", ".join(sorted(map(str, unknown))), ", ".join(sorted(HEADS))
+            raise ConfigError(f"{code}: needs names {listed}; a policy can get heads for {heads}")
         own = {"model_config": Section.model_config, "code": code, "objective": objective}
         bases = (OwnObjective,) if issubclass(OwnObjective, settings) else (settings, OwnObjective)
         return type("Own", bases, {**own, "__module__": __name__, "__doc__": OwnObjective.__doc__})

@@ -73,6 +73,9 @@ def _objective_conflicts(config: Config) -> Iterator[str]:
     """List settings of `data` that do not fit the objective."""
     data, objective = config.data, config.objective
     name = own_code.without_folder(objective.kind)
+    if not (isinstance(objective, OwnObjective) and objective.objective.needs):
+        why = f"objective.kind: {name} needs no value or score head"
+        yield from _ignored(config, why, "optimizer.head_lr")
     if isinstance(objective, OwnObjective):
         has_turns = objective.objective.has_turns
         trains_on_all = objective.objective.supervises("completion") == "all"

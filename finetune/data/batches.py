@@ -44,7 +44,8 @@ class Batch:
     B = 1 for sequences laid end to end, or one padded row for each document. Of the S supervised
     tokens, labels int64 [S] are the ids, positions int64 [S] the places in the flattened hidden
     states [B * T] that predict them, document int64 [S] their documents. example int64 [D] is the
-    example of each document; lengths are those of the documents, on the host.
+    example of each document, ends int64 [D] the place of its last token, -1 if a group has it
+    elsewhere; lengths are those of the documents, on the host.
     """
 
     inputs: dict[str, Any]
@@ -52,6 +53,7 @@ class Batch:
     positions: torch.Tensor
     document: torch.Tensor
     example: torch.Tensor
+    ends: torch.Tensor
     lengths: tuple[int, ...]
     counts: Counts
     weights: torch.Tensor | None = None
@@ -89,6 +91,9 @@ class Batch:
         lengths = (*self.lengths, *([filler] if filler else []))
         in_stretch = max(0, min(total, where.stop) - where.start)
         example = self.example[owned]
+        ends = torch.where(
+            (self.ends >= where.start) & (self.ends < where.stop), self.ends - where.start, -1
+        )
         counts = {
             "tokens": int(mine.sum()), "documents": len(owned), "examples": len(example.unique()),
             "input_tokens": in_stretch if self.counts["input_tokens"] else 0,
@@ -100,7 +105,7 @@ class Batch:
         weights = None if self.weights is None else self.weights[mine]
         return Batch(
             inputs, self.labels[mine], self.positions[mine] - where.start, self.document[mine],
-            example, lengths, counts, weights, columns, of_tokens, group, owned,
+            example, ends, lengths, counts, weights, columns, of_tokens, group, owned,
             self.num_documents,
         )  # fmt: skip
 
@@ -278,7 +283,8 @@ def _batch(
         "input_tokens": sum(len(each.ids) for each in documents),
     }  # fmt: skip
     example_D = torch.tensor(of_documents, dtype=torch.int64)
+    ends_D = torch.from_numpy((starts + np.array(lengths) - 1)[: len(documents)])
     return Batch(
-        inputs, labels_S, positions_S, document_S, example_D, lengths, counts,
+        inputs, labels_S, positions_S, document_S, example_D, ends_D, lengths, counts,
         num_documents=len(documents),
     )  # fmt: skip

@@ -12,28 +12,34 @@ from finetune.config import Optimizer, Schedule
 from finetune.config.choices import OPTIMIZERS
 from finetune.engine.rounded_adamw import RoundedAdamW
 from finetune.models.embeddings import embedding_and_head
+from finetune.models.scalar_heads import ScalarHead
 
 
 def parameter_groups(model: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
     """Group the trained weights by weight decay and by `scale` of the learning rate.
 
     Matrices decay; norms, biases and other vectors do not. Embeddings and head use
-    optimizer.embedding_lr; LoRA's B matrices use optimizer.lora_plus_ratio x the rate of the rest.
+    optimizer.embedding_lr, value and score heads optimizer.head_lr; LoRA's B matrices use
+    optimizer.lora_plus_ratio x the rate of the rest.
     `hidden` marks the matrices that are neither embeddings nor head: muon updates these.
     """
     outer = {id(p) for module in embedding_and_head(model) for p in module.parameters()}
     # Position embeddings, too.
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    scalars = {id(m.weight) for m in model.modules() if isinstance(m, ScalarHead)}
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_outer, is_matrix = id(parameter) in outer, parameter.ndim >= 2
-            hidden = parameter.ndim == 2 and id(parameter) not in embeddings and not is_outer
+            inner = not is_outer and id(parameter) not in embeddings | scalars
+            hidden = parameter.ndim == 2 and inner
             scale = 1.0
             if "lora_B" in name or "lora_embedding_B" in name:
                 scale = optimizer.lora_plus_ratio or 1.0
             elif is_outer and optimizer.embedding_lr:
                 scale = optimizer.embedding_lr / optimizer.lr
+            elif id(parameter) in scalars and optimizer.head_lr:
+                scale = optimizer.head_lr / optimizer.lr
             key = (optimizer.weight_decay if is_matrix else 0.0, scale, hidden)
             groups.setdefault(key, []).append(parameter)
     return [

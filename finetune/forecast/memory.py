@@ -167,13 +167,15 @@ class Forecaster:
     def _fsdp2(self, parallel: ParallelConfig) -> _Held:
         w, half, parts = self.weights, self._half, parallel.num_processes // parallel.num_replicas
         staying = {"weights": w.stored, "optimizer": w.optimizer, **self._average()}
+        layers = 2 * w.layer if parallel.reshards else w.used - w.outside
         return _Held(
             {name: value / parts for name, value in staying.items()},
             w.trained / parts,
             {
-                # The current layer and the next one; embedding, last norm and head as stored. An
-                # untied head in 16 bits takes half, but frees its memory late (measured).
-                "gathered": 2 * w.layer + w.outside_stored,
+                # The current layer and the next one, or all; embedding, last norm and head as
+                # stored. An untied head in 16 bits takes half, but frees its memory late
+                # (measured).
+                "gathered": layers + w.outside_stored,
                 # Gradients of a layer, and their float32 copies to reduce; those outside the layers
                 # wait for the end.
                 "reduced": (half + 4) * w.layer_trained + 2 * w.outside_trained,

@@ -1,6 +1,6 @@
 """Build the model that trains: base, adapters and their start, noise, recomputation."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from finetune.models import (
     load,
     parameters,
     recompute,
+    scalar_heads,
 )
 
 
@@ -24,12 +25,14 @@ def build(
     config: Config, model_config: Any, tokenizer: Any, *, attention: str, precision: str,
     new_token_ids: list[int], device: torch.device,
     first_inputs: Callable[[], Iterable[dict[str, Any]]], with_weights: bool = True,
+    heads: Collection[str] = (),
 ) -> tuple[Any, Any]:  # fmt: skip
     """Return (model, base inside it, which computes the loss), on the CPU. Raises ModelError.
 
     Without weights, both are on the meta device, for another process to send the weights.
     Weights that train are float32; frozen ones under adapters have the dtype of the arithmetic.
-    `first_inputs`: the first inputs of training, for initialisations from the data.
+    `first_inputs`: the first inputs of training, for initialisations from the data. `heads`: what
+    scalar heads should answer, of `scalar_heads.NAMES`.
     """
     dtype = _dtype(config, precision)
     torch.manual_seed(config.run.seed)  # random weights and fresh adapters are the same everywhere
@@ -49,6 +52,7 @@ def build(
         adapter_init.initialise_from_quantization(model, load_base(None))
     elif init == "eva":
         adapter_init.initialise_from_data(model.to(device), first_inputs())
+    scalar_heads.attach(base, heads, dtype if config.trains_in_16_bits else torch.float32)
     head.install(base)
     if config.train.neftune_alpha is not None:
         embeddings.add_noise(base, config.train.neftune_alpha)

@@ -1,9 +1,7 @@
-"""Cross-entropy and log-probabilities of hidden states through a projection, in chunks of tokens.
+"""Cross-entropy of hidden states through a projection, in chunks of tokens.
 
-The gradient of the loss is made along with it, as in Liger Kernel (Hsu et al., 2024): when the
-logits of a chunk are there, so is all that their gradient needs, and the next chunk may have their
-place. The gradient of log-probabilities depends on what becomes of them, so their logits are
-computed twice.
+The gradient is made along with the loss, as in Liger Kernel (Hsu et al., 2024): when the logits of
+a chunk are there, so is all that their gradient needs, and the next chunk may have their place.
 """
 
 from collections.abc import Callable
@@ -13,12 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from finetune.models.logits import (
-    LogitTransform,
-    cross_entropy_,
-    cross_entropy_sum,
-    logprobs_and_entropy,
-)
+from finetune.models.logits import LogitTransform, cross_entropy_, cross_entropy_sum
 
 # Logits at once, in the precision of the arithmetic: enough rows to keep matrix products busy.
 CHUNK_BYTES = 256 * 2**20
@@ -60,30 +53,10 @@ def nll_in_chunks(
         return cross_entropy_sum(finish(project(states_CH).float()), labels_C, weights_C, smoothing)
 
     sums = []
-    for part in _chunks(len(hidden), vocab_size * 4, CHUNK_BYTES):
+    for part in chunks(len(hidden), vocab_size * 4, CHUNK_BYTES):
         of_part = None if weights is None else weights[part]
         sums.append(checkpoint(of, hidden[part], labels[part], of_part, use_reentrant=False))
     return torch.stack(sums).sum()
-
-
-def logprobs_in_chunks(
-    project: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, labels: torch.Tensor,
-    vocab_size: int, finish: LogitTransform, with_entropy: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return log-probabilities and entropies (or nothing) of hidden [S, H], labels int64 [S].
-
-    Float32 [S], in nats. The backward pass computes the logits of a chunk again, so `project` must
-    find whole weights then, too.
-    """
-
-    def of(states_CH: torch.Tensor, labels_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return logprobs_and_entropy(finish(project(states_CH).float()), labels_C, with_entropy)
-
-    parts = _chunks(len(hidden), vocab_size * 4, CHUNK_BYTES)
-    logprobs, entropies = zip(
-        *(checkpoint(of, hidden[part], labels[part], use_reentrant=False) for part in parts)
-    )
-    return torch.cat(logprobs), torch.cat(entropies)
 
 
 class _ThroughMatrix(torch.autograd.Function):
@@ -102,14 +75,14 @@ class _ThroughMatrix(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(states_SH) if needs_hidden else None
         d_weight, d_bias = _Sum(), _Sum()
-        parts = _chunks(len(hidden), len(weight) * states_SH.element_size(), CHUNK_BYTES)
+        parts = chunks(len(hidden), len(weight) * states_SH.element_size(), CHUNK_BYTES)
         logits_CV = states_SH.new_empty(parts[0].stop, len(weight))
         for part in parts:
             states_CH = states_SH[part]
             raw_CV = torch.mm(states_CH, matrix_VH.T, out=logits_CV[: len(states_CH)])
             if shift_V is not None:
                 raw_CV += shift_V
-            for block in _chunks(len(raw_CV), len(weight) * 4, most_bytes):
+            for block in chunks(len(raw_CV), len(weight) * 4, most_bytes):
                 of_block = None if weights is None else weights[part][block]
                 total += cross_entropy_(
                     raw_CV[block], labels[part][block], of_block, finish, smoothing,
@@ -165,7 +138,7 @@ class _Sum:
         return torch.zeros_like(weight) if self.total is None else self.total.to(weight.dtype)
 
 
-def _chunks(num_rows: int, row_bytes: int, most_bytes: int) -> list[slice]:
+def chunks(num_rows: int, row_bytes: int, most_bytes: int) -> list[slice]:
     """Cut rows into nearly equal parts of at most `most_bytes`; at least one part."""
     count = max(1, -(-num_rows * row_bytes // most_bytes))
     rows = max(1, -(-num_rows // count))

@@ -18,9 +18,15 @@ import torch
 from torch import nn
 
 from finetune import failures
-from finetune.models import attention_probe
-from finetune.models.cross_entropy import logprobs_in_chunks, nll_in_chunks
-from finetune.models.logits import LogitTransform, cross_entropy_sum, logprobs_and_entropy
+from finetune.models import attention_probe, scalar_heads
+from finetune.models.cross_entropy import nll_in_chunks
+from finetune.models.distributions import Distribution, divergence_in_chunks, logprobs_in_chunks
+from finetune.models.logits import (
+    LogitTransform,
+    cross_entropy_sum,
+    divergence,
+    logprobs_and_entropy,
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,8 @@ class Question:
     flattened hidden states [B * T, H] they are to be predicted. want: any of WANTS. weights float32
     [S]: factors of the losses in nll. label_smoothing: the part of each label in nll that is spread
     over the vocabulary (Szegedy et al., 2016). block_bytes: bytes of logits that nll holds in
-    float32 at once; None: what suits the device.
+    float32 at once; None: what suits the device. ends int64 [D]: where in the flattened hidden
+    states documents end, for scores; -1: elsewhere. reference and beta: of the divergence.
     """
 
     labels: torch.Tensor
@@ -40,17 +47,22 @@ class Question:
     weights: torch.Tensor | None = None
     label_smoothing: float = 0.0
     block_bytes: int | None = None
+    ends: torch.Tensor | None = None
+    reference: Distribution | None = None
+    beta: float = 0.0
 
 
-WANTS = frozenset({"nll", "logprobs", "entropy"})
+OF_TOKENS = frozenset({"nll", "logprobs", "entropy", "divergence"})
+WANTS = OF_TOKENS | {"distribution"} | scalar_heads.NAMES.keys()
+Answers = dict[str, Any]
 
 
 def install(base: Any) -> str | None:
     """Let the forward of a causal LM take a `question` and answer it with a dict of tensors.
 
     Without a question it is as it was. Return None, or why all logits are held at once. With no
-    tokens to ask about, sums are 0 and still have a gradient (of zero), so that every process takes
-    part in every backward pass.
+    tokens to ask about, sums are 0 and still have a gradient (of zero), as have heads that are not
+    asked, so that every process takes part in every backward pass.
     """
     finish, why = probe(base)
     head, forward = base.get_output_embeddings(), base.forward
@@ -60,48 +72,71 @@ def install(base: Any) -> str | None:
     def answering(*arguments: Any, question: Question | None = None, **keywords: Any) -> Any:
         if question is None:
             return forward(*arguments, **keywords)
-        if finish is None or base.holds_all_logits:
-            logits = forward(*arguments, **keywords).logits.flatten(0, 1)
-            return _of_logits(logits[question.positions], question)
-        project, given = head.forward, []
+        scalars, given = scalar_heads.of(base), list[torch.Tensor]()
+        if missing := question.want & (scalar_heads.NAMES.keys() - scalars.keys()):
+            raise ValueError(f"the model has no head for {', '.join(sorted(missing))}")
 
-        def keep(hidden: torch.Tensor) -> torch.Tensor:
-            given.append(hidden.flatten(0, -2)[question.positions])
+        def keep(hidden: torch.Tensor) -> None:
+            flat = hidden.flatten(0, -2)
+            given.append(flat[question.positions])
+            if scalars and question.ends is not None:
+                given.append(flat[question.ends.clamp(min=0)])
+
+        if finish is None or base.holds_all_logits:
+            # A model whose transform is unknown may have no head.
+            hook = head.register_forward_pre_hook(lambda _, got: keep(got[0])) if scalars else None
+            logits = forward(*arguments, **keywords).logits.flatten(0, 1)
+            if hook is not None:
+                hook.remove()
+            answers = _of_logits(logits[question.positions], question)
+            return _complete(answers, scalars, given, question)
+        project = head.forward
+
+        def skip(hidden: torch.Tensor) -> torch.Tensor:
+            keep(hidden)
             # An empty tensor, so that what follows costs nothing.
             return hidden.new_zeros((*hidden.shape[:-1], 0))
 
-        with _answering(head, keep):
+        with _answering(head, skip):
             forward(*arguments, **keywords)
-        (states,) = given
 
-        def answer(hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+        def answer(hidden: torch.Tensor) -> Answers:
             return _of_states(head, project, hidden, vocab_size, finish, question)
 
         # A call of its own, whose result is the answer: ZeRO-3 makes weights whole before the
         # backward pass of a module whose result has a gradient.
         with _answering(head, answer):
-            return head(states)
+            answers = head(given[0])
+        return _complete(answers, scalars, given, question)
 
     base.forward, base.holds_all_logits = answering, finish is None
     return why
 
 
-def _of_logits(logits: torch.Tensor, question: Question) -> dict[str, torch.Tensor]:
-    answers, labels = {}, question.labels
+def _of_logits(logits: torch.Tensor, question: Question) -> Answers:
+    answers: Answers = {}
+    labels = question.labels
     if "nll" in question.want:
         smoothing = question.label_smoothing
         answers["nll"] = cross_entropy_sum(logits, labels, question.weights, smoothing)
     if question.want & {"logprobs", "entropy"}:
         found = logprobs_and_entropy(logits, labels, "entropy" in question.want)
         answers |= _named(found, question)
+    if question.reference is not None:
+        others = question.reference.logits(question.reference.states)
+        answers["divergence"] = divergence(logits, others, question.beta)
+    if "distribution" in question.want:
+        answers["distribution"] = Distribution(logits.detach(), torch.Tensor.float)
+    if not question.want & OF_TOKENS:
+        answers[IDLE] = logits[:0].float().sum()
     return answers
 
 
 def _of_states(
     head: nn.Module, project: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor,
     vocab_size: int, finish: LogitTransform, question: Question,
-) -> dict[str, torch.Tensor]:  # fmt: skip
-    answers = {}
+) -> Answers:  # fmt: skip
+    answers: Answers = {}
     if "nll" in question.want:
         answers["nll"] = nll_in_chunks(
             head, project, hidden, question.labels, vocab_size, finish, question.label_smoothing,
@@ -112,6 +147,37 @@ def _of_states(
             project, hidden, question.labels, vocab_size, finish, "entropy" in question.want
         )
         answers |= _named(found, question)
+    if question.reference is not None:
+        answers["divergence"] = divergence_in_chunks(
+            project, hidden, vocab_size, finish, question.reference, question.beta
+        )
+    if "distribution" in question.want:
+        answers["distribution"] = Distribution.of(head, project, hidden, finish)
+    if not question.want & OF_TOKENS:
+        answers[IDLE] = project(hidden[:0]).float().sum()
+    return answers
+
+
+IDLE = "idle"  # zero, with a gradient of zero for what was not asked
+
+
+def _complete(
+    answers: Answers, scalars: dict[str, scalar_heads.ScalarHead], given: list[torch.Tensor],
+    question: Question,
+) -> Answers:  # fmt: skip
+    """Add what the scalar heads answer. `given`: states [S, H] of tokens, [D, H] of ends."""
+    for name, scalar in scalars.items():
+        if name == "values" and name in question.want:
+            answers[name] = scalar(given[0])
+        elif name in question.want:
+            assert question.ends is not None
+            answers[name] = torch.where(question.ends >= 0, scalar(given[1]), 0.0)
+        else:
+            answers[IDLE] = answers.get(IDLE, 0.0) + scalar(given[0][:0]).sum()
+    idle = answers.pop(IDLE, None)
+    first = next((name for name in answers if name != "distribution"), None)
+    if idle is not None and first is not None:
+        answers[first] = answers[first] + idle
     return answers
 
 
@@ -172,12 +238,15 @@ def probe(base: Any) -> tuple[LogitTransform | None, str | None]:
 def _probe(
     base: Any, head: nn.Module, layers: nn.Module
 ) -> tuple[LogitTransform | None, str | None]:
-    # A grid for the shape, then a slope near 0 and the limit far from it.
-    given = torch.cat([torch.linspace(-200, 200, 4001), torch.tensor([1e-3, 1e6])])[None, None]
+    # A grid for the shape, then a slope near 0 and the limit far from it. At least as many numbers
+    # as words, as some forwards cut those that only pad the vocabulary.
+    text = base.config.get_text_config()
+    grid = torch.linspace(-200, 200, max(4001, text.vocab_size))
+    given = torch.cat([grid, torch.tensor([1e-3, 1e6])])[None, None]
     device = next(base.parameters()).device
     token = torch.zeros(1, 1, dtype=torch.long, device=device)
     try:
-        states = torch.zeros(1, 1, base.config.get_text_config().hidden_size, device=device)
+        states = torch.zeros(1, 1, text.hidden_size, device=device)
         with (
             torch.no_grad(),
             _answering(layers, lambda *_, **__: _Outputs(states)),

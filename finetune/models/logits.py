@@ -1,6 +1,7 @@
 """Logits that are all there: what a model does to them, their losses and log-probabilities."""
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,23 @@ def logprobs_and_entropy(
     log_SV = torch.log_softmax(logits_SV.float(), -1)
     logprobs = log_SV.gather(1, labels_S[:, None])[:, 0]
     return logprobs, -(log_SV.exp() * log_SV).sum(-1) if with_entropy else logprobs.new_zeros(0)
+
+
+def divergence(logits_SV: torch.Tensor, reference_SV: torch.Tensor, beta: float) -> torch.Tensor:
+    """Return the generalised Jensen-Shannon divergence of distributions, float32 [S], nats.
+
+    Between p of the logits and r of the reference, with m = (1 - beta) p + beta r, it is
+    beta KL(r || m) + (1 - beta) KL(p || m); beta = 0 means the forward KL(r || p), and beta = 1 the
+    reverse KL(p || r) (Agarwal et al., 2024). Inside, it is 0 at either end, hence these limits.
+    """
+    log_p, log_r = (torch.log_softmax(logits.float(), -1) for logits in (logits_SV, reference_SV))
+    if beta == 0.0:
+        return (log_r.exp() * (log_r - log_p)).sum(-1)
+    if beta == 1.0:
+        return (log_p.exp() * (log_p - log_r)).sum(-1)
+    log_m = torch.logaddexp(log_p + math.log1p(-beta), log_r + math.log(beta))
+    to_r, to_p = ((log.exp() * (log - log_m)).sum(-1) for log in (log_r, log_p))
+    return beta * to_r + (1 - beta) * to_p
 
 
 def cross_entropy_(

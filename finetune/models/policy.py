@@ -9,12 +9,16 @@ import torch
 
 from finetune.data.batches import Batch
 from finetune.models import context_parallel
+from finetune.models.distributions import Distribution
 from finetune.models.head import WANTS, Question
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What was wanted of a pass; the rest is None. Float32, nats; S supervised tokens."""
+    """What was wanted of a pass; the rest is None. Float32, nats.
+
+    S supervised tokens, D documents.
+    """
 
     nll: torch.Tensor | None = None
     """Sum of the cross-entropies, each times its weight; its gradient is already there."""
@@ -22,6 +26,14 @@ class Answers:
     """[S] of the labels."""
     entropy: torch.Tensor | None = None
     """[S] of the distributions over the vocabulary."""
+    divergence: torch.Tensor | None = None
+    """[S] from the distributions of `reference`; `logits.divergence` has the formula."""
+    values: torch.Tensor | None = None
+    """[S] of the value head, where the labels are predicted."""
+    scores: torch.Tensor | None = None
+    """[D] of the score head, at the last token of each document."""
+    distribution: Distribution | None = None
+    """What another pass may take as its `reference`."""
 
 
 class Policy:
@@ -31,17 +43,25 @@ class Policy:
         self.model, self._unwrap = model, unwrap
 
     def __call__(
-        self, batch: Batch, want: Iterable[str], *, label_smoothing: float = 0.0
-    ) -> Answers:
-        """Run one forward pass. `want`: any of nll, logprobs, entropy; `label_smoothing` is nll's.
+        self, batch: Batch, want: Iterable[str], *, label_smoothing: float = 0.0,
+        reference: Distribution | None = None, beta: float = 0.0,
+    ) -> Answers:  # fmt: skip
+        """Run one forward pass. `want`: fields of `Answers`; `label_smoothing` is nll's.
 
-        Ask at once for all that you need of a batch: processes that share the weights gather them
-        once a pass.
+        `reference`, `beta`: of the divergence. Ask at once for all that you need of a batch:
+        processes that share the weights gather them once a pass. Raises ValueError for what the
+        policy cannot answer.
         """
+        wanted = self.known(want)
+        require_reference(wanted, batch, reference, beta)
         question = Question(
-            batch.labels, batch.positions, self.known(want), batch.weights, label_smoothing
-        )
-        return Answers(**self.model(**batch.inputs, question=question))
+            batch.labels, batch.positions, wanted, batch.weights, label_smoothing,
+            ends=batch.ends, reference=reference, beta=beta,
+        )  # fmt: skip
+        found = self.model(**batch.inputs, question=question)
+        if "scores" in found:
+            found["scores"] = _of_owned(found["scores"], batch)
+        return Answers(**found)
 
     @staticmethod
     def known(want: Iterable[str]) -> frozenset[str]:
@@ -61,9 +81,7 @@ class Policy:
         every document counts once.
         """
         sums = values_S.new_zeros(batch.num_documents).index_add(0, batch.document, values_S)
-        if batch.group is None:
-            return sums
-        return context_parallel.sum_over(sums, batch.group)[batch.owned]
+        return _of_owned(sums, batch)
 
     def without_adapters(self) -> AbstractContextManager[Any]:
         """Switch the adapters off inside the block. Raises ValueError if there are none."""
@@ -72,3 +90,22 @@ class Policy:
             raise ValueError("all weights are trained, so the model has no adapters to switch off")
         disabled: AbstractContextManager[Any] = bare.disable_adapter()
         return disabled
+
+
+def _of_owned(sums: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Turn this process's part of sums of documents into [D], whole, of those that count here."""
+    if batch.group is None:
+        return sums
+    return context_parallel.sum_over(sums, batch.group)[batch.owned]
+
+
+def require_reference(
+    wanted: frozenset[str], batch: Batch, reference: Distribution | None, beta: float
+) -> None:
+    """Raise ValueError unless a divergence, and only that, has a reference of this batch."""
+    if ("divergence" in wanted) != (reference is not None):
+        raise ValueError("divergence and reference come together; give both or neither")
+    if reference is not None and len(reference.states) != len(batch.labels):
+        raise ValueError("reference is the distribution of another batch")
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta is between 0 and 1, got {beta}")

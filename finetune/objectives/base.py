@@ -36,6 +36,8 @@ class Objective:
     """Settings of the section `objective` in a config, which the methods get as `settings`."""
     has_turns = True
     """Whether rows are conversations, whose template the export keeps."""
+    needs: frozenset[str] = frozenset()
+    """Heads that the policy gets: for `values`, `scores`."""
 
     reports_cross_entropy = False
     """Whether `evaluate` returns the cross-entropy of the supervised tokens itself."""

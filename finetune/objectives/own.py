@@ -15,7 +15,10 @@ from finetune.config import OwnObjective
 from finetune.data import batches as layouts
 from finetune.data.batches import Batch
 from finetune.errors import ConfigError, FinetuneError
-from finetune.models.policy import Answers, Policy
+from finetune.models import scalar_heads
+from finetune.models.distributions import Distribution
+from finetune.models.logits import divergence, logprobs_and_entropy
+from finetune.models.policy import Answers, Policy, require_reference
 from finetune.objectives.base import Objective, Term, as_divisors, total
 
 # Columns of metrics.jsonl and eval.jsonl that terms may not use.
@@ -38,6 +41,10 @@ class Own(Objective):
     @property
     def prepares(self) -> bool:
         return bool(self.objective.prepares)
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset(self.objective.needs)
 
     def supervises(self, loss_on: str) -> str:
         with self._blamed():
@@ -125,7 +132,7 @@ class Own(Objective):
         whole: "_Parted | None" = None,
     ) -> "_Parted":  # fmt: skip
         """Return values and gradients of a part of a batch, or of all: without `whole`."""
-        batch, policy = batch.to(torch.device("cpu")), _Rehearsal(has_adapters, which)
+        batch, policy = batch.to(torch.device("cpu")), _Rehearsal(has_adapters, self.needs, which)
         with torch.no_grad():
             own = self.prepare(policy, [batch], settings)
         prepared = whole.prepared if whole else own
@@ -142,7 +149,7 @@ class Own(Objective):
         return _Parted({k: v.item() for k, v in values.items()}, gradients, prepared, counts)
 
     def _rehearse(self, batch: Batch, settings: Any, has_adapters: bool, where: str) -> None:
-        batch, policy = batch.to(torch.device("cpu")), _Rehearsal(has_adapters)
+        batch, policy = batch.to(torch.device("cpu")), _Rehearsal(has_adapters, self.needs)
         with torch.no_grad():
             prepared = self.prepare(policy, [batch], settings)
         terms = self.loss(policy, batch, settings, prepared)
@@ -217,10 +224,8 @@ def _is_of_model(exc: BaseException) -> bool:
     """Whether an exception was raised inside a forward pass of the policy."""
     frames = [frame.f_code for frame, _ in traceback.walk_tb(exc.__traceback__)]
     calls = [place for place, code in enumerate(frames) if code is Policy.__call__.__code__]
-    return any(
-        place + 1 < len(frames) and frames[place + 1] is not Policy.known.__code__
-        for place in calls
-    )
+    checks = (Policy.known.__code__, require_reference.__code__)
+    return any(place + 1 < len(frames) and frames[place + 1] not in checks for place in calls)
 
 
 def _problem(term: Term, counted: Sequence[str], before: Set[str]) -> str | None:
@@ -272,7 +277,7 @@ def _twice(batch: Batch) -> Batch:
         inputs = layouts._end_to_end(ids.repeat(1, 2), places.repeat(1, 2), lengths)
     return replace(
         batch, inputs=inputs, labels=batch.labels.repeat(2), lengths=lengths,
-        positions=apart(batch.positions, ids.numel()),
+        positions=apart(batch.positions, ids.numel()), ends=apart(batch.ends, ids.numel()),
         document=apart(batch.document, batch.num_documents),
         example=apart(batch.example, batch.counts["examples"]),
         counts={name: 2 * count for name, count in batch.counts.items()},
@@ -285,27 +290,46 @@ def _twice(batch: Batch) -> Batch:
 class _Rehearsal(Policy):
     """Answer with random numbers in the shapes of a batch."""
 
-    def __init__(self, has_adapters: bool, which: Sequence[int] = (0,)) -> None:
+    def __init__(self, has_adapters: bool, heads: Set[str], which: Sequence[int] = (0,)) -> None:
         """`which`: the parts that batches consist of; each has answers of its own."""
         super().__init__(model=None)
-        self.has_adapters, self.which, self.calls = has_adapters, which, 0
+        self.has_adapters, self.heads, self.which, self.calls = has_adapters, heads, which, 0
         self.leaves = list[torch.Tensor]()
         torch.manual_seed(0)
 
-    def __call__(self, batch: Batch, want: Any, *, label_smoothing: float = 0.0) -> Answers:
+    def __call__(
+        self, batch: Batch, want: Any, *, label_smoothing: float = 0.0,
+        reference: Distribution | None = None, beta: float = 0.0,
+    ) -> Answers:  # fmt: skip
         wanted = self.known(want)
-        shape = len(batch.labels) // len(self.which), VOCABULARY
+        require_reference(wanted, batch, reference, beta)
+        if missing := sorted(wanted & (scalar_heads.NAMES.keys() - self.heads)):
+            raise ValueError(
+                f"the policy has no head for {', '.join(missing)}; give your objective "
+                f"needs = {{{str(missing)[1:-1]}}}"
+            )
+        tokens, documents = (len(of) // len(self.which) for of in (batch.labels, batch.ends))
+        logits, values, scores = (
+            self._drawn(*shape) for shape in ((tokens, VOCABULARY), (tokens,), (documents,))
+        )
+        self.calls += 1
+        logprobs, entropy = logprobs_and_entropy(logits, torch.zeros_like(batch.labels), True)
+        weighted = logprobs if batch.weights is None else batch.weights * logprobs
+        answers: dict[str, Any] = {
+            "nll": -weighted.sum(), "logprobs": logprobs, "entropy": entropy, "values": values,
+            "scores": scores, "distribution": Distribution(logits.detach(), torch.Tensor.float),
+        }  # fmt: skip
+        if reference is not None:
+            answers["divergence"] = divergence(logits, reference.states, beta)
+        return Answers(**{name: answers[name] for name in wanted})
+
+    def _drawn(self, *shape: int) -> torch.Tensor:
+        """Draw a leaf for each part of a batch; the same for the same call and part."""
         seeds = [2 * self.calls + part for part in self.which]
         drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(n)) for n in seeds]
-        logits, self.calls = torch.cat(drawn), self.calls + 1
-        logits.requires_grad_(torch.is_grad_enabled())
-        self.leaves.append(logits)
-        distribution = logits.log_softmax(-1)
-        logprobs = distribution[:, 0]
-        weighted = logprobs if batch.weights is None else batch.weights * logprobs
-        entropy = -(distribution.exp() * distribution).sum(-1)
-        answers = {"nll": -weighted.sum(), "logprobs": logprobs, "entropy": entropy}
-        return Answers(**{name: answers[name] for name in wanted})
+        leaf = torch.cat(drawn).requires_grad_(torch.is_grad_enabled())
+        self.leaves.append(leaf)
+        return leaf
 
     def without_adapters(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.has_adapters else super().without_adapters()

@@ -6,7 +6,7 @@
 Most of a small run is the start of its processes. `forget:DIR:STEP` keeps a copy of a run and takes
 it back to the checkpoint of a step, as if the machine had gone after it; `break:NAME` breaks the
 next run on purpose, so that the tests of the others are seen to fail; `topology:NAME` has all that
-follow share the model in another way.
+follow share the model in another way, `topology:NAME:FLAG:VALUE` with a flag of the launcher.
 """
 
 import dataclasses
@@ -45,8 +45,8 @@ def main() -> None:
         elif argument.startswith("break:"):
             mends.append(BREAKS[argument.removeprefix("break:")]())
         elif argument.startswith("topology:"):
-            name = argument.removeprefix("topology:")
-            asked_by_launcher = environment_of(name, asked_by_launcher)
+            name, *flags = argument.split(":")[1:]
+            asked_by_launcher = environment_of(name, flags, asked_by_launcher)
         else:
             for name in [name for name in os.environ if name.startswith(OF_A_TOPOLOGY)]:
                 del os.environ[name]
@@ -62,10 +62,12 @@ def main() -> None:
 OF_A_TOPOLOGY = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
 
 
-def environment_of(topology: str, asked_by_launcher: dict[str, str]) -> dict[str, str]:
+def environment_of(
+    topology: str, flags: list[str], asked_by_launcher: dict[str, str]
+) -> dict[str, str]:
     """Return the launcher's environment for another topology, with the same rendezvous."""
     file = ["--config_file", f"accelerate_configs/{topology}.yaml"]
-    words = [*file, "--num_processes", os.environ["WORLD_SIZE"], "train.py"]
+    words = [*file, *flags, "--num_processes", os.environ["WORLD_SIZE"], "train.py"]
     planned = launcher.read(words)[0][int(os.environ["RANK"])]
     mine = {name: value for name, value in planned.items() if name.startswith(OF_A_TOPOLOGY)}
     return {n: v for n, v in asked_by_launcher.items() if not n.startswith(OF_A_TOPOLOGY)} | mine

@@ -43,9 +43,15 @@ def ended(process, within):
     return process.returncode, error
 
 
-def test_sigterm_in_mid_training_is_exit_code_75(workshop):
-    two = ["--config_file", "accelerate_configs/ddp.yaml", "--num_processes", "2"]
-    process = long_run(workshop, *two)
+TWO = ["--config_file", "accelerate_configs/ddp.yaml", "--num_processes", "2"]
+
+
+@pytest.mark.parametrize(
+    "topology", [[], pytest.param(TWO, marks=long_form)], ids=["one process", "two"]
+)
+def test_sigterm_in_mid_training_is_exit_code_75(workshop, topology):
+    """test_signals.py stops two forked processes; test_launcher.py passes signals on to several."""
+    process = long_run(workshop, *topology)
     process.send_signal(signal.SIGTERM)
     code, error = ended(process, within=240)
     assert code == 75, error

@@ -65,7 +65,7 @@ def output_of(*nodes, within):
                 os.killpg(each.pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("topology", short([*FILES], "ddp_multinode", "zero3_multinode"))
+@pytest.mark.parametrize("topology", short([*FILES], "ddp_multinode"))
 def test_two_nodes_train_as_one_process(workshop, topology):
     """Each process with the environment that its node's launcher gives it."""
     each, extra = FILES[topology]

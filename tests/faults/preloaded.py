@@ -12,6 +12,7 @@ import deepspeed.module_inject.auto_ep_layer
 # With the compiler: 2 s of each process that shares by ZeRO
 import deepspeed.runtime.zero.muon.muon_optimizer
 import peft  # noqa: F401
+import s3fs  # noqa: F401
 import torch.distributed.algorithms.join  # noqa: F401
 import transformers.models.llama.modeling_llama  # noqa: F401
 from faults import forked  # noqa: F401

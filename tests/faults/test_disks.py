@@ -97,7 +97,7 @@ def test_a_temporarily_full_disk_costs_only_one_checkpoint(workshop, small_disk)
     wait_for(lambda: list((run / "checkpoints").glob("step-*")))
     ballast = fill(small_disk, 0)
     with contextlib.suppress(AssertionError):
-        wait_for(lambda: "failures in a row" in launch.output(), 20)
+        wait_for(lambda: "failures in a row" in launch.output(), 20, every=0.02)
     ballast.unlink()
     assert launch.codes() == [0], launch.output()
     assert "1 of 3 failures in a row" in launch.output()

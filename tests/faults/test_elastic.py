@@ -32,11 +32,9 @@ def around(*places: tuple[str, int]) -> list:
     return list(zip(places, [*places[1:], places[0]]))
 
 
-SHORT = [
-    ((("single", 1), ("fsdp2", 2)), "full"), ((("fsdp2", 2), ("ddp", 2)), "lora"),
-    ((("zero2", 2), ("zero1", 1)), "full"),
-]  # fmt: skip
+SHORT = [((("single", 1), ("fsdp2", 2)), "full"), ((("zero2", 2), ("zero1", 1)), "full")]
 LONG = [
+    ((("fsdp2", 2), ("ddp", 2)), "lora"),
     ((("ddp", 2), ("fsdp2", 2)), "averaged"), ((("zero3", 1), ("zero3", 2)), "full"),
     *((move, "full") for move in around(("ddp", 2), ("fsdp2", 4), ("single", 1))),
     *((move, "full") for move in around(("zero1", 1), ("zero2", 2), ("zero2", 4))),

@@ -59,7 +59,7 @@ def objects(client, folder: str) -> list[str]:
 
 def wait_for_step(client, folder: str, step: int) -> None:
     manifest = f"checkpoints/step-{step:08d}/manifest.json"
-    wait_for(lambda: manifest in objects(client, folder), every=0.02)
+    wait_for(lambda: manifest in objects(client, folder), every=0.05)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_a_run_taken_over_by_another_machine_stops(workshop, tmp_path, store):
     second = start(
         config.rename(tmp_path / "other.yaml"), "single", 1, "--run.dir", str(other), **environment
     )
-    wait_for(lambda: "resumed from" in second.output())
+    wait_for(lambda: "resumed from" in second.output(), every=0.02)
     assert first.codes(within=60) == [2], (
         "started again, the two would take turns without end: " + first.output()
     )

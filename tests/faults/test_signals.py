@@ -75,8 +75,8 @@ def test_a_second_interrupt_quits_at_once(workshop):
 
 
 def many(workshop: Workshop):
-    """Evaluation rows that take many seconds."""
-    return write_jsonl(workshop.folder / "many.jsonl", pairs(4000)[40:])
+    """Evaluation rows that take seconds."""
+    return write_jsonl(workshop.folder / "many.jsonl", pairs(2000)[40:])
 
 
 def test_a_signal_is_heeded_in_the_middle_of_an_evaluation(workshop):
@@ -92,14 +92,15 @@ def test_a_signal_is_heeded_in_the_middle_of_an_evaluation(workshop):
     assert_saved(workshop)
 
 
-def test_a_signal_to_one_process_stops_all_after_the_same_step(workshop, undisturbed):
+@pytest.mark.parametrize("topology", ["ddp", pytest.param("fsdp2", marks=long_form)])
+def test_a_signal_to_one_process_stops_all_after_the_same_step(workshop, undisturbed, topology):
     config = workshop.write(workshop.config(**LONG | {"train__max_steps": 30}))
-    launch = start(config, "fsdp2", 2)
+    launch = start(config, topology, 2)
     wait_for(lambda: workshop.num_lines() > 5)
     launch.kill([1], signal.SIGTERM)
     assert launch.codes() == [75, 75], launch.output()
     assert "another process at step" in workshop.outcome()["reason"]
-    run_to_completion(config, "fsdp2", 2)
+    run_to_completion(config, topology, 2)
     assert losses(workshop.run_dir()) == pytest.approx(losses(undisturbed.run_dir())[:30], rel=1e-4)
 
 
@@ -124,7 +125,7 @@ def test_a_signal_during_a_save_waits_for_it_and_saves_the_latest_step_too(works
 )
 def test_a_signal_before_the_first_step_ends_at_once(workshop, part):
     """While modules, rows and weights are loaded there is nothing to save."""
-    config = workshop.write(workshop.config(**LONG))
+    config = workshop.write(workshop.config())
     launch = start(config)
     wait_for(lambda: launch.logs[0].exists())
     threading.Event().wait(part)

@@ -1,4 +1,4 @@
-"""Three objectives as users would write them, each with a feature that cross-entropy lacks."""
+"""Objectives as users would write them, each with a feature that cross-entropy lacks."""
 
 import torch
 from torch.nn.functional import logsigmoid
@@ -44,11 +44,42 @@ class Pairwise(Objective):
         ]
 
 
+class Scored(Objective):
+    """A reward model (Bradley and Terry, 1952) whose tokens learn a value: two heads at once."""
+
+    needs = frozenset({"scores", "values"})
+
+    def loss(self, policy, batch, settings, prepared):
+        answers = policy(batch, {"scores", "values"})
+        ahead = answers.scores[::2] - answers.scores[1::2]
+        return [
+            Term("loss", -logsigmoid(ahead).sum(), per="examples"),
+            Term("ahead", ahead.detach().sum(), per="examples", weight=0.0),
+            Term("value", (answers.values - 1).square().sum(), per="tokens", weight=0.1),
+        ]
+
+
+class Near(Objective):
+    """Learns answers, but stays near the base: its divergence from it is of whole distributions."""
+
+    def loss(self, policy, batch, settings, prepared):
+        with torch.no_grad(), policy.without_adapters():
+            base = policy(batch, {"distribution"}).distribution
+        answers = policy(batch, {"nll", "divergence"}, reference=base, beta=0.5)
+        return [
+            Term("loss", answers.nll, per="tokens"),
+            Term("divergence", answers.divergence.sum(), per="tokens", weight=0.5),
+        ]
+
+
 SURE = -5.0  # tiny models know little
 SETTINGS = {
-    name: {"objective__kind": f"{__file__}:{name}"} for name in ("Dft", "Unlikelihood", "Pairwise")
+    name: {"objective__kind": f"{__file__}:{name}"}
+    for name in ("Dft", "Unlikelihood", "Pairwise", "Scored")
 }
-SETTINGS["Pairwise"]["data__format"] = f"{__file__}:pairs"
+for name in ("Pairwise", "Scored"):
+    SETTINGS[name]["data__format"] = f"{__file__}:pairs"
+SETTINGS["Near"] = {"objective__kind": f"{__file__}:Near", "adapter__kind": "lora"}
 
 
 def pairs(row):

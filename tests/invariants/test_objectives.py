@@ -1,10 +1,10 @@
 """Objectives of a user's own: cut up, packed or shared between processes, they learn the same."""
 
 import pytest
-from conftest import losses, read_jsonl, short
+from conftest import losses, pretrained, read_jsonl, short
+from faults.forked import weights
 from invariants import objectives
 from invariants.test_topologies import several
-from safetensors.torch import load_file
 
 from finetune.data.batches import Batches
 
@@ -18,11 +18,23 @@ WAYS = {
     "one by one": {"train__micro_batch_size": 1},
     "padded": {"train__micro_batch_size": 2, "model__attention": "sdpa"},
 }
+TERMS = {
+    "Unlikelihood": "unlikelihood", "Pairwise": "margin", "Scored": "value", "Near": "divergence",
+}  # fmt: skip
+
+
+def settings_of(workshop, objective):
+    """The settings of one objective; adapters get a base."""
+    own = FOUR_STEPS | objectives.SETTINGS[objective]
+    if own.get("adapter__kind") == "lora":
+        base = workshop.train("base", train__max_steps=2) / "model"
+        return own | pretrained(base) | {"optimizer__lr": 1e-2}
+    return own
 
 
 def curves(run):
     """Every number of its logs that comes from the model."""
-    kept = ("loss", "grad_norm", "unlikelihood", "margin", "eval_loss", "cross_entropy")
+    kept = ("loss", "grad_norm", *TERMS.values(), "eval_loss", "cross_entropy")
     lines = [
         line
         for name in ("metrics.jsonl", "eval.jsonl")
@@ -33,17 +45,15 @@ def curves(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", objectives.SETTINGS)
+@pytest.mark.parametrize("objective", short([*objectives.SETTINGS], "Unlikelihood", "Scored"))
 def test_splitting_and_layout_of_a_step_change_nothing(workshop, objective):
-    own = FOUR_STEPS | objectives.SETTINGS[objective]
+    own = settings_of(workshop, objective)
     runs = [workshop.train(name.replace(" ", "_"), **own, **way) for name, way in WAYS.items()]
     for run in runs[1:]:
         assert curves(run) == pytest.approx(curves(runs[0]), rel=1e-4)
     assert losses(runs[0])[-1] != losses(runs[0])[0]
     line = read_jsonl(runs[0] / "metrics.jsonl")[-1]
-    assert {"Dft": set(), "Unlikelihood": {"unlikelihood"}, "Pairwise": {"margin"}}[
-        objective
-    ] <= line.keys()
+    assert TERMS.get(objective, "loss") in line
 
 
 def test_a_total_of_only_one_micro_batch_would_be_caught(workshop, monkeypatch):
@@ -60,8 +70,7 @@ def test_a_total_of_only_one_micro_batch_would_be_caught(workshop, monkeypatch):
 def test_packed_examples_get_the_gradients_they_get_alone(workshop, objective):
     """One step over all rows, so that packs hold the same examples as the steps without them."""
     whole = {
-        **FOUR_STEPS,
-        **objectives.SETTINGS[objective],
+        **settings_of(workshop, objective),
         "train__max_steps": 3,
         "train__global_batch_size": 40,
         "data__eval_fraction": 0,
@@ -75,9 +84,11 @@ def test_packed_examples_get_the_gradients_they_get_alone(workshop, objective):
 
 # Processes, and topologies one after the other with their objectives.
 ALL = [*objectives.SETTINGS]
+# Layers stay whole until a backward pass: after one without gradient they would be stale.
+WHOLE = "fsdp2:--fsdp_reshard_after_forward:false"
 LAUNCHES = {
-    "two": (2, {"ddp": ["Dft", "Unlikelihood"], "zero3": ["Pairwise"]}),
-    "context": (4, {"fsdp2_context": ["Pairwise"]}),
+    "two": (2, {"ddp": ["Unlikelihood", "Scored"], WHOLE: ["Near"], "zero3": ["Scored"]}),
+    "context": (4, {"fsdp2_context": ["Scored"]}),
     "two in full": (2, {"ddp": ALL, "fsdp2": ALL, "zero3": ALL}),
     "context in full": (4, {"fsdp2_context": ALL}),
 }
@@ -88,19 +99,20 @@ LAUNCHES = {
 @pytest.mark.parametrize("launched", short([*LAUNCHES], "two", "context"))
 def test_several_processes_train_like_one(workshop, launched):
     processes, topologies = LAUNCHES[launched]
-    settings = {**FOUR_STEPS, "train__micro_batch_size": 1, "data__packing": True}
-    arguments, runs, alone = [], [], {}
+    settings = {"train__micro_batch_size": 1, "data__packing": True}
+    arguments, runs, alone, own = [], [], {}, {}
     for name in sorted({name for names in topologies.values() for name in names}):
-        alone[name] = workshop.train(f"{name}_alone", **settings, **objectives.SETTINGS[name])
+        own[name] = settings_of(workshop, name) | settings
+        alone[name] = workshop.train(f"{name}_alone", **own[name])
     for topology, names in topologies.items():
         arguments += [f"topology:{topology}"] if processes == 2 else []
         for name in names:
-            own = workshop.config(f"{topology}_{name}", **settings, **objectives.SETTINGS[name])
-            arguments.append(workshop.write(own))
-            runs.append((workshop.run_dir(f"{topology}_{name}"), alone[name]))
+            config = workshop.config(f"{topology.partition(':')[0]}_{name}", **own[name])
+            arguments.append(workshop.write(config))
+            runs.append((workshop.run_dir(config["run"]["name"]), alone[name]))
     launch = several(workshop.folder, next(iter(topologies)), processes, *arguments)
     assert launch.codes() == [0] * processes, launch.output()
     for shared, single in runs:
         assert curves(shared) == pytest.approx(curves(single), rel=1e-4), shared
-        one, other = (load_file(run / "model/model.safetensors") for run in (shared, single))
+        one, other = (weights(run) for run in (shared, single))
         assert all((one[key] - other[key]).abs().max() < 1e-4 for key in one), shared

@@ -36,10 +36,11 @@ SIX = {
 CASES = {
     "untied": {},
     "tied": {"model__config": {**TINY_LLAMA, "tie_word_embeddings": True}},
-    "packed_recomputed": {
+    "packed_recomputed_clipped": {
         "data__packing": True,
         "train__gradient_checkpointing": True,
         "train__micro_batch_size": 1,
+        "train__max_grad_norm": 0.1,
     },
     "padded_clipped": {
         "model__attention": "sdpa",
@@ -63,12 +64,12 @@ NOT_ZERO = ["weights_in_bf16", "as_many_as_fit"]
 ALL, PLAIN = [case for case in CASES if case not in NOT_ZERO], ["untied", "tied"]
 LIKE_UNTIED = ["as_many_as_fit", "compiled"]  # whose run by one process is that of "untied"
 # Of each launch: processes, and topologies one after the other, with their cases. Each case runs
-# under one kind of sharing; tests/invariants/test_trajectories.py has packs, adapters and quantised
-# bases under the others.
+# under one kind of sharing; tests/faults/test_elastic.py has tied weights under FSDP2, and
+# tests/invariants/test_trajectories.py a quantised base.
 SHORT = {
     "two": (2, {
-        "ddp": ["as_many_as_fit"], "fsdp2": ["lora", "weights_in_bf16"], "fsdp2_offload": ["tied"],
-        "zero1": ["untied"], "zero2": ["bf16"], "zero3": ["padded_clipped", "packed_recomputed"],
+        "ddp": ["as_many_as_fit"], "fsdp2": ["lora"], "fsdp2_offload": ["weights_in_bf16"],
+        "zero1": ["padded_clipped"], "zero2": ["bf16"], "zero3": ["packed_recomputed_clipped"],
     }),
     "hybrid": (4, {"fsdp2_hybrid": ["untied"]}),
 }  # fmt: skip
@@ -78,7 +79,7 @@ LONG = {
     "fsdp2": (2, {"fsdp2": list(CASES)}), "fsdp2 of one": (1, {"fsdp2": PLAIN}),
     "fsdp2_offload": (2, {"fsdp2_offload": [*PLAIN, "lora"]}),
     "hybrid in full": (4, {"fsdp2_hybrid": PLAIN}),
-    "context in full": (4, {"fsdp2_context": ["untied", "packed_recomputed"]}),
+    "context in full": (4, {"fsdp2_context": ["untied", "packed_recomputed_clipped"]}),
     "zero1": (2, {"zero1": [*PLAIN, "lora"]}), "zero1 of one": (1, {"zero1": PLAIN}),
     "zero2": (2, {"zero2": ALL}),
     "zero2 of one": (1, {"zero2": PLAIN}),
@@ -87,15 +88,17 @@ LONG = {
     "zero3_offload": (2, {"zero3_offload": [*PLAIN, "lora"]}),
 }  # fmt: skip
 LAUNCHES = SHORT | LONG
-# Trained a second time from the checkpoint of step 4, to the same bits.
-RESUMED = {"ddp": "as_many_as_fit", "fsdp2": "lora", "zero2": "bf16", "zero3": "padded_clipped"}
+# Trained a second time from the checkpoint of step 4, to the same bits: in the short form by one of
+# each way to save. tests/faults/test_kills.py resumes DDP.
+RESUMED = {"fsdp2": "lora", "zero3": "packed_recomputed_clipped"}
+RESUMED_IN_LONG = {**RESUMED, "ddp": "as_many_as_fit", "zero2": "bf16"}
 FOUR = {
     name: f"--parallelism_config_{what}_size 2 --parallelism_config_dp_shard_size 2".split()
     for name, what in (("fsdp2_hybrid", "dp_replicate"), ("fsdp2_context", "cp"))
 }
 
 
-def test_each_kind_of_sharing_is_resumed_in_the_short_form():
+def test_each_way_to_save_is_resumed_in_the_short_form():
     short = {name: cases for _, found in SHORT.values() for name, cases in found.items()}
     assert {name for name, case in RESUMED.items() if case not in short[name]} == set()
 
@@ -168,11 +171,14 @@ def agree(found: dict[str, float], half: bool = False) -> bool:
     )
 
 
-def files_of(workshop: Workshop, alone: Callable[[str], Path], topology: str, cases: list[str]):
+def files_of(
+    workshop: Workshop, alone: Callable[[str], Path], topology: str, cases: list[str],
+    resumed: str | None,
+):  # fmt: skip
     """List many_runs.py's arguments for one topology: each case, one of them resumed at step 4."""
     saves = {"checkpoint__every_steps": 4, "checkpoint__keep_last": 9}
     for case in cases:
-        is_resumed = case == RESUMED.get(topology)
+        is_resumed = case == resumed
         own = {**settings(case, alone), "run__dir": str(workshop.folder / topology)}
         config = workshop.write(workshop.config(case, **own, **saves if is_resumed else {}))
         file = config.rename(workshop.folder / f"{topology}-{case}.yaml")
@@ -187,10 +193,11 @@ def files_of(workshop: Workshop, alone: Callable[[str], Path], topology: str, ca
 )
 def test_every_topology_trains_like_one_process(alone, workshop, launched):
     processes, topologies = LAUNCHES[launched]
+    resumed_case = RESUMED_IN_LONG if launched in LONG else RESUMED
     files = []
     for topology, cases in topologies.items():
         files += [f"topology:{topology}"] if processes == 2 else []
-        files += files_of(workshop, alone, topology, cases)
+        files += files_of(workshop, alone, topology, cases, resumed_case.get(topology))
     launch = several(workshop.folder, next(iter(topologies)), processes, *files)
     assert launch.codes() == [0] * processes, launch.output()
     output = launch.logs[0].read_text()
@@ -200,7 +207,7 @@ def test_every_topology_trains_like_one_process(alone, workshop, launched):
         assert not {
             case: value for case, value in found.items() if not agree(value, "bf16" in case)
         }
-        resumed = runs.get(RESUMED.get(topology))
+        resumed = runs.get(resumed_case.get(topology))
         if resumed:
             assert f"{resumed}/checkpoints/step-00000004 at step 4" in output
             assert_equal(resumed, whole_of(resumed))
@@ -230,8 +237,9 @@ def test_deliberate_errors_are_detected(alone, workshop):
     files = []
     for name in names:
         config = workshop.config(name, **settings("untied", alone))
+        files += ["topology:fsdp2"] if name == "one_shard" else []
         files += [f"break:{name}", workshop.write(config)]
-    launch = several(workshop.folder, "fsdp2", 2, *files)
+    launch = several(workshop.folder, "ddp", 2, *files)
     for name in names[:2]:
         assert not agree(difference(workshop.run_dir(name), alone("untied"))), name
     assert launch.codes() != [0, 0]

@@ -28,7 +28,7 @@ from finetune.engine.topology import meta
 from finetune.engine.topology.launch import ParallelConfig
 from finetune.engine.topology.sharing import MakeOptimizer, OnMain, Sharing
 from finetune.errors import ConfigError
-from finetune.models import recompute
+from finetune.models import recompute, scalar_heads
 
 
 class Fsdp2(Sharing):
@@ -73,7 +73,7 @@ class Fsdp2(Sharing):
         their weights anyway; embedding and last norm in float32, so that autocast computes the same
         as without sharding. A head that shares the embedding's weights is gathered with it. After
         each pass everything is sharded again: code that reads weights between passes expects
-        shards. Gradients are summed in float32.
+        shards, and whole ones would be those of before the step. Gradients are summed in float32.
         """
         policy: OffloadPolicy = OffloadPolicy()
         if self.parallel.offload:
@@ -92,18 +92,18 @@ class Fsdp2(Sharing):
             )  # fmt: skip
 
         for layer in reversed(self._layers(model)):  # nested layers first
-            shard(layer, half)
+            shard(layer, half, reshard=self.parallel.reshards)
         embedding, head = root.get_input_embeddings(), root.get_output_embeddings()
         if head is not None and not _share_weights(embedding, head):
             # `models/head.py` calls it twice a pass: it stays whole in between, and until its
             # backward pass.
             shard(head, half, reshard=False)
-            root.register_forward_hook(
-                lambda *_: None if torch.is_grad_enabled() else head.reshard()
-            )
             # As its own unit it is whole only during the lookup, not until the end of the pass.
             shard(embedding, whole)
+        for scalar in scalar_heads.of(root).values():  # in float32 beside a frozen 16-bit base
+            shard(scalar, whole)
         shard(root, whole)
+        root.register_forward_hook(_reshard_after_evaluation)
 
     def _store_as_floats(self, model: nn.Module) -> None:
         """View the bytes of quantised weights as a float dtype; `as_floats` explains why."""
@@ -170,6 +170,14 @@ class Fsdp2(Sharing):
     def local_shard(self, parameter: Any) -> torch.Tensor:
         local: torch.Tensor = parameter.detach().to_local()
         return local
+
+
+def _reshard_after_evaluation(root: nn.Module, *_: Any) -> None:
+    """Shard again what stays whole until a backward pass, where there will be none."""
+    if not torch.is_grad_enabled():
+        for module in root.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def _share_weights(one: nn.Module, other: nn.Module) -> bool:

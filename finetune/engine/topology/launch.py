@@ -40,6 +40,8 @@ class ParallelConfig:
     """FSDP2, hybrid: num_replicas groups of num_processes / num_replicas processes each shard."""
     num_context: int = 1
     """FSDP2: the number of processes that share one sequence."""
+    reshards: bool = True
+    """FSDP2: shard a layer again after its forward; if not, it stays whole until its backward."""
     layer_classes: tuple[str, ...] = ()
     """FSDP2: classes of the layers to shard as units; empty: those that transformers names."""
     mixed_precision: str = "no"
@@ -153,11 +155,14 @@ def _fsdp(environment: Mapping[str, str], number: int, precision: str) -> Parall
             "train.gradient_checkpointing decides, under every topology"
         )
     reshard = environment.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower()
-    if reshard not in ("true", "full_shard"):
+    if reshard not in ("true", "full_shard", "false", "shard_grad_op"):
+        raise ConfigError(f"fsdp_reshard_after_forward: {reshard}; it must be true or false")
+    reshards = reshard in ("true", "full_shard")
+    offload = _is_on(environment, "FSDP_OFFLOAD_PARAMS")
+    if offload and not reshards:
         raise ConfigError(
-            f"fsdp_reshard_after_forward: {reshard}; "
-            "set it to true: after an evaluation layers would stay unsharded, and go stale; "
-            "to keep whole weights on every process, take accelerate_configs/zero2.yaml"
+            "fsdp_reshard_after_forward: false keeps whole layers on the device, from where "
+            "fsdp_offload_params: true removes them; set it to true"
         )
     by_layer = "TRANSFORMER_BASED_WRAP"
     if (policy := environment.get("FSDP_AUTO_WRAP_POLICY", by_layer)) != by_layer:
@@ -171,8 +176,8 @@ def _fsdp(environment: Mapping[str, str], number: int, precision: str) -> Parall
     classes = environment.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
     names = [] if classes == "None" else [name.strip() for name in classes.split(",")]
     return ParallelConfig(
-        "fsdp2", number, offload=_is_on(environment, "FSDP_OFFLOAD_PARAMS"),
-        num_replicas=sizes["DP_REPLICATE"], num_context=sizes["CP"], mixed_precision=precision,
+        "fsdp2", number, offload=offload, num_replicas=sizes["DP_REPLICATE"],
+        num_context=sizes["CP"], reshards=reshards, mixed_precision=precision,
         layer_classes=tuple(name for name in names if name),
     )  # fmt: skip
 
