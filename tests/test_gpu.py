@@ -21,6 +21,7 @@ from finetune.models import (
     float8,
     liger,
     logits,
+    lora_products,
     offload,
     parameters,
     varlen_choice,
@@ -111,6 +112,24 @@ def test_packed_equals_padded(workshop, precision):
         "padded", model__config=GPU_LLAMA, train__precision=precision, model__attention="sdpa"
     )
     assert losses(laid) == pytest.approx(losses(padded), rel=2e-2)
+
+
+def test_products_of_lora_agree_with_pefts(workshop, monkeypatch):
+    """Other roundings: one of a sum for three."""
+    uses, apply = [], lora_products._Products.apply
+    monkeypatch.setattr(
+        lora_products._Products, "apply", lambda *given: uses.append(1) or apply(*given)
+    )
+    settings = {"model__config": GPU_LLAMA, "train__precision": "bf16", "train__compile": False}
+    base = workshop.train("base", **settings) / "model"
+    adapter = {"model__path": str(base), "model__config": None, "model__init": "pretrained"}
+    adapter |= {"model__tokenizer": None, "adapter__kind": "lora", "optimizer__lr": 1e-3}
+    own = losses(workshop.train("own", **{**settings, **adapter}))
+    assert uses
+    uses.clear()
+    monkeypatch.setenv("FINETUNE_WITHOUT_KERNELS", "lora_products")
+    assert losses(workshop.train("peft", **{**settings, **adapter})) == pytest.approx(own, rel=1e-2)
+    assert not uses
 
 
 def test_inputs_of_layers_leave_the_gpu_and_come_back():

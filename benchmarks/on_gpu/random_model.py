@@ -33,6 +33,9 @@ def make(
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
     if quantization:
         _quantize(model, quantization)
+    if torch.cuda.is_available():  # only training's memory counts
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     torch.manual_seed(SEED)
     return model
 

@@ -97,7 +97,11 @@ CASES: Cases = {
     "8B lora r 16, defaults": (None, LORA),
     "8B full in bf16, defaults": (None, BF16),
     "8B lora r 16, FlashAttention-2": (None, LORA | RECOMPUTED | OWN_ATTENTION),
-    "8B lora r 16, inputs cast": (None, LORA | RECOMPUTED | {WITHOUT: "adapter_casts"}),
+    "8B lora r 16, peft's products": (None, LORA | RECOMPUTED | {WITHOUT: "lora_products"}),
+    "8B lora r 16, inputs cast": (
+        None,
+        LORA | RECOMPUTED | {WITHOUT: "lora_products,adapter_casts"},
+    ),
     "8B lora r 16, plain norms and gates": (None, LORA | RECOMPUTED | {WITHOUT: "rms_norm,swiglu"}),
     "8B full in bf16, float8 rowwise": (None, BF16 | RECOMPUTED | {"train.float8": "rowwise"}),
     "8B full in bf16, plain optimizer": (None, BF16 | RECOMPUTED | {WITHOUT: "adamw_kernel"}),
