@@ -20,7 +20,8 @@ from finetune.models import attention_choice, load
 
 # Share of memory to leave free: on a GPU for fragmentation, on a machine for other processes.
 SLACK = 0.05
-# Forecasts of the first GPU were up to 8% too low, and its allocator needs some room.
+# For what a forecast misses, until more is measured: the one of the first GPU that still counts was
+# 2% too high (docs/performance.md).
 ROOM = 0.15
 SMALLER = "more processes, or shorter sequences (data.max_length)"
 
