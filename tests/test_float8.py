@@ -1,7 +1,6 @@
 """train.float8: which products run in float8, when, and what stands against it."""
 
 import copy
-import dataclasses
 from importlib import metadata
 
 import pytest
@@ -99,9 +98,20 @@ def test_float8_compiles_a_short_run_too():
     assert line == "train.compile: auto compiles the layers, as train.float8 needs it"
 
 
+KINDS = [
+    "tensorwise",
+    pytest.param(
+        "rowwise",
+        marks=pytest.mark.skipif(
+            torch.__version__.startswith("2.11."), reason="torch 2.11 has it on no CPU"
+        ),
+    ),
+]
+
+
 @pytest.fixture
 def torchao(monkeypatch):
-    """Skip without torchao; let every product be large enough."""
+    """Skip without torchao; let every product be large enough. A CPU has a slow product of it."""
     pytest.importorskip("torchao")
     monkeypatch.setattr(float8, "WORTH", 8)
 
@@ -121,12 +131,12 @@ def loss_of(model, tokens=21):
 
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "adapters"])
-@pytest.mark.parametrize("kind", [True, "rowwise"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_only_training_passes_multiply_in_float8(torchao, adapters, kind):
     """Weights, their names and every evaluation stay; losses and gradients differ by a little."""
     plain = llama(adapters)
     model = copy.deepcopy(plain)
-    float8.convert(model, kind, emulate=True)
+    float8.convert(model, kind)
     found = list(float8.converted(model))
     assert len(found) == 14
     assert model.get_output_embeddings() not in found
@@ -151,10 +161,12 @@ def test_only_training_passes_multiply_in_float8(torchao, adapters, kind):
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
 )  # the compiler's own
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "adapters"])
 def test_compiled_layers_hold_float8_in_one_graph(torchao, monkeypatch, adapters):
-    """A frozen weight costs two products, not three: its gradient is never computed."""
+    """A frozen weight costs two products, not three: its gradient is never computed. The sizes and
+    strides of all are those that a GPU takes, for any number of tokens.
+    """
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
 
@@ -174,10 +186,11 @@ def test_compiled_layers_hold_float8_in_one_graph(torchao, monkeypatch, adapters
         "compile",
         lambda forward, **options: compile_(forward, backend=backend, fullgraph=True, **options),
     )
+    monkeypatch.setattr(torch._meta_registrations, "device_hint", lambda tensor: "cuda")
     torch._dynamo.reset()
     model, eager = llama(adapters), llama(adapters)
     for each in (model, eager):
-        float8.convert(each, True, emulate=True)
+        float8.convert(each, True)
         each.train()
     recompute.wrap(model, compiled=True, num_recomputed=0)
     for tokens in (21, 16, 37):
@@ -189,13 +202,13 @@ def test_compiled_layers_hold_float8_in_one_graph(torchao, monkeypatch, adapters
     assert max(products["backward"]) == (7 + 28 if adapters else 14)
 
 
-@pytest.mark.parametrize("kind", ["tensorwise", "rowwise"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trained"])
 def test_a_product_is_as_exact_as_float8_is(torchao, monkeypatch, kind, trains):
     """3.7 % of the output by root mean square, up to 5.9 % of the gradients."""
     from torchao.float8 import Float8LinearConfig
 
-    config = dataclasses.replace(Float8LinearConfig.from_recipe_name(kind), emulate=True)
+    config = Float8LinearConfig.from_recipe_name(kind)
     assert float8.wrong(config, 64, 96, trains, CPU) == ""
     monkeypatch.setattr(float8, "WITHIN", 0.03)
     assert "its output is 3." in float8.wrong(config, 64, 96, trains, CPU)
@@ -203,7 +216,7 @@ def test_a_product_is_as_exact_as_float8_is(torchao, monkeypatch, kind, trains):
 
 def test_a_product_that_fails_or_is_wrong_ends_the_run(torchao, monkeypatch):
     model = llama()
-    float8.convert(model, True, emulate=True)
+    float8.convert(model, True)
     assert float8.check(model, CPU) == (
         "14 of 14 products in the layers run in float8, with a scale for each tensor"
     )
@@ -212,7 +225,7 @@ def test_a_product_that_fails_or_is_wrong_ends_the_run(torchao, monkeypatch):
         float8.check(model, CPU)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_run_saves_resumes_averages_and_exports_plain_weights(
     torchao, workshop, monkeypatch, method
@@ -224,12 +237,12 @@ def test_a_run_saves_resumes_averages_and_exports_plain_weights(
         settings = pretrained(base, adapter__kind="lora", adapter__r=4, **settings)
     convert, converted = float8.convert, []
 
-    def emulated(model, kind):
-        convert(model, kind, emulate=True)
+    def counted(model, kind):
+        convert(model, kind)
         converted.append(len(list(float8.converted(model))))
 
     monkeypatch.setattr(float8, "require", lambda device: None)
-    monkeypatch.setattr(float8, "convert", emulated)
+    monkeypatch.setattr(float8, "convert", counted)
     settings |= {"train__float8": True, "checkpoint__every_steps": 2, "checkpoint__keep_last": 9}
     whole = workshop.train("whole", **settings)
     assert converted == [14]

@@ -6,7 +6,6 @@ state keep their dtypes, so checkpoints, averages and exports do not know of it.
 samples and the export's probe multiply in the run's own precision, as users of the export will.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import Any
@@ -52,16 +51,14 @@ def require(device: torch.device) -> None:
         )
 
 
-def convert(model: nn.Module, kind: bool | str, *, emulate: bool = False) -> None:
+def convert(model: nn.Module, kind: bool | str) -> None:
     """Let the products of the layers that are worth it run in float8. Raises ModelError.
 
-    `kind`: as train.float8. `emulate`: with float32 products of the same rounded values, on any
-    device. Head and embedding are outside the layers; adapters are too small.
+    `kind`: as train.float8. Head and embedding are outside the layers; adapters are too small.
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     config = Float8LinearConfig.from_recipe_name("tensorwise" if kind is True else str(kind))
-    config = dataclasses.replace(config, emulate=emulate)
     large = {id(module) for module in large_products(model)}
     convert_to_float8_training(
         model, module_filter_fn=lambda module, _: id(module) in large, config=config
@@ -103,10 +100,8 @@ def _in_training(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         out: torch.Tensor
         if not (module.training and torch.is_grad_enabled()):
             return nn.Linear.forward(module, states)
-        if not module.weight.requires_grad:
-            out = in_float8(states)
-            return out
-        # The gradient of the weight is a product over tokens, whose number is any.
+        # The gradient of the weight is a product over tokens, of which there is any number. torchao
+        # computes it for frozen weights, too; there a compiler leaves it out, but checks its sizes.
         flat = states.flatten(0, -2)
         out = in_float8(F.pad(flat, (0, 0, 0, -flat.shape[0] % UNIT)))
         return out[: flat.shape[0]].unflatten(0, states.shape[:-1])
