@@ -9,8 +9,8 @@ from pathlib import Path
 from on_gpu.report import MEASURED, WRONG
 from on_gpu.runner import Row
 
-OURS, TRL, GREY = "#1f6fb4", "#e08214", "#666"
-LINES = (OURS, TRL, "#7fb3dd", "#f5c48a")
+OURS, OTHERS, GREY = "#1f6fb4", "#e08214", "#666"
+LINES = (OURS, "#7fb3dd", OTHERS, "#35793b", "#8fc294", "#a3423c")
 WIDTH, LABEL, BAR, ROW = 900, 300, 480, 22
 CHART = 260  # height of the lines
 
@@ -43,7 +43,7 @@ def _bars(rows: Sequence[Row], top: int) -> tuple[list[str], int]:
     for row in rows:
         speed = row.values["tokens/s"]
         width = BAR * speed / (most[row.name.split()[0]] or 1.0)
-        colour = TRL if row.name.endswith("TRL") else OURS
+        colour = OTHERS if row.name.endswith(("TRL", "LitGPT")) else OURS
         parts += [
             _text(LABEL - 8, top + 15, row.name, anchor="end"),
             f'<rect x="{LABEL}" y="{top + 3}" width="{width:.1f}" height="{ROW - 6}" '
