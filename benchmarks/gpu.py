@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py correctness     tests/test_gpu.py; topologies, methods, optimizers, ...
     python benchmarks/gpu.py memory          forecasts of `plan` and the allocator's peaks
-    python benchmarks/gpu.py speed           tokens a second; also of TRL, where it is installed
+    python benchmarks/gpu.py speed           tokens a second; also of TRL and LitGPT, if installed
     python benchmarks/gpu.py speed --only "8B|qlora"        cases by regular expression
     python benchmarks/gpu.py speed --only tokens --minutes 30      lengths until memory ends
     python benchmarks/gpu.py correctness --cpu --only lora  a rehearsal on tiny models, anywhere

@@ -641,7 +641,7 @@ def test_every_case_of_speed_is_a_run_that_starts():
         case = speed.Case.of(name, *of)
         values = speed.config_of(case, Path("base"), Path("rows.jsonl"))
         configs.from_dict(correctness.sections({"run.name": "a", **values}))
-        assert case.by in (None, speed.TRL) or case.needs_saved_weights
+        assert case.by in (None, speed.TRL, speed.LITGPT) or case.needs_saved_weights
         assert case.length <= speed.SHAPES[case.size]["max_position_embeddings"]
     assert len(speed.LENGTHS) * 6 == sum(speed.LENGTH in c[1] for c in speed.CASES.values()) - 1
 
@@ -649,7 +649,7 @@ def test_every_case_of_speed_is_a_run_that_starts():
 def test_trl_gets_the_same_rows_and_its_own_best_settings():
     def asked(name, left_out=()):
         case = speed.Case.of(name, *speed.CASES[name])
-        return speed.trl_of(case, Path("b"), Path("r"), Path("o"), set(left_out), True)
+        return speed.asked_of(case, Path("b"), Path("r"), Path("o"), set(left_out), True)
 
     plain, best = asked("8B lora r 16, TRL"), asked("8B lora r 16, best, TRL")
     assert plain["settings"]["gradient_checkpointing"]

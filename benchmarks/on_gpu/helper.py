@@ -32,6 +32,7 @@ OPTIONAL = {
     "pytest": "tests/test_gpu.py",
     "trl": "the comparison with TRL",
     "liger_kernel": "norms and gates as one kernel each, and TRL with Liger",
+    "litgpt": "the comparison with LitGPT",
     "flash_attn.flash_attn_interface": "FlashAttention-2",
     "flash_attn_interface": "FlashAttention-3",
     "flash_attn.cute": "FlashAttention-4",
@@ -66,7 +67,7 @@ def facts() -> dict[str, Any]:
     for module, use in OPTIONAL.items() if not missing else ():
         try:
             # The others are heavy, and only used in processes of their own.
-            if module not in ("trl", "liger_kernel", "pytest"):
+            if module not in ("trl", "liger_kernel", "litgpt", "pytest"):
                 importlib.import_module(module)
             versions[module] = _version(module)
         except Exception as exc:

@@ -2,6 +2,7 @@
 
 import math
 import re
+import textwrap
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -9,8 +10,8 @@ from pathlib import Path
 from on_gpu.report import MEASURED, WRONG
 from on_gpu.runner import Row
 
-OURS, TRL, GREY = "#1f6fb4", "#e08214", "#666"
-LINES = (OURS, TRL, "#7fb3dd", "#f5c48a")
+OURS, OTHERS, GREY = "#1f6fb4", "#e08214", "#666"
+LINES = (OURS, "#7fb3dd", OTHERS, "#35793b", "#8fc294", "#a3423c")
 WIDTH, LABEL, BAR, ROW = 900, 300, 480, 22
 CHART = 260  # height of the lines
 
@@ -19,7 +20,8 @@ def write(path: Path, rows: Sequence[Row], about: str) -> None:
     """Draw the rows that were measured; no file if there are none."""
     shown = [row for row in rows if row.status in (MEASURED, WRONG) and row.values]
     bars = [row for row in shown if not _length(row.name)]
-    parts, height = _bars(bars, 40)
+    lines = textwrap.wrap(about, 170)
+    parts, height = _bars(bars, 30 + 11 * len(lines))
     drawn, height = _lines([row for row in shown if _length(row.name)], height)
     if not shown:
         return
@@ -28,7 +30,7 @@ def write(path: Path, rows: Sequence[Row], about: str) -> None:
         'font-family="sans-serif" font-size="12">',
         f'<rect width="{WIDTH}" height="{height + 10}" fill="white"/>',
         _text(10, 20, "tokens a second, peak memory", bold=True),
-        _text(10, 34, about, colour=GREY, size=9),
+        *(_text(10, 34 + 11 * n, line, colour=GREY, size=9) for n, line in enumerate(lines)),
     ]
     path.write_text("\n".join([*head, *parts, *drawn, "</svg>"]) + "\n")
 
@@ -43,7 +45,7 @@ def _bars(rows: Sequence[Row], top: int) -> tuple[list[str], int]:
     for row in rows:
         speed = row.values["tokens/s"]
         width = BAR * speed / (most[row.name.split()[0]] or 1.0)
-        colour = TRL if row.name.endswith("TRL") else OURS
+        colour = OTHERS if row.name.endswith(("TRL", "LitGPT")) else OURS
         parts += [
             _text(LABEL - 8, top + 15, row.name, anchor="end"),
             f'<rect x="{LABEL}" y="{top + 3}" width="{width:.1f}" height="{ROW - 6}" '

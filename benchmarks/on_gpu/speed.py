@@ -1,4 +1,4 @@
-"""Measure tokens a second, memory and utilisation of training, and of TRL if it is installed.
+"""Measure speed, memory and utilisation of training, and of TRL and LitGPT if they are installed.
 
 Rounds alternate between the cases until the time is up, in the order of CASES, the most important
 first. The table has medians and the number of rounds; `speed.svg` draws it. A case that runs out of
@@ -48,7 +48,7 @@ OFFLOADED = {**RECOMPUTED, "train.activation_offload": True}
 COMPILE = {"train.compile": True}
 BF16 = {"model.dtype": "bfloat16"}
 FLOAT8 = {"train.float8": True}  # which compiles the layers
-TRL = "trl"
+TRL, LITGPT = "trl", "litgpt"
 # Settings of cases alone. WITHOUT: kernels to leave out (FINETUNE_WITHOUT_KERNELS); LENGTH: tokens
 # of a sequence, AT_ONCE: sequences of a step; SHORT: documents of 60 to 600 tokens instead of one.
 WITHOUT, LENGTH, AT_ONCE, SHORT = "without", "tokens", "at once", "short documents"
@@ -90,6 +90,8 @@ CASES: Cases = {
     "8B packs lora, TRL": (TRL, LORA | {SHORT: True}),
     "8B qlora nf4": (None, QLORA | RECOMPUTED),
     "8B qlora nf4, TRL": (TRL, QLORA | RECOMPUTED),
+    "8B lora r 16, best, LitGPT": (LITGPT, LORA),
+    "8B full in bf16, best, LitGPT": (LITGPT, BF16),
     "8B lora r 16, compiled": (None, LORA | RECOMPUTED | COMPILE),
     "8B full in bf16, compiled": (None, BF16 | RECOMPUTED | COMPILE),
     "8B full in bf16, float8": (None, BF16 | RECOMPUTED | FLOAT8),
@@ -186,7 +188,7 @@ class Case:
     @property
     def needs_saved_weights(self) -> bool:
         """Topologies share saved weights out."""
-        return self.by not in (None, TRL)
+        return self.by not in (None, TRL, LITGPT)
 
 
 def rows(lab: memory.Lab, only: str) -> Iterator[Row]:
@@ -214,8 +216,8 @@ def rows(lab: memory.Lab, only: str) -> Iterator[Row]:
                     )
     # A token takes as much arithmetic by TRL: its utilisation follows from ours.
     for name, case in chosen.items():
-        ours = found.get(name.removesuffix(", TRL"))
-        if case.by == TRL and ours and ours.mfu and ours.speeds:
+        ours = found.get(name.removesuffix(", TRL").removesuffix(", LitGPT"))
+        if case.by in (TRL, LITGPT) and ours and ours.mfu and ours.speeds:
             found[name].mfu = [speed * ours.mfu[0] / ours.speeds[0] for speed in found[name].speeds]
     for name, case in chosen.items():
         yield row_of(case, found, left_out[name])
@@ -271,6 +273,8 @@ def unequal(case: Case, found: dict[str, Found]) -> str:
     name, is_trl = case.name, case.by == TRL
     reference = name.removesuffix(", TRL") if is_trl else name.split(", ")[0]
     own, other = found[name], found.get(reference)
+    if case.by == LITGPT:  # which makes weights of its own
+        return ""
     if other is None or other is own or SHORT in case.own or not (own.losses and other.losses):
         return ""
     rounds_alike = not is_trl or case.settings.get("adapter.kind") == "lora"
@@ -289,6 +293,8 @@ def missing(lab: memory.Lab, case: Case) -> str:
     """Return why a case cannot run here; empty if it can."""
     if case.by == TRL and TRL in lab.facts["left_out"]:
         return "needs trl"
+    if case.by == LITGPT and LITGPT in lab.facts["left_out"] and not lab.env.get("LITGPT"):
+        return "needs litgpt (LITGPT=its/bin/python)"
     if (case.by or "").startswith("zero") and "deepspeed" in lab.facts["left_out"]:
         return "needs deepspeed"
     if case.settings.get("train.precision") == "fp16" and not lab.facts.get("gpu"):
@@ -305,8 +311,8 @@ def one_round(lab: memory.Lab, case: Case, own: Found) -> None:
     except RuntimeError as exc:
         own.problem = f"the model was not made: {exc}" if lab.clock.left() > 0 else ""
         return
-    if case.by == TRL:
-        trl_round(lab, case, base, texts, own)
+    if case.by in (TRL, LITGPT):
+        round_of_other(lab, case, base, texts, own)
         return
     lab.env["FINETUNE_WITHOUT_KERNELS"] = case.own.get(WITHOUT, "")
     path = lab.config(re.sub(r"[^a-z0-9_]+", "-", case.name.lower()), config_of(case, base, texts))
@@ -378,18 +384,24 @@ def prepared(lab: memory.Lab, case: Case) -> tuple[Path, Path]:
     return base, texts
 
 
-def trl_round(lab: memory.Lab, case: Case, base: Path, texts: Path, own: Found) -> None:
-    """Do the same by TRL's SFTTrainer, with Liger's kernels where they are installed."""
-    out = lab.work / "trl"
+def round_of_other(
+    lab: memory.Lab, case: Case, base: Path, texts: Path, own: Found
+) -> None:  # fmt: skip
+    """Do the same by TRL's SFTTrainer, with Liger's kernels where they are installed, or LitGPT."""
+    out = lab.work / "other"
     shutil.rmtree(out, ignore_errors=True)
-    asked = trl_of(case, base, texts, out, set(lab.facts["left_out"]), bool(lab.facts.get("gpu")))
-    command = [sys.executable, str(ROOT / "benchmarks/trl_run.py"), json.dumps(asked)]
-    ended = run(command, env=lab.env, log=lab.logs / "trl.log", limit=CASE_SECONDS, clock=lab.clock)
+    python, script = sys.executable, "trl_run.py"
+    if case.by == LITGPT:
+        python, script = lab.env.get("LITGPT") or python, "on_gpu/litgpt_steps.py"
+    asked = asked_of(case, base, texts, out, set(lab.facts["left_out"]), bool(lab.facts.get("gpu")))
+    command = [python, str(ROOT / "benchmarks" / script), json.dumps(asked)]
+    log = lab.logs / f"{case.by}.log"
+    ended = run(command, env=lab.env, log=log, limit=CASE_SECONDS, clock=lab.clock)
     measured = out / "measured.json"
     if ended.was_out_of_turn:
         return
     if ended.code != 0 or not measured.exists():
-        fail(own, "TRL", ended)
+        fail(own, case.by or "", ended)
         return
     answer = json.loads(measured.read_text())
     steps = answer["steps"]
@@ -401,10 +413,10 @@ def trl_round(lab: memory.Lab, case: Case, base: Path, texts: Path, own: Found) 
     own.losses = [answer["first_loss"], answer["last_loss"]]
 
 
-def trl_of(
+def asked_of(
     case: Case, base: Path, texts: Path, out: Path, left_out: set[str], on_gpu: bool
 ) -> dict[str, Any]:
-    """Return what trl_run.py is asked for: the case at TRL's best settings.
+    """Return what trl_run.py or litgpt_steps.py is asked for: the case at TRL's best settings.
 
     One document fills a sequence, so SDPA takes cuDNN's kernel. In packs TRL keeps documents apart
     by FlashAttention only, if the package is there; with SDPA they attend to each other.
@@ -420,7 +432,8 @@ def trl_of(
         "max_length": case.length, "precision": "bf16", "saves": False, "random": True,
         "dtype": "bfloat16" if is_adapted else settings.get("model.dtype", "float32"),
         "lora": {"r": 16, "lora_alpha": 32} if is_adapted else None,
-        "qlora": settings.get("adapter.kind") == "qlora",
+        "qlora": settings.get("adapter.kind") == "qlora", "lr": learning_rate(case),
+        "at_once": case.at_once,
         "settings": {
             "per_device_train_batch_size": case.at_once, "gradient_accumulation_steps": 1,
             "gradient_checkpointing": settings.get("train.gradient_checkpointing") is True,
