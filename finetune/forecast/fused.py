@@ -72,15 +72,16 @@ class LeanGate(liger.Gate):
         return out
 
 
-def install(model: nn.Module) -> None:
+def install(model: nn.Module, is_compiled: bool = False) -> None:
     """Let stand-ins take the place of the norms and gates that Liger's kernels do on a GPU.
 
-    A GPU's run compares the kernels with PyTorch first; here they count as right.
+    A GPU's run compares the kernels with PyTorch first; here they count as right. Compiled layers
+    keep as little: of an 8B Llama's layer 139 KB a token by the compiler's cut, 140 KB so.
     """
-    if not has_package("liger-kernel"):
+    if not (is_compiled or has_package("liger-kernel")):
         return
     for module, part in liger.parts(model):
-        if not kernels.is_left_out(part.name):
+        if is_compiled or not kernels.is_left_out(part.name):
             lean = LeanNorm if isinstance(part, liger.Norm) else LeanGate
             values = {field.name: getattr(part, field.name) for field in fields(part)}
             liger.stand_for(module, lean(**values))

@@ -162,8 +162,10 @@ class Rehearsal:
         with self.mode:
             meta.move(self.model, "cpu")
         self.model.train()
-        if on_gpu and config.train.compile is not True:  # a compiler fuses norms and gates itself
-            fused.install(self.base)
+        if on_gpu:
+            # Float8 needs compiled layers; a run replaces auto later.
+            is_compiled = config.train.compile is True or bool(config.train.float8)
+            fused.install(self.base, is_compiled)
         if on_gpu and attention != "eager":
             _disable_attention_dropout(self.model)
 
