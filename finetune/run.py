@@ -245,7 +245,7 @@ class Run:
         weights = topology.full_weights(self.state.model, trained_only=is_adapter)
         if is_adapter:
             weights = adapters.in_base_dtype(model, weights)
-        weights = scalar_heads.without(weights)
+        weights = scalar_heads.without(weights, model)
         logits = topology.on_every(lambda: probe_logits(model, topology.device))
         has_turns = self.objective.has_turns  # rows of plain text have no turns, so no template
         writing = Writing(

@@ -17,7 +17,9 @@ from test_head import (
 )
 
 from finetune.models import head
+from finetune.models.embeddings import add_noise
 from finetune.models.logits import divergence
+from finetune.models.policy import Policy
 
 __all__ = ["chunks_of_a_few"]
 
@@ -98,6 +100,26 @@ def test_a_reference_without_adapters_stays_without_them(chunks_of_a_few, how):
     )
     found = gradients(model, answers["divergence"].sum())
     assert any(gradient.any() for gradient in found.values())
+
+
+def test_the_base_under_adapters_has_neither_dropout_nor_noise():
+    """Else the divergence of adapters that do nothing yet would be that of the noise."""
+    model = with_adapters(make("llama", attention_dropout=0.5), "on the layers")
+    add_noise(model.get_base_model(), 5.0)
+    inputs = {**batch()[0], "use_cache": False}
+    with torch.no_grad():
+        with model.disable_adapter():
+            wanted = model.eval()(**inputs).logits
+        model.train()
+        policy = Policy(model)
+        with policy.without_adapters():
+            torch.testing.assert_close(model(**inputs).logits, wanted)
+        assert all(module.training for module in model.modules())
+        assert not torch.allclose(model(**inputs).logits, wanted)
+        model.eval()
+        with policy.without_adapters():
+            pass
+    assert not model.training
 
 
 def test_a_model_that_holds_all_logits_answers_alike(chunks_of_a_few):

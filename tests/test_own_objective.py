@@ -189,6 +189,14 @@ def test_a_file_is_found_beside_the_config_and_from_here(workshop, own, monkeypa
             LOSS + "...\n    needs = {'rewards'}", "Own",
             "own.py:Own: needs names rewards; a policy can get heads for scores, values",
         ),
+        (
+            LOSS + "...\n    needs = 'scores'", "Own",
+            "own.py:Own: needs should be a set, as {'scores'}, got 'scores'",
+        ),
+        (
+            LOSS + "...\n    needs = None", "Own",
+            "own.py:Own: needs should be a set, as {'scores'}, got None",
+        ),
     ],
 )  # fmt: skip
 def test_a_file_that_gives_no_objective_is_refused_with_its_line(own, refusal, source, name, says):

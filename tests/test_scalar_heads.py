@@ -13,7 +13,7 @@ from test_head import ADAPTERS, asked, batch, gradients, make, with_adapters
 from finetune.config import Optimizer
 from finetune.config import own as own_sections
 from finetune.engine import optim
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, ModelError
 from finetune.models import head, scalar_heads
 
 BOTH = ["scores", "values"]
@@ -70,6 +70,40 @@ def test_what_is_not_asked_gets_a_gradient_of_zero(want, holds):
     for name, child in scalar_heads.NAMES.items():
         assert bool(found[f"{child}.weight"].any()) == (name in want)
     assert bool(found["lm_head.weight"].any()) == bool({"nll", "logprobs"} & set(want))
+
+
+@pytest.mark.parametrize("holds", [False, True])
+@pytest.mark.parametrize("used", ["nll", "entropy", "values", "scores"])
+def test_what_is_asked_but_only_logged_gets_a_gradient_of_zero(used, holds):
+    model = with_heads()
+    model.holds_all_logits = holds
+    answers = asked(model, *batch(), ["nll", "entropy", *BOTH], ends=ENDS)
+    found = gradients(model, answers[used].sum())
+    alone = asked(model, *batch(), [used], ends=ENDS)[used]
+    wanted = gradients(model, alone.sum())
+    assert found.keys() == {name for name, _ in model.named_parameters()}
+    for weight, gradient in wanted.items():
+        torch.testing.assert_close(found[weight], gradient, rtol=1e-5, atol=1e-5, msg=weight)
+
+
+def test_a_pass_that_fails_leaves_no_hook_behind():
+    """It would keep the states of every later pass."""
+    model = with_heads()
+    model.holds_all_logits = True
+    inputs, labels, positions = batch()
+    with pytest.raises(IndexError):
+        asked(model, inputs, labels, positions + 99, BOTH, ends=ENDS)
+    assert not model.get_output_embeddings()._forward_pre_hooks
+
+
+def test_a_model_with_a_child_of_that_name_keeps_it():
+    model = make("llama")
+    model.value_head = torch.nn.Linear(32, 7)
+    assert not scalar_heads.of(model)
+    weights = dict(model.named_parameters())
+    assert scalar_heads.without(weights, model).keys() == weights.keys()
+    with pytest.raises(ModelError, match="needs values, but llama has its own value_head"):
+        scalar_heads.attach(model, ["values"], torch.float32)
 
 
 @pytest.mark.parametrize("how", ADAPTERS)

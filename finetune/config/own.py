@@ -55,8 +55,10 @@ def _own_section(code: OwnCode) -> type[OwnObjective]:
         if (part := objective.supervises("completion")) not in get_args(LossOn):
             listed = ", ".join(get_args(LossOn))
             raise ConfigError(f"{code}: supervises should return one of {listed}, got {part!r}")
-        if unknown := set(objective.needs) - HEADS:
-            listed, heads = ", ".join(sorted(map(str, unknown))), ", ".join(sorted(HEADS))
+        if not isinstance(needs := objective.needs, set | frozenset | list | tuple):
+            raise ConfigError(f"{code}: needs should be a set, as {{'scores'}}, got {needs!r}")
+        if unknown := set(map(str, needs)) - HEADS:
+            listed, heads = ", ".join(sorted(unknown)), ", ".join(sorted(HEADS))
             raise ConfigError(f"{code}: needs names {listed}; a policy can get heads for {heads}")
         own = {"model_config": Section.model_config, "code": code, "objective": objective}
         bases = (OwnObjective,) if issubclass(OwnObjective, settings) else (settings, OwnObjective)

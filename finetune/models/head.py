@@ -85,9 +85,11 @@ def install(base: Any) -> str | None:
         if finish is None or base.holds_all_logits:
             # A model whose transform is unknown may have no head.
             hook = head.register_forward_pre_hook(lambda _, got: keep(got[0])) if scalars else None
-            logits = forward(*arguments, **keywords).logits.flatten(0, 1)
-            if hook is not None:
-                hook.remove()
+            try:
+                logits = forward(*arguments, **keywords).logits.flatten(0, 1)
+            finally:
+                if hook is not None:
+                    hook.remove()
             answers = _of_logits(logits[question.positions], question)
             return _complete(answers, scalars, given, question)
         project = head.forward
@@ -127,7 +129,7 @@ def _of_logits(logits: torch.Tensor, question: Question) -> Answers:
         answers["divergence"] = divergence(logits, others, question.beta)
     if "distribution" in question.want:
         answers["distribution"] = Distribution(logits.detach(), torch.Tensor.float)
-    if not question.want & OF_TOKENS:
+    if not question.want <= OF_TOKENS:
         answers[IDLE] = logits[:0].float().sum()
     return answers
 
@@ -153,12 +155,12 @@ def _of_states(
         )
     if "distribution" in question.want:
         answers["distribution"] = Distribution.of(head, project, hidden, finish)
-    if not question.want & OF_TOKENS:
+    if not question.want <= OF_TOKENS:
         answers[IDLE] = project(hidden[:0]).float().sum()
     return answers
 
 
-IDLE = "idle"  # zero, with a gradient of zero for what was not asked
+IDLE = "idle"  # zero, whose gradient gives the projection one of zero
 
 
 def _complete(
@@ -166,19 +168,41 @@ def _complete(
     question: Question,
 ) -> Answers:  # fmt: skip
     """Add what the scalar heads answer. `given`: states [S, H] of tokens, [D, H] of ends."""
+    idle = {name: answers.pop(name) for name in (IDLE,) if name in answers}
+    if not scalars:
+        return answers
     for name, scalar in scalars.items():
         if name == "values" and name in question.want:
             answers[name] = scalar(given[0])
         elif name in question.want:
             assert question.ends is not None
             answers[name] = torch.where(question.ends >= 0, scalar(given[1]), 0.0)
-        else:
-            answers[IDLE] = answers.get(IDLE, 0.0) + scalar(given[0][:0]).sum()
-    idle = answers.pop(IDLE, None)
-    first = next((name for name in answers if name != "distribution"), None)
-    if idle is not None and first is not None:
-        answers[first] = answers[first] + idle
-    return answers
+        idle[name] = (answers[name] if name in answers else scalar(given[0][:0]))[:0].sum()
+    names = [name for name in answers if name != "distribution"]
+    found = _Together.apply([*idle], names, *idle.values(), *(answers[name] for name in names))
+    return answers | dict(zip(names, found))
+
+
+class _Together(torch.autograd.Function):
+    """Gives a gradient of zero to the projection or head whose answers the loss does without.
+
+    They were not asked, or are only logged; DDP waits for the gradients of all weights.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, idle: list[str], names: list[str], *given: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.idle, ctx.names = idle, names
+        ctx.set_materialize_grads(False)
+        return given[len(idle) :]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        there = {name: each for name, each in zip(ctx.names, gradients) if each is not None}
+        used = {IDLE if name in OF_TOKENS else name for name in there}
+        zero = next(iter(there.values())).new_zeros(())
+        return None, None, *(None if name in used else zero for name in ctx.idle), *gradients
 
 
 def _named(found: tuple[torch.Tensor, torch.Tensor], question: Question) -> dict[str, torch.Tensor]:

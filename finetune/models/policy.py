@@ -1,7 +1,7 @@
 """The model as objectives see it: a forward pass answers with losses, never with logits."""
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,12 +84,25 @@ class Policy:
         return _of_owned(sums, batch)
 
     def without_adapters(self) -> AbstractContextManager[Any]:
-        """Switch the adapters off inside the block. Raises ValueError if there are none."""
+        """Switch off the adapters, dropout and noise inside the block: the base as it was loaded.
+
+        Raises ValueError if there are no adapters.
+        """
         bare = self._unwrap(self.model)
         if not hasattr(bare, "disable_adapter"):
             raise ValueError("all weights are trained, so the model has no adapters to switch off")
-        disabled: AbstractContextManager[Any] = bare.disable_adapter()
-        return disabled
+        return _without_adapters(bare)
+
+
+@contextmanager
+def _without_adapters(model: Any) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        model.train(was_training)
 
 
 def _of_owned(sums: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -48,6 +48,9 @@ def attach(base: Any, wanted: Collection[str], dtype: torch.dtype) -> None:
         )
     size, device = projection.in_features, next(base.parameters()).device
     for name in sorted(wanted):
+        if hasattr(base, NAMES[name]):
+            kind = base.config.model_type
+            raise ModelError(f"objective.kind: needs {name}, but {kind} has its own {NAMES[name]}")
         std = 1 / math.sqrt(size + 1) if name == "scores" else 0.0
         setattr(base, NAMES[name], ScalarHead(size, std, dtype, device))
 
@@ -55,13 +58,10 @@ def attach(base: Any, wanted: Collection[str], dtype: torch.dtype) -> None:
 def of(base: Any) -> dict[str, ScalarHead]:
     """Return the heads of a base model, by what they answer."""
     found = {name: getattr(base, child, None) for name, child in NAMES.items()}
-    return {name: head for name, head in found.items() if head is not None}
+    return {name: head for name, head in found.items() if isinstance(head, ScalarHead)}
 
 
-def without(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def without(weights: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the weights of the causal LM that is exported: all but those of these heads."""
-    return {
-        name: weight
-        for name, weight in weights.items()
-        if not set(NAMES.values()) & set(name.split("."))
-    }
+    heads = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, ScalarHead)}
+    return {name: weight for name, weight in weights.items() if name not in heads}

@@ -50,12 +50,14 @@ class Scored(Objective):
     needs = frozenset({"scores", "values"})
 
     def loss(self, policy, batch, settings, prepared):
-        answers = policy(batch, {"scores", "values"})
+        answers = policy(batch, {"scores", "values", "entropy"})
         ahead = answers.scores[::2] - answers.scores[1::2]
         return [
             Term("loss", -logsigmoid(ahead).sum(), per="examples"),
             Term("ahead", ahead.detach().sum(), per="examples", weight=0.0),
             Term("value", (answers.values - 1).square().sum(), per="tokens", weight=0.1),
+            # Only logged: nothing gives the output projection a gradient.
+            Term("entropy", answers.entropy.detach().sum(), per="tokens", weight=0.0),
         ]
 
 
