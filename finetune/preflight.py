@@ -24,6 +24,7 @@ from finetune.models import (
     load,
     parameters,
     recompute,
+    scalar_heads,
 )
 from finetune.objectives import Objective, Own, chosen
 
@@ -296,6 +297,7 @@ def check_model(config: Config, data: Data) -> ModelFacts:
         float8.large_products(skeleton)
     new_ids = data.new_token_ids
     adapted = adapters.apply(skeleton, config.adapter, config.model, new_token_ids=new_ids)
+    scalar_heads.attach(skeleton, chosen(config.objective).needs)
     trainable, total = parameters.count(adapted)
     _check_rates(config, skeleton, data.num_steps)
     return ModelFacts(total, trainable, head.probe(skeleton)[1])

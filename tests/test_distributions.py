@@ -122,6 +122,15 @@ def test_the_base_under_adapters_has_neither_dropout_nor_noise():
     assert not model.training
 
 
+def test_a_reference_with_adapters_on_the_head_is_refused_without_them(chunks_of_a_few):
+    model, inputs = with_adapters(make("llama"), "on the head").eval(), batch()
+    head.install(model.get_base_model())
+    with torch.no_grad():
+        reference = asked(model, *inputs, ["distribution"])["distribution"]
+        with pytest.raises(ValueError, match="which are off here"), model.disable_adapter():
+            asked(model, *inputs, ["divergence"], reference=reference)
+
+
 def test_a_model_that_holds_all_logits_answers_alike(chunks_of_a_few):
     found = []
     for holds in (False, True):

@@ -334,6 +334,13 @@ def prepare(line):
             "return the same names, units and weights for every batch",
         ),
         (
+            f"also = policy(batch, {{'entropy'}}) if len(batch.labels) else None\n"
+            f"        {term()}",
+            "asks the policy for [['entropy'], ['nll'], ['entropy'], ['nll']], and for [['nll'], "
+            "['nll']] for a batch without supervised tokens, as a process gets with no sequence "
+            "left; ask the same of every batch",
+        ),
+        (
             term(more="per='tokens', weight=float(len(batch.labels) + 1)"),
             "return the same names, units and weights for every batch",
         ),

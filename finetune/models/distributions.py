@@ -34,12 +34,21 @@ class Distribution:
     def of(
         head: nn.Module, project: Project, hidden: torch.Tensor, finish: LogitTransform
     ) -> "Distribution":
-        """Keep what `head` sees now. If its adapters are off, they stay off for this."""
-        if getattr(head, "disable_adapters", False):
-            # peft's: a LoRA layer wraps the projection, a trained copy stands next to it.
-            wrapper: Any = head
+        """Keep what `head` sees now. If its adapters are off, they stay off for this.
+
+        Raises ValueError, when it is used, if they are on now and off then.
+        """
+        wrapper: Any = head  # peft's, if it has adapters
+        were_off = getattr(wrapper, "disable_adapters", False)
+        if were_off:  # a LoRA layer wraps the projection, a trained copy stands next to it
             project = getattr(wrapper, "original_module", None) or wrapper.get_base_layer()
-        return Distribution(hidden.detach(), lambda states_CH: finish(project(states_CH).float()))
+
+        def logits(states_CH: torch.Tensor) -> torch.Tensor:
+            if not were_off and getattr(wrapper, "disable_adapters", False):
+                raise ValueError("the reference has adapters on the head, which are off here")
+            return finish(project(states_CH).float())
+
+        return Distribution(hidden.detach(), logits)
 
 
 def logprobs_in_chunks(

@@ -86,7 +86,7 @@ class Policy:
     def without_adapters(self) -> AbstractContextManager[Any]:
         """Switch off the adapters, dropout and noise inside the block: the base as it was loaded.
 
-        Raises ValueError if there are no adapters.
+        Raises ValueError if all weights are trained.
         """
         bare = self._unwrap(self.model)
         if not hasattr(bare, "disable_adapter"):

@@ -31,7 +31,7 @@ class ScalarHead(nn.Module):
             return F.linear(states_NH.float(), self.weight.float())[:, 0]
 
 
-def attach(base: Any, wanted: Collection[str], dtype: torch.dtype) -> None:
+def attach(base: Any, wanted: Collection[str], dtype: torch.dtype = torch.float32) -> None:
     """Give `base` the heads for `wanted`, of NAMES. Raises ModelError if it cannot have them.
 
     A value head starts at zero, so that nothing is expected at first; a score head with a standard

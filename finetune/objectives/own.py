@@ -84,7 +84,9 @@ class Own(Objective):
         both = _twice(batch)  # first: an objective of a user's own may change the batch
         halves = [(batch, (0,)), (_copied(batch), (1,))]
         with torch.random.fork_rng(devices=[]):
-            self._rehearse(_copied(batch), settings, has_adapters, "log-probabilities around -2")
+            asked = self._rehearse(
+                _copied(batch), settings, has_adapters, "log-probabilities around -2"
+            )
             one = self._parted(_copied(batch), (0,), settings, has_adapters)
             two = self._parted(_twice(batch), (0, 0), settings, has_adapters)
             whole = self._parted(both, (0, 1), settings, has_adapters)
@@ -105,7 +107,12 @@ class Own(Objective):
         # Last: the mean of nothing is NaN, but the check above says what to do.
         with torch.random.fork_rng(devices=[]):
             empty = "a batch without supervised tokens, as a process gets with no sequence left"
-            self._rehearse(filler, settings, has_adapters, empty)
+            if (of_filler := self._rehearse(filler, settings, has_adapters, empty)) != asked:
+                # Processes that share weights or sequences would wait for each other.
+                raise self._wrong(
+                    "loss", f"asks the policy for {asked}, and for {of_filler} for {empty}; ask "
+                    "the same of every batch"
+                )  # fmt: skip
 
     def _require_sums(self, whole: "_Parted", parts: Sequence["_Parted"], rounding: float) -> None:
         """Raise ConfigError if values or gradients of a batch are not the sums of its parts'."""
@@ -148,7 +155,10 @@ class Own(Objective):
         gradients = [each.grad for each in policy.leaves if each.grad is not None]
         return _Parted({k: v.item() for k, v in values.items()}, gradients, prepared, counts)
 
-    def _rehearse(self, batch: Batch, settings: Any, has_adapters: bool, where: str) -> None:
+    def _rehearse(
+        self, batch: Batch, settings: Any, has_adapters: bool, where: str
+    ) -> list[list[str]]:
+        """Run all methods, and return what each of their passes was asked for."""
         batch, policy = batch.to(torch.device("cpu")), _Rehearsal(has_adapters, self.needs)
         with torch.no_grad():
             prepared = self.prepare(policy, [batch], settings)
@@ -169,6 +179,7 @@ class Own(Objective):
         with torch.no_grad():
             evaluated = self.evaluate(policy, batch, settings, prepared)
         self._require_finite("evaluate", evaluated, where)
+        return policy.asked
 
     def _checked(self, method: str, terms: Any, counted: Sequence[str]) -> list[Term]:
         if not isinstance(terms, list | tuple):
@@ -294,7 +305,7 @@ class _Rehearsal(Policy):
         """`which`: the parts that batches consist of; each has answers of its own."""
         super().__init__(model=None)
         self.has_adapters, self.heads, self.which, self.calls = has_adapters, heads, which, 0
-        self.leaves = list[torch.Tensor]()
+        self.leaves, self.asked = list[torch.Tensor](), list[list[str]]()
         torch.manual_seed(0)
 
     def __call__(
@@ -302,6 +313,7 @@ class _Rehearsal(Policy):
         reference: Distribution | None = None, beta: float = 0.0,
     ) -> Answers:  # fmt: skip
         wanted = self.known(want)
+        self.asked.append(sorted(wanted))
         require_reference(wanted, batch, reference, beta)
         if missing := sorted(wanted & (scalar_heads.NAMES.keys() - self.heads)):
             raise ValueError(
