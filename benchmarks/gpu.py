@@ -2,14 +2,16 @@
 
     python benchmarks/gpu.py correctness     tests/test_gpu.py; topologies, methods, optimizers, ...
     python benchmarks/gpu.py memory          forecasts of `plan` and the allocator's peaks
-    python benchmarks/gpu.py speed           tokens a second; also of TRL, where it is installed
+    python benchmarks/gpu.py speed           tokens a second; also of TRL and LitGPT, if installed
     python benchmarks/gpu.py speed --only "8B|qlora"        cases by regular expression
+    python benchmarks/gpu.py speed --only tokens --minutes 30      lengths until memory ends
     python benchmarks/gpu.py correctness --cpu --only lora  a rehearsal on tiny models, anywhere
 
 Each part takes under five minutes on one GPU, without a network, with the packages of this Python;
 it names missing packages and leaves out the cases that need them. It runs the most important cases
 first until its time is up, so few cores run fewer cases, and the table lists those left out. The
-folder --out receives the table, all rows as JSON, the log and the logs of all runs. Exits with 0 if
+folder --out receives the table, all rows as JSON, the log and the logs of all runs. What a GPU
+has measured goes into benchmarks/measured.json, which `finetune plan` reads. Exits with 0 if
 everything is right, 1 if anything is wrong, 2 if it cannot start.
 """
 
@@ -21,14 +23,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from on_gpu import correctness, memory, report, speed
+from on_gpu import correctness, memory, picture, recording, report, speed
 from on_gpu.runner import ROOT, Clock, Helper, Row, cores, environment
 
 PARTS = ("correctness", "memory", "speed")
 ORDER = {
     "correctness": "the most important cases first, until the time is up (MINUTES= gives more)",
-    "memory": "one case after the other",
-    "speed": "the most important cases first; five minutes allow about ten (MINUTES=15 for all)",
+    "memory": "the most important cases first (MINUTES= gives more, ONLY= picks some)",
+    "speed": "the most important cases first (MINUTES= gives more, ONLY= picks some)",
 }
 MINUTES = 4.75  # of five: killing what runs at the deadline and the table take the rest
 
@@ -106,6 +108,11 @@ def run_part(part: str, arguments: argparse.Namespace, clock: Clock) -> int:
         for row in start(part, work, logs, env, facts, helper, clock, jobs, arguments, log):
             rows.append(row)
         log("\n" + report.write(out, part, rows, facts, clock.used()))
+        if part == "speed":
+            picture.write(out / "speed.svg", rows, report.about(facts))
+        if facts["gpu"]:
+            only = f" ONLY='{arguments.only}'" if arguments.only else ""
+            recording.record(rows, facts, f"make gpu PART={part}{only}", out, log)
         return report.exit_code(rows)
     except RuntimeError as exc:
         log(f"failed: {exc}")

@@ -3,17 +3,19 @@
     python benchmarks/head.py                  # 1,000 tokens, width 1,024, vocabulary 32,000
     python benchmarks/head.py --tokens 16384 --width 4096 --vocabulary 128256
 
-Runs on a GPU if there is one. Each computes the sum of the losses and the gradients of hidden
-states and weights under bf16 autocast, as in a step. They alternate in one process, to share its
-noise; peak memory is measured in one process each. Errors are of gradients against float64.
+Runs on a GPU if there is one, with Liger's kernel and cut-cross-entropy where they are installed.
+Each computes the sum of the losses and the gradients of hidden states and weights under bf16
+autocast, as in a step. They alternate in one process, to share its noise; peak memory is measured
+in one process each. The rate is that of three products, as a share of what one product reaches.
+Errors are of gradients against float64.
 """
 
 import argparse
+import functools
+import importlib.util
 import re
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,12 +24,14 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import chip
+from chip import DEVICE
+
 from finetune.models import cross_entropy, logits
 
 # (hidden [S, H], weight [V, H], labels [S]) -> loss
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 CHUNK = 256
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def main() -> None:
@@ -47,37 +51,36 @@ def main() -> None:
         once(ways()[arguments.memory_of], hidden, weight, labels)
         print(peak_bytes() - before)
         return
-    device = f"CPU, {torch.get_num_threads()} threads"
-    if DEVICE == "cuda":
-        device = torch.cuda.get_device_name()
+    rate = chip.product_rate()
     print(
-        f"{device}; torch {torch.__version__}; {sizes[0]} tokens, width {sizes[1]}, vocabulary "
-        f"{sizes[2]}\n"
+        f"{chip.about()}; {sizes[0]} tokens, width {sizes[1]}, vocabulary {sizes[2]}; a product of "
+        f"matrices reaches {rate / 1e12:.4g} TFLOP/s\n"
     )
-    seconds: dict[str, list[float]] = {name: [] for name in ways()}
-    for turn in range(arguments.rounds + 1):
-        for name, way in ways().items():
-            took = once(way, hidden, weight, labels)
-            if turn:  # the first one compiles
-                seconds[name].append(took)
+
+    def timed(way: Loss) -> Callable[[], list[float]]:
+        return lambda: [once(way, hidden, weight, labels)]
+
+    medians, failed = chip.alternate(
+        {name: timed(way) for name, way in ways().items()}, arguments.rounds
+    )
     exact = gradients(plain, hidden.double(), weight.double(), labels, autocast=False)
-    fastest = statistics.median(seconds["ours"])
-    print(
-        "| | ms | ours is faster by | memory | error of hidden's | of weight's gradient |\n"
-        + "| --- " * 6
-        + "|"
-    )
-    for name, way in ways().items():
-        found = gradients(way, hidden, weight, labels)
+    rows, flops = [], 6 * sizes[0] * sizes[1] * sizes[2]
+    for name, (median,) in medians.items():
+        found = gradients(ways()[name], hidden, weight, labels)
         errors = [
             ((got.double() - right).norm() / right.norm()).item()
             for got, right in zip(found, exact)
         ]
-        median, memory = statistics.median(seconds[name]), memory_of(name) / 1e9
-        print(
-            f"| {name} | {median * 1e3:.0f} | {median / fastest:.2f}x | {memory:.2f} GB | "
-            f"{errors[0]:.1e} | {errors[1]:.1e} |"
-        )
+        rows.append([
+            name, f"{1e3 * median:.3g}", f"{median / medians['ours'][0]:.2f}x",
+            f"{flops / median / rate:.0%}", f"{memory_of(name) / 1e9:.2f} GB",
+            *(f"{error:.1e}" for error in errors),
+        ])  # fmt: skip
+    head = [
+        "", "ms", "ours is faster by", "of a product's rate", "memory", "error of hidden's",
+        "of weight's gradient",
+    ]  # fmt: skip
+    print(chip.table(head, rows) + chip.notes(failed))
 
 
 def ways() -> dict[str, Loss]:
@@ -88,12 +91,13 @@ def ways() -> dict[str, Loss]:
         "torch, chunked": chunked,
     }
     if DEVICE == "cuda":  # Triton kernels
-        try:
-            import liger_kernel  # noqa: F401
-
-            found["liger"] = liger
-        except ImportError:
-            pass
+        found["ours, plain operations"] = without_kernel
+        for name, module, way in (
+            ("liger", "liger_kernel", liger),
+            ("cut-cross-entropy", "cut_cross_entropy", cut_cross_entropy),
+        ):
+            if importlib.util.find_spec(module):
+                found[name] = way
     return found
 
 
@@ -114,14 +118,28 @@ def ours(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> to
     )
 
 
-_compiled = torch.compile(plain, dynamic=False)
+def without_kernel(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """Ours where Triton is not there."""
+    fused = logits.fused
+    logits.fused = lambda device: (None, "")
+    try:
+        return ours(hidden, weight, labels)
+    finally:
+        logits.fused = fused
+
+
+@functools.cache
+def _compiled() -> Loss:
+    return torch.compile(plain, dynamic=False)
 
 
 def compiled(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Compile the plain loss of a chunk, and recompute it for the gradient."""
     parts = zip(hidden.split(CHUNK), labels.split(CHUNK))
     return torch.stack(
-        [checkpoint(_compiled, part, weight, of, use_reentrant=False) for part, of in parts]
+        [checkpoint(_compiled(), part, weight, of, use_reentrant=False) for part, of in parts]
     ).sum()
 
 
@@ -143,6 +161,18 @@ def liger(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> t
 
     loss: torch.Tensor = LigerFusedLinearCrossEntropyLoss(reduction="sum")(
         weight.bfloat16(), hidden.bfloat16(), labels
+    )
+    return loss
+
+
+def cut_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """Logits stay in registers and are computed again for the gradient (Wijmans et al., 2025)."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    loss: torch.Tensor = linear_cross_entropy(
+        hidden.bfloat16(), weight.bfloat16(), labels, reduction="sum"
     )
     return loss
 
@@ -173,15 +203,13 @@ def gradients(
 def once(way: Loss, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> float:
     """Return the seconds of loss and gradients."""
     leaf = hidden.detach().requires_grad_()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    with torch.autocast(DEVICE, torch.bfloat16):
-        loss = way(leaf, weight, labels)
-    torch.autograd.grad(loss, [leaf, weight])
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+
+    def work() -> None:
+        with torch.autocast(DEVICE, torch.bfloat16):
+            loss = way(leaf, weight, labels)
+        torch.autograd.grad(loss, [leaf, weight])
+
+    return chip.seconds(work)
 
 
 def memory_of(name: str) -> float:

@@ -109,10 +109,9 @@ def export(trained: Path, out: Path, shape: dict[str, Any]) -> None:
     (out / "config.json").write_text(json.dumps(shape | {"tie_word_embeddings": False}))
 
 
-def convert(model: Path, base: Path, shape: dict[str, Any]) -> None:
-    """Convert a Llama from the format of transformers to that of LitGPT."""
-    base.mkdir()
-    config = Config(
+def config_of(kind: Any, shape: dict[str, Any], **more: Any) -> Any:
+    """Return LitGPT's config, of one of its classes, for the config.json of a Llama."""
+    return kind(
         name="Llama",
         block_size=shape["max_position_embeddings"],
         vocab_size=shape["vocab_size"],
@@ -129,7 +128,14 @@ def convert(model: Path, base: Path, shape: dict[str, Any]) -> None:
         mlp_class_name="LLaMAMLP",
         intermediate_size=shape["intermediate_size"],
         rope_base=shape["rope_parameters"]["rope_theta"],
+        **more,
     )
+
+
+def convert(model: Path, base: Path, shape: dict[str, Any]) -> None:
+    """Convert a Llama from the format of transformers to that of LitGPT."""
+    base.mkdir()
+    config = config_of(Config, shape)
     save_config(config, base)
     weights: dict[str, torch.Tensor] = {}
     copy_weights_hf_llama(config, {}, weights, load_file(model / "model.safetensors"))

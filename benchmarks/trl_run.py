@@ -1,6 +1,8 @@
 """Run TRL's SFTTrainer once, for benchmarks/peers.py and gpu.py.
 
 python benchmarks/trl_run.py '{"rows": ..., "model": ...}'
+
+"random": true makes the weights on the device; "qlora": true also quantises them.
 """
 
 import json
@@ -43,6 +45,8 @@ def config_of(wanted: dict[str, Any], out: Path) -> SFTConfig:
         "attn_implementation": settings.pop("attn_implementation"),
         "dtype": wanted.get("dtype", "float32"),
     }
+    if wanted.get("random"):
+        model = None  # it is made already
     return SFTConfig(
         output_dir=str(out),
         max_steps=wanted["steps"],
@@ -61,6 +65,32 @@ def config_of(wanted: dict[str, Any], out: Path) -> SFTConfig:
     )
 
 
+def model_of(wanted: dict[str, Any]) -> dict[str, Any]:
+    """Return SFTTrainer's arguments that say what trains."""
+    adapter = None
+    if wanted.get("lora"):
+        from peft import LoraConfig
+
+        adapter = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **wanted["lora"])
+    if not wanted.get("random"):
+        return {"model": wanted["model"]} | ({"peft_config": adapter} if adapter else {})
+    sys.path[:0] = [str(Path(__file__).resolve().parents[number]) for number in (1, 0)]
+    from on_gpu import random_model
+    from transformers import AutoConfig, AutoTokenizer
+
+    attention = wanted["settings"].get("attn_implementation", "sdpa")
+    quantization = None
+    if wanted.get("qlora"):
+        quantization = random_model.NF4 | {"bnb_4bit_compute_dtype": wanted["dtype"]}
+    config = AutoConfig.from_pretrained(wanted["model"])
+    model = random_model.make(config, getattr(torch, wanted["dtype"]), attention, quantization)
+    if adapter:  # before TRL draws any random number, so that it starts as others do
+        from peft import get_peft_model
+
+        model = get_peft_model(model, adapter)
+    return {"model": model, "processing_class": AutoTokenizer.from_pretrained(wanted["model"])}
+
+
 def main() -> None:
     wanted = json.loads(sys.argv[1])
     out = Path(wanted["out"])
@@ -69,16 +99,7 @@ def main() -> None:
     rows = load_dataset(
         "json", data_files=wanted["rows"], split="train", cache_dir=str(out.parent / "cache")
     )
-    adapter = {}
-    if wanted.get("lora"):
-        from peft import LoraConfig
-
-        adapter["peft_config"] = LoraConfig(
-            target_modules="all-linear", task_type="CAUSAL_LM", **wanted["lora"]
-        )
-    trainer = SFTTrainer(
-        model=wanted["model"], args=config, train_dataset=rows, callbacks=[clock], **adapter
-    )
+    trainer = SFTTrainer(args=config, train_dataset=rows, callbacks=[clock], **model_of(wanted))
     compute = trainer.compute_loss
 
     def counted(model: Any, inputs: Any, *arguments: Any, **keywords: Any) -> Any:
@@ -97,6 +118,7 @@ def main() -> None:
         "steps": clock.steps,
         "supervised": clock.supervised,
         "gpu_gb": torch.cuda.max_memory_allocated() / 1e9,
+        "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
     }
     (out / "measured.json").write_text(json.dumps(measured))

@@ -35,7 +35,7 @@ def run(config: Config, check_only: bool, stop: StopFlag) -> None:
             return
         facts = preflight.check_model(run.config, run.data)
         run.settle_compilation(facts.num_parameters)
-        run.log(summary(run.config, run.topology, run.data, facts))
+        run.log(summary(run.config, run.topology, run.data, facts, check_only))
         if check_only:
             run.directory.check(run.config)  # last: what is wrong with the data is of more use
             return

@@ -7,7 +7,7 @@ from pathlib import Path
 _CHECKOUT = Path(__file__).resolve().parents[1]
 IS_CHECKOUT = (_CHECKOUT / "accelerate_configs").is_dir()
 SHIPPED = _CHECKOUT if IS_CHECKOUT else Path(__file__).resolve().parent / "shipped"
-"""Folder of train.py, accelerate_configs/ and ds_configs/; pyproject.toml packages them."""
+"""Folder of train.py, accelerate_configs/, ds_configs/ and benchmarks/measured.json; packaged."""
 TRAIN = SHIPPED / "train.py"
 # Environment variables for the processes that the launcher, or `replay`, starts:
 # A folder. Each process writes its progress, such as "step 38", into a file named by its rank.

@@ -19,10 +19,17 @@ from finetune.preflight import Data, ModelFacts
 SHOWN_CHARACTERS = 600
 SHOWN_NAMES = 10
 FEW_STEPS = 20
+WORTH_A_FORECAST = 10_000_000  # parameters; smaller models fit into any machine's main memory
 
 
-def summary(config: Config, topology: Topology, data: Data, model: ModelFacts) -> str:
-    """Describe the run in a dozen lines, then its first example with [[supervised]] text."""
+def summary(
+    config: Config, topology: Topology, data: Data, model: ModelFacts, check_only: bool = False
+) -> str:
+    """Describe the run in a dozen lines, its first example, and whether it fits, how fast it is.
+
+    The example has [[ ]] around what is supervised. On a CPU only --check forecasts, and only where
+    a model is large.
+    """
     name = config.model.path or f"{data.model_config.model_type} from random weights"
     total, trainable = model.num_parameters, model.num_trainable
     lines = [
@@ -38,10 +45,19 @@ def summary(config: Config, topology: Topology, data: Data, model: ModelFacts) -
     notes = [*data.sources.notes, *_surprises(config, data), *_template_notes(config, data)]
     notes += [*_stops_without_effect(config, data), *_data_without_effect(config, data)]
     lines += [f"note        {note}" for note in notes]
-    examples = data.train.sequences.examples
-    return "\n".join(
-        [*lines, "first example, what is learned in [[ ]]:", _marked(examples, data.tokenizer)]
-    )
+    train = data.train.sequences
+    examples = train.examples
+    lines += ["first example, what is learned in [[ ]]:", _marked(examples, data.tokenizer)]
+    on_gpu = topology.device.type == "cuda"
+    if topology.is_main and (on_gpu or (check_only and total >= WORTH_A_FORECAST)):
+        from finetune.forecast import outlook
+
+        num_tokens = data.num_steps * config.train.global_batch_size * train.lengths.mean()
+        lines += outlook.lines(
+            config, topology.parallel, topology.device, topology.precision, num_tokens,
+            float(np.median(examples.lengths)),
+        )  # fmt: skip
+    return "\n".join(lines)
 
 
 def _data_lines(config: Config, topology: Topology, data: Data) -> list[str]:

@@ -124,3 +124,25 @@ def test_layers_are_not_compiled_where_that_does_not_pay_or_cannot_be(monkeypatc
 @pytest.mark.parametrize("wanted", [True, False])
 def test_a_given_compilation_stays_and_its_errors_end_the_run(monkeypatch, wanted):
     assert compiled(monkeypatch, minutes=120, wanted=wanted) == (wanted, "", False)
+
+
+def test_inputs_of_layers_in_host_memory_are_forecast_there():
+    """All but the newest leave the device; the host holds them in blocks of powers of two."""
+    forecasts = []
+    for offloads in (False, True):
+        config = config_of(
+            micro_batch_size=1, gradient_checkpointing=True, activation_offload=offloads
+        )
+        chooser = choice.Chooser(config, precision="bf16", on_gpu=True)
+        forecasts.append(chooser.forecast(SINGLE))
+    plain, moved = forecasts
+    one = 4096 * SHAPE["hidden_size"] * 4  # float32: so are the weights, and what passes by
+    saved = plain.device["activations"] - moved.device["activations"]
+    assert saved == pytest.approx((SHAPE["num_hidden_layers"] - 1) * one, rel=0.01)
+    assert moved.host["activations"] == SHAPE["num_hidden_layers"] * one
+    assert "activations" not in plain.host
+    on_cpu = choice.Chooser(config, precision="bf16", on_gpu=False).forecast(SINGLE)
+    without = choice.Chooser(
+        config_of(micro_batch_size=1, gradient_checkpointing=True), precision="bf16", on_gpu=False
+    )
+    assert on_cpu.peak == without.forecast(SINGLE).peak

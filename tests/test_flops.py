@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from finetune.engine import metrics
+from finetune.engine import chips
 from finetune.models import parameters
 
 LAYER = (
@@ -62,6 +62,25 @@ def test_packed_4_bit_weights_count_as_unpacked():
     assert parameters.in_products(model) == (0, 128)
 
 
+def test_a_change_of_any_weight_is_noticed_slice_by_slice(monkeypatch):
+    """A sum in float64 copies what it adds up: of a whole embedding four times its memory."""
+    monkeypatch.setattr(parameters, "SLICE", 7)
+    model = nn.Linear(5, 4, bias=False, dtype=torch.bfloat16)
+    before = parameters.fingerprints(model, lambda p: p)
+    assert before == {
+        "weight": pytest.approx(float(model.weight.detach().sum(dtype=torch.float64)))
+    }
+    for place in (0, 6, 7, 13, 14, 19):
+        model.weight.data.view(-1)[place] += 1
+        assert parameters.fingerprints(model, lambda p: p) != before
+        model.weight.data.view(-1)[place] = float("nan")
+        assert parameters.not_finite(model) == ["weight"]
+        model.weight.data.view(-1)[place] = 0
+        before = parameters.fingerprints(model, lambda p: p)
+    empty = nn.Linear(5, 4, bias=False)
+    assert parameters.fingerprints(empty, lambda p: p[:0]) == {"weight": 0.0}, "another's shard"
+
+
 def config(**values):
     text = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, **values}
     return types.SimpleNamespace(get_text_config=lambda: types.SimpleNamespace(**text))
@@ -114,7 +133,12 @@ def test_the_8b_llama_is_counted_as_the_field_does():
         ("NVIDIA A10", 125e12),
         ("NVIDIA L4", 121e12),
         ("NVIDIA L40S", 362e12),
-        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA GeForce RTX 3060", 25.5e12),
+        ("NVIDIA GeForce RTX 3080 Ti", 68.2e12),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", 88.2e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 5090", 209.5e12),
         ("NVIDIA B200", 2250e12),
         ("NVIDIA GB200", 2500e12),
         ("NVIDIA GeForce GTX 1080", None),
@@ -122,14 +146,28 @@ def test_the_8b_llama_is_counted_as_the_field_does():
     ],
 )
 def test_peak_rates_are_found_by_the_name_of_the_gpu(name, rate):
-    assert metrics.peak_rate(name) == rate
+    found = chips.peak_rate(name)
+    assert found == rate if rate is None else found == pytest.approx(rate)
+
+
+def test_a_chip_that_the_table_lacks_is_measured_by_a_product(monkeypatch):
+    """A clock that says 1 ms for every product gives 2 n^3 / 1 ms; what fails gives nothing."""
+    times = iter(range(1000))
+    monkeypatch.setattr(chips.time, "perf_counter", lambda: next(times) / 1000)
+    assert chips.measured_rate(torch.device("cpu"), 32) == pytest.approx(2 * 32**3 / 1e-3)
+
+    def fails(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch, "mm", fails)
+    assert chips.measured_rate(torch.device("cpu"), 32) is None
 
 
 def test_utilisation_is_of_all_processes_together():
-    assert metrics.utilisation(1000.0, 1e11, 1e14, 1) == 1.0
-    assert metrics.utilisation(1000.0, 1e11, 1e14, 2) == 0.5
-    assert metrics.utilisation(1000.0, 1e11, None, 1) is None
-    assert metrics.utilisation(1000.0, 0.0, 1e14, 1) is None
+    assert chips.utilisation(1000.0, 1e11, 1e14, 1) == 1.0
+    assert chips.utilisation(1000.0, 1e11, 1e14, 2) == 0.5
+    assert chips.utilisation(1000.0, 1e11, None, 1) is None
+    assert chips.utilisation(1000.0, 0.0, 1e14, 1) is None
 
 
 def test_a_run_keeps_what_its_tokens_cost(workshop):

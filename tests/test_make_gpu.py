@@ -12,15 +12,21 @@ import typing
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT, read_jsonl, short
 from faults.forked import fork
 
 sys.path.append(str(ROOT / "benchmarks"))
+import attention
+import chip
 import gpu
-from on_gpu import correctness, helper, matrix, memory, report, runner, speed
+import head
+import optim
+from on_gpu import correctness, helper, matrix, memory, memory_cases, picture, report, runner, speed
 from on_gpu.correctness import Curves
 from on_gpu.matrix import Case, Tolerance
 from on_gpu.runner import Clock, Row
@@ -28,6 +34,7 @@ from on_gpu.runner import Clock, Row
 from finetune import config as configs
 from finetune.config import fields
 from finetune.engine.topology import launch, support
+from finetune.models.varlen_choice import Work
 from finetune.replay import NORM, TOLERANCE
 
 CASES = matrix.cases()
@@ -366,6 +373,7 @@ def test_forecasts_are_right_within_bounds():
     assert memory.verdict(9.1, 9.87, memory.RATIO)[0] == "right"
     assert memory.verdict(8.0, 9.87, memory.RATIO)[0] == "wrong"
     assert memory.verdict(12.9, 9.87, memory.RATIO)[0] == "wrong"
+    assert memory.verdict(0.5, 0.9, None)[0] == "measured", "a CPU's helper keeps what it had"
 
 
 def test_each_test_of_pytest_is_a_row():
@@ -551,7 +559,8 @@ def test_a_forecast_ended_by_the_deadline_does_not_fail(tmp_path):
     lab = lab_of(memory.Lab, tmp_path, Clock(0))
     late = Future()
     late.set_exception(RuntimeError("the helper did not answer to forecast in 0 s"))
-    assert memory.measure("full", {}, tmp_path / "full.yaml", late, lab).status == "no turn"
+    case = memory_cases.Case("full", {})
+    assert memory.measure(case, [tmp_path / "full.yaml"], late, lab).status == "no turn"
 
 
 def test_processes_see_one_gpu_and_no_launcher(tmp_path, monkeypatch):
@@ -565,20 +574,168 @@ def test_processes_see_one_gpu_and_no_launcher(tmp_path, monkeypatch):
     assert runner.environment(tmp_path, threads=2, on_cpu=True)["CUDA_VISIBLE_DEVICES"] == "-1"
 
 
+def speed_rows(monkeypatch, only, measure, clock):
+    """The rows of `speed`, where `measure(case, own)` stands for a run."""
+    monkeypatch.setattr(speed, "one_round", lambda lab, case, own: measure(case, own))
+    lab = lab_of(memory.Lab, ROOT, clock)
+    return {row.name: row for row in speed.rows(lab, only)}
+
+
 def test_rounds_of_speed_end_when_the_longest_no_longer_fits(monkeypatch):
     """A case stops when a round may not fit into the time of all, and reports its rounds."""
-    lab = lab_of(memory.Lab, ROOT, Clock(0.5))
 
-    def one_round(lab, name, topology, settings, own):
+    def measure(case, own):
         time.sleep(0.2)
         own.speeds.append(1000.0 + len(own.speeds))
-        own.mfu += [] if topology == speed.TRL else [0.4]
+        own.mfu += [] if case.by == speed.TRL else [0.4]
 
-    monkeypatch.setattr(speed, "one_round", one_round)
-    found = {row.name: row for row in speed.rows(lab, "^8B lora r 16(, TRL)?$")}
+    found = speed_rows(monkeypatch, "^8B lora r 16(, TRL)?$", measure, Clock(0.5))
     assert [row.status for row in found.values()] == ["measured", "measured"]
     assert sum(row.values["rounds"] for row in found.values()) in (2, 3)
     assert found["8B lora r 16, TRL"].values["mfu"] == "40.0%"
+    assert found["8B lora r 16"].values["x TRL"] == 1.0
+
+
+def test_a_series_of_lengths_ends_where_memory_does(monkeypatch):
+    def measure(case, own):
+        if case.length > 8192:
+            ended = runner.Ended(1, 1.0, "torch.OutOfMemoryError: CUDA out of memory. Tried to ...")
+            speed.fail(own, "it", ended)
+        else:
+            own.speeds.append(1.0)
+
+    found = speed_rows(monkeypatch, "^8B lora, [0-9,]+ tokens$", measure, Clock(60))
+    assert [row.status for row in found.values()] == [
+        *["measured"] * 3, "out of memory", *["left out"] * 3,
+    ]  # fmt: skip
+    assert list(found.values())[-1].reason == "shorter sequences ran out of memory"
+    rows = list(found.values())
+    assert "| 8B lora, 16,384 tokens | out of memory |" in report.table(rows, {"versions": {}})
+    assert report.exit_code(rows) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "losses", "why"),
+    [
+        ("8B lora r 16, TRL", [11.8, 11.0], ""),
+        ("8B lora r 16, TRL", [11.8, 11.2], "its last loss is 11.2000, that of 8B lora r 16 11"),
+        ("8B lora r 16, compiled", [11.0, 11.0], "its first loss is 11.0000"),
+        ("8B qlora nf4, TRL", [11.8, 11.2], ""),  # TRL rounds these adapters to 16 bits
+        ("8B full in bf16, TRL", [11.7, 9.0], "its first loss"),
+        ("8B packs lora, TRL", [9.0, 9.0], ""),  # other documents share a pack
+    ],
+)
+def test_losses_that_should_be_equal_are_compared(name, losses, why):
+    reference = name.split(", ")[0]
+    found = {
+        reference: speed.Found(losses=[11.8, 11.0]),
+        name: speed.Found(losses=losses),
+    }
+    said = speed.unequal(speed.Case.of(name, *speed.CASES[name]), found)
+    assert said.startswith(why)
+    assert bool(said) == bool(why)
+
+
+def test_every_case_of_speed_is_a_run_that_starts():
+    for name, of in speed.CASES.items():
+        case = speed.Case.of(name, *of)
+        values = speed.config_of(case, Path("base"), Path("rows.jsonl"))
+        configs.from_dict(correctness.sections({"run.name": "a", **values}))
+        assert case.by in (None, speed.TRL, speed.LITGPT) or case.needs_saved_weights
+        assert case.length <= speed.SHAPES[case.size]["max_position_embeddings"]
+    assert len(speed.LENGTHS) * 6 == sum(speed.LENGTH in c[1] for c in speed.CASES.values()) - 1
+
+
+def test_trl_gets_the_same_rows_and_its_own_best_settings():
+    def asked(name, left_out=()):
+        case = speed.Case.of(name, *speed.CASES[name])
+        return speed.asked_of(case, Path("b"), Path("r"), Path("o"), set(left_out), True)
+
+    plain, best = asked("8B lora r 16, TRL"), asked("8B lora r 16, best, TRL")
+    assert plain["settings"]["gradient_checkpointing"]
+    assert not best["settings"]["gradient_checkpointing"]
+    assert (plain["lora"], plain["dtype"]) == ({"r": 16, "lora_alpha": 32}, "bfloat16")
+    assert asked("8B qlora nf4, TRL")["qlora"]
+    assert asked("1B full, TRL")["dtype"] == "float32"
+    packs = asked("8B packs lora, TRL")["settings"]
+    assert (packs["packing"], packs["attn_implementation"]) == (True, "flash_attention_2")
+    without = asked("8B packs lora, TRL", ["flash_attn.flash_attn_interface"])["settings"]
+    assert without["attn_implementation"] == "sdpa"
+
+
+def test_the_picture_has_a_bar_for_each_case_and_a_line_for_each_series(tmp_path):
+    def row(name, tokens):
+        return Row("speed", name, "measured", values={"tokens/s": tokens, "memory, GB": 9.9})
+
+    rows = [row("8B lora", 2000.0), row("8B lora, TRL", 1000.0), Row("speed", "x", "no turn")]
+    rows += [row(f"8B lora, {length:,} tokens", 1e6 / length) for length in (2048, 4096)]
+    picture.write(tmp_path / "a.svg", rows, "H100 & more")
+    drawn = ElementTree.parse(tmp_path / "a.svg").getroot()
+    widths = [float(each.get("width")) for each in drawn.iter() if each.tag.endswith("rect")]
+    assert widths[1:] == [picture.BAR, picture.BAR / 2]
+    assert sum(each.tag.endswith("polyline") for each in drawn.iter()) == 1
+    picture.write(tmp_path / "b.svg", rows[2:3], "nothing")
+    assert not (tmp_path / "b.svg").exists()
+
+
+# ------------------------------------------------------------------- kernels one by one
+
+
+def cells(table):
+    """Return {name: {column: cell}} of a table in markdown."""
+    first, _, *rows = (
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in table.splitlines()
+        if line.startswith("|")
+    )
+    return {row[0]: dict(zip(first[1:], row[1:])) for row in rows}
+
+
+def test_every_kernel_of_attention_agrees_with_float32():
+    """A document that sees its neighbour would be a tenth away, or more."""
+    lengths = [7, 1, 24]
+    work = Work(4, 2, 16, torch.bfloat16, False, tuple(lengths), tuple(sorted(lengths)))
+    found = cells(attention.measure(work, rounds=1, rate=1e12))
+    assert set(found) >= {"ours", "SDPA, flash, each document", "SDPA, mask of documents"}
+    for row in found.values():
+        assert float(row["error of output"]) < 1e-2
+        assert float(row["of the worst gradient"]) < 1e-2
+
+
+def test_packs_of_attention_are_named_by_their_documents():
+    assert attention.documents("8x1024") == [1024] * 8
+    mixed = attention.documents("mixed8192")
+    assert (sum(mixed), max(mixed) <= 600) == (8192, True)
+    with pytest.raises(Exception, match="neither 8x1024 nor mixed8192"):
+        attention.documents("many")
+
+
+def test_optimizers_are_measured_by_bytes_and_by_how_far_they_move(monkeypatch):
+    """Steps of 1e-5 on weights of 0.02: rounding bfloat16 to the nearest loses most of them."""
+    monkeypatch.setattr(optim, "SIZE", 64)
+    found = {}
+    for name in ("ours, stochastic rounding", "torch AdamW, fused, bf16 to the nearest"):
+        row = optim.measure(name, *optim.ways()[name], count=2, rounds=1, rate=1e9)
+        assert row[3] == "14", "reads weight, gradient and two averages, writes three of them"
+        found[name] = float(row[-1].rstrip("%"))
+    assert found["ours, stochastic rounding"] == pytest.approx(100, abs=5)
+    assert found["torch AdamW, fused, bf16 to the nearest"] < 50
+
+
+def test_what_fails_is_named_and_the_rest_is_measured():
+    def breaks():
+        raise ImportError("no such package")
+
+    medians, failed = chip.alternate({"a": lambda: [1.0, 2.0], "b": breaks}, rounds=2)
+    assert (medians, failed) == ({"a": [1.0, 2.0]}, {"b": "ImportError: no such package"})
+    assert chip.notes(failed) == "\n- cannot run here: b: ImportError: no such package"
+
+
+def test_the_head_gives_the_gradients_of_all_logits():
+    sizes = head.made(20, 16, 50)
+    right = head.gradients(head.plain, *sizes)
+    for own, wanted in zip(head.gradients(head.without_kernel, *sizes), right):
+        assert ((own - wanted).norm() / wanted.norm()).item() < 1e-2
 
 
 # ------------------------------------------------------------------------------ the whole thing
@@ -656,6 +813,23 @@ def test_a_rehearsal_without_a_gpu_runs_interrupts_resumes_and_compares(
     assert found["resumed-lora"]["values"]["loss"] == 0.0, "on a CPU to the bit"
     assert "preempted: " in (tmp_path / "correctness/resumed-lora.log").read_text()
     assert "| resumed-lora | right |" in printed
+
+
+@pytest.mark.proof
+def test_a_rehearsal_of_memory_shows_forecasts_peaks_and_the_notes_figures(tmp_path):
+    only = "^OPT-350M lora, recomputed, (eager|inside)|^Falcon-7B int8, 500 tokens, rec|of 8 GB"
+    done = make_gpu("PART=memory", "CPU=1", f"ONLY={only}", f"OUT={tmp_path}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "memory.json").read_text())["rows"]
+    found = {row["name"]: (row["status"], row["values"]["notes, MB"]) for row in rows}
+    assert found == {
+        "1B lora, on a card of 8 GB": ("measured", ""),
+        "OPT-350M lora, recomputed, eager": ("measured", "2,059"),
+        "OPT-350M lora, recomputed, inside documents": ("measured", "1,595"),
+        "Falcon-7B int8, 500 tokens, recomputed": ("measured", "10,369"),
+    }
+    assert all(row["values"]["forecast, GB"] > 0.4 for row in rows)
+    assert not (tmp_path / "measured.json").exists(), "only a GPU's figures are recorded"
 
 
 @pytest.mark.slow

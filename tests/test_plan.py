@@ -370,7 +370,7 @@ def test_the_cheapest_change_is_advised_first():
 def test_advised_adapters_keep_the_shape_that_was_given():
     values = {"run": {"name": "a"}, "model": {"path": "m"}, "data": {"train": "rows.jsonl"}}
     config = configs.from_dict({**values, "adapter": {"kind": "lora", "r": 4}})
-    changes = dict(Chooser._changes(SimpleNamespace(config=config)))
+    changes = dict(Chooser._changes(SimpleNamespace(config=config, on_gpu=False)))
     [changed] = [config for name, config in changes.items() if name.endswith("adapter.kind: qlora")]
     assert (changed.adapter.kind, changed.adapter.r) == ("qlora", 4)
 

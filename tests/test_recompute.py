@@ -6,7 +6,7 @@ from conftest import short, tiny_llama
 from transformers import AutoModelForCausalLM
 
 from finetune.errors import ModelError
-from finetune.models import attention, attention_probe, head, recompute
+from finetune.models import attention, attention_probe, head, offload, recompute
 
 
 def build(**changes):
@@ -121,3 +121,64 @@ def test_without_a_compiler_there_is_an_error_before_the_first_step(monkeypatch)
         match="train.compile: needs a C\\+\\+ compiler, and no-such-compiler was not found",
     ):
         recompute.wrap(build(), compiled=True, num_recomputed=0)
+
+
+def count_copies(monkeypatch):
+    """Move inputs on a CPU, too; return the list of (what, layer) in which copies begin."""
+    events, numbers = [], {}
+    copy, init = offload._Input._copy, offload._Input.__init__
+
+    def made(self, *arguments):
+        numbers[id(self)] = len(numbers)
+        init(self, *arguments)
+
+    def copying(self, target, source):
+        events.append(("out" if target is self._host else "back", numbers[id(self)]))
+        copy(self, target, source)
+
+    monkeypatch.setattr(offload.Offload, "is_moved", lambda self, t: t.grad_fn is not None)
+    monkeypatch.setattr(offload._Input, "_copy", copying)
+    monkeypatch.setattr(offload._Input, "__init__", made)
+    return events
+
+
+@pytest.mark.parametrize("count", [3, 2])
+def test_inputs_that_wait_in_host_memory_change_no_bit(monkeypatch, count):
+    """The newest input stays; each other is fetched while the layer after it is recomputed."""
+    events = count_copies(monkeypatch)
+    packs = [[9], [3, 17, 1, 9]]
+    wanted = losses_and_gradients(build(), packs)
+    moving = build()
+    recompute.wrap(moving, compiled=False, num_recomputed=count, offloads=True)
+    for (loss, grads), (wanted_loss, wanted_grads) in zip(
+        losses_and_gradients(moving, packs), wanted
+    ):
+        assert torch.equal(loss, wanted_loss)
+        assert all(torch.equal(grads[name], grad) for name, grad in wanted_grads.items())
+    out = [("out", number) for number in range(count)]
+    back = [("back", number) for number in reversed(range(count - 1))]
+    assert events[: 2 * count - 1] == out + back
+
+
+def test_passes_that_overlap_get_their_own_inputs_back(monkeypatch):
+    """Two forward passes before either goes backward, as a loss over two answers may."""
+    count_copies(monkeypatch)
+
+    def gradients(model):
+        ids = torch.arange(12)[None]
+        inputs = [attention_probe.inputs_of(ids + shift, [12], model) for shift in (0, 100)]
+        first, second = (nll(model, ids, each) for each in inputs)
+        (first * second).backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    moving = build()
+    recompute.wrap(moving, compiled=False, num_recomputed=3, offloads=True)
+    for own, wanted in zip(gradients(moving), gradients(build()), strict=True):
+        assert torch.equal(own, wanted)
+
+
+def test_nothing_moves_on_a_cpu():
+    moving = build()
+    offloading = recompute.wrap(moving, compiled=False, num_recomputed=3, offloads=True)
+    losses_and_gradients(moving, [[9]])
+    assert offloading.host_bytes == 0

@@ -4,6 +4,7 @@ a line.
 An answer is [problem or null, result]. Whatever libraries print goes to standard error.
 """
 
+import contextlib
 import importlib
 import importlib.metadata
 import json
@@ -13,6 +14,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ OPTIONAL = {
     "pytest": "tests/test_gpu.py",
     "trl": "the comparison with TRL",
     "liger_kernel": "norms and gates as one kernel each, and TRL with Liger",
+    "litgpt": "the comparison with LitGPT",
     "flash_attn.flash_attn_interface": "FlashAttention-2",
     "flash_attn_interface": "FlashAttention-3",
     "flash_attn.cute": "FlashAttention-4",
@@ -64,7 +67,7 @@ def facts() -> dict[str, Any]:
     for module, use in OPTIONAL.items() if not missing else ():
         try:
             # The others are heavy, and only used in processes of their own.
-            if module not in ("trl", "liger_kernel", "pytest"):
+            if module not in ("trl", "liger_kernel", "litgpt", "pytest"):
                 importlib.import_module(module)
             versions[module] = _version(module)
         except Exception as exc:
@@ -139,10 +142,26 @@ def make_base(folder: str, shape: dict[str, Any], dtype: str) -> int:
     return number
 
 
+def make_folder(folder: str, shape: dict[str, Any]) -> None:
+    """Write what a model of random weights needs besides them."""
+    sys.path.append(str(ROOT / "benchmarks"))
+    from on_gpu import random_model
+
+    random_model.write_folder(Path(folder), shape)
+
+
 def make_rows(path: str, number: int, kind: str, length: int) -> None:
-    """Write questions whose answers differ in length, or texts of about `length` tokens (bytes)."""
+    """Write rows by kind, of which tokens are bytes.
+
+    questions: their answers differ in length; texts: of `length` tokens; same: one such text again
+    and again, so that no trainer's order of rows matters; short: of 60 to 600 tokens.
+    """
     draw = random.Random(0)
     rows: list[dict[str, str]] = []
+    letters = "abcdefghij klmnopq rstuvwxyz"
+    if kind == "same":
+        rows = [{"text": "".join(draw.choices(letters, k=length))}] * number
+        number = 0
     for i in range(number):
         if kind == "questions":
             rows.append(
@@ -152,7 +171,8 @@ def make_rows(path: str, number: int, kind: str, length: int) -> None:
                 }
             )
         else:
-            rows.append({"text": "".join(draw.choices("abcdefghij klmnopq rstuvwxyz", k=length))})
+            size = draw.randint(60, min(600, length)) if kind == "short" else length
+            rows.append({"text": "".join(draw.choices(letters, k=size))})
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -188,10 +208,91 @@ def forecast(config: str, on_gpu: bool) -> dict[str, float]:
     return {"peak": found.peak, "outside": found.device.get("CUDA", 0.0)}
 
 
-REQUESTS = {each.__name__: each for each in (facts, make_base, make_rows, open_export, forecast)}
+def work(config: str, length: float) -> float:
+    """Return the FLOPs of a token in documents of `length` tokens, with recomputed layers."""
+    from finetune import config as configs
+    from finetune.forecast import speed
+    from finetune.forecast.choice import Chooser
+
+    parsed, _ = configs.parse(["--config", config])
+    chooser = Chooser(parsed, precision=parsed.train.precision, on_gpu=False)
+    made = chooser.forecaster()
+    share = speed.share_recomputed(parsed, made.num_layers)
+    return speed.work_of(made.model, chooser.model_config, length, share).total
+
+
+def train(config: str, card_gb: float | None = None) -> dict[str, float]:
+    """Run a config in this process, with little around its steps; return its peaks in GB.
+
+    memory_gb: of PyTorch's allocator, or of this process on a CPU; reserved_gb: what the allocator
+    took from the GPU for it; held_gb: what is left of the run. `card_gb`: act as a smaller card.
+    """
+    import gc
+
+    import torch
+    from accelerate.state import AcceleratorState
+
+    from finetune import config as configs
+    from finetune import loop
+    from finetune.survival.preemption import StopFlag
+
+    sys.path.append(str(ROOT / "benchmarks"))
+    from on_gpu import one_run
+
+    one_run.leave_out()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    parsed, _ = configs.parse(["--config", config])
+    has_gpu = torch.cuda.is_available()
+    if has_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        with _card(card_gb):
+            loop.run(parsed, False, StopFlag())
+        lines = Path(parsed.run.dir, parsed.run.name, "metrics.jsonl").read_text().splitlines()
+        peak = json.loads(lines[-1])["memory_gb"]
+        reserved = torch.cuda.max_memory_reserved() / 1e9 if has_gpu else peak
+    finally:
+        gc.collect()
+        if has_gpu:
+            torch._C._cuda_clearCublasWorkspaces()  # else they would count as held
+            torch.cuda.empty_cache()
+    held = torch.cuda.memory_allocated() / 1e9 if has_gpu else 0.0
+    return {"memory_gb": peak, "reserved_gb": reserved, "held_gb": held}
+
+
+@contextlib.contextmanager
+def _card(gigabytes: float | None) -> Iterator[None]:
+    """Act, inside, as a card with less memory: PyTorch gets no more, and says so when asked."""
+    import torch
+
+    if gigabytes is None or not torch.cuda.is_available():
+        yield
+        return
+    from finetune.forecast.memory import CONTEXT
+
+    ask, total = torch.cuda.mem_get_info, torch.cuda.mem_get_info()[1]
+    most = 1e9 * gigabytes - CONTEXT
+
+    def smaller(device: Any = None) -> tuple[int, int]:
+        return int(most - torch.cuda.memory_reserved(device)), int(1e9 * gigabytes)
+
+    torch.cuda.set_per_process_memory_fraction(most / total)
+    torch.cuda.mem_get_info = smaller
+    try:
+        yield
+    finally:
+        torch.cuda.mem_get_info = ask
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+REQUESTS = {
+    each.__name__: each
+    for each in (facts, make_base, make_folder, make_rows, open_export, forecast, work, train)
+}
 
 
 def main() -> None:
+    sys.path.insert(0, str(ROOT))
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:

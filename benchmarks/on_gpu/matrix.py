@@ -209,6 +209,11 @@ def _compiled() -> Iterable[Case]:
     one_layer = {"train.gradient_checkpointing": 1}
     yield Case("recomputed-one-layer", one_layer, None, "plain-full", BF16)
     yield Case("recomputed-lora", LORA | RECOMPUTED, None, "plain-lora", ADAPTERS)
+    offloaded = RECOMPUTED | {"train.activation_offload": True}
+    yield Case("offloaded", offloaded, None, "plain-full", BF16)
+    yield Case("offloaded-lora-fsdp2", LORA | offloaded, "fsdp2", "plain-lora", ADAPTERS)
+    yield Case("offloaded-lora-compiled", LORA | offloaded | COMPILE, None, "plain-lora",
+               COMPILED_ADAPTERS)  # fmt: skip
 
 
 def _precisions() -> Iterable[Case]:

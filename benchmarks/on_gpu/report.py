@@ -11,8 +11,10 @@ from typing import Any
 from on_gpu.runner import Row
 
 RIGHT, WRONG, LEFT_OUT, NO_TURN = "right", "wrong", "left out", "no turn"
-MEASURED, KNOWN = "measured", "known failure"
-"""It ran, and there is nothing to compare it with; a test that is expected to fail, and did."""
+MEASURED, KNOWN, OUT_OF_MEMORY = "measured", "known failure", "out of memory"
+"""It ran, and there is nothing to compare it with; a test that is expected to fail, and did; where
+a series of growing lengths ends.
+"""
 
 
 class Log:
@@ -32,7 +34,7 @@ def exit_code(rows: Sequence[Row]) -> int:
     """Return 1 if anything is wrong, nothing ran, or correctness was cut short; else 0."""
     cut_short = any(row.part == "correctness" and row.status == NO_TURN for row in rows)
     is_wrong = any(row.status == WRONG for row in rows) or not any(
-        row.status in (RIGHT, MEASURED) for row in rows
+        row.status in (RIGHT, MEASURED, OUT_OF_MEMORY) for row in rows
     )
     return int(is_wrong or cut_short)
 
@@ -51,7 +53,7 @@ def about(facts: dict[str, Any]) -> str:
 
 def table(rows: Sequence[Row], facts: dict[str, Any]) -> str:
     """Return markdown for the docs: what ran, then what did not, and why."""
-    ran = [row for row in rows if row.status in (RIGHT, MEASURED, WRONG)]
+    ran = [row for row in rows if row.status in (RIGHT, MEASURED, WRONG, OUT_OF_MEMORY)]
     columns = list(dict.fromkeys(key for row in ran for key in row.values))
     lines = [about(facts), ""]
     if ran:
@@ -72,7 +74,7 @@ def table(rows: Sequence[Row], facts: dict[str, Any]) -> str:
     shown_always = (RIGHT, WRONG, LEFT_OUT, NO_TURN)
     listed = [
         status
-        for status in (RIGHT, MEASURED, WRONG, KNOWN, LEFT_OUT, NO_TURN)
+        for status in (RIGHT, MEASURED, OUT_OF_MEMORY, WRONG, KNOWN, LEFT_OUT, NO_TURN)
         if status in shown_always or counts[status]
     ]
     return "\n".join([*lines, "", ", ".join(f"{counts[status]} {status}" for status in listed)])

@@ -241,6 +241,10 @@ class Helper:
                 if stream is not None:
                     stream.close()
 
+    def restart(self) -> None:
+        """Have the next request answered by a new process."""
+        self._end()
+
     def close(self) -> None:
         self._end()
         self._log.close()

@@ -302,6 +302,10 @@ class Train(Section):
     A number: only in the first N layers.
     auto: on a GPU in as few layers as fit by forecast, on a CPU in none.
     """
+    activation_offload: bool = False
+    """Keep the inputs of recomputed layers in host memory, for longer sequences on one GPU.
+    Copies run beside the arithmetic; on a CPU they are there already.
+    """
     compile: Literal["auto"] | bool = "auto"
     """Compile the layers with torch.compile.
     Steps are faster after a first one of a minute or two; needs a C++ compiler.

@@ -70,6 +70,7 @@ _CALLED = {
     "train.micro_batch_size": "per_device_train_batch_size auto_find_batch_size",
     "train.precision": "bf16 fp16 tf32 mixed_precision use_bf16 use_fp16",
     "train.gradient_checkpointing": "activation_checkpointing grad_checkpoint",
+    "train.activation_offload": "activation_offloading offload_activations",
     "train.compile": "torch_compile",
     "train.float8": "fp8 use_fp8 enable_fp8",
     "train.max_grad_norm": "gradient_clipping grad_clip clip_grad_norm",

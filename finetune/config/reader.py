@@ -21,7 +21,8 @@ from finetune.errors import ConfigError, RunDirectoryError
 # of a step (micro_batch_size and checkpointing only reorder the same float operations).
 RESUME_MAY_CHANGE = (
     "run.dir", "data.cache_dir", "model.attention", "train.micro_batch_size",
-    "train.gradient_checkpointing", "train.compile", "train.hang_minutes",
+    "train.gradient_checkpointing", "train.activation_offload", "train.compile",
+    "train.hang_minutes",
     "checkpoint.*", "evaluation.*", "tracking.*",
 )  # fmt: skip
 OWN_CODE = ("objective.kind", "data.format")

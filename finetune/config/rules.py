@@ -33,6 +33,7 @@ def conflicts(config: Config) -> Iterator[str]:
     yield from _evaluation_conflicts(config)
     yield from _batch_conflicts(config)
     yield from _float8_conflicts(config)
+    yield from _memory_conflicts(config)
     yield from _tracking_conflicts(config)
 
 
@@ -118,6 +119,12 @@ def _data_conflicts(config: Config) -> Iterator[str]:
         yield f"data.packing: with model.attention: {model.attention} {why}"
     if data.packing and data.group_by_length:
         yield "data.group_by_length: would be ignored: data.packing fills every sequence; remove it"
+
+
+def _memory_conflicts(config: Config) -> Iterator[str]:
+    if config.train.gradient_checkpointing is False:
+        why = "train.gradient_checkpointing: false keeps no inputs to recompute from"
+        yield from _ignored(config, why, "train.activation_offload")
 
 
 def _schedule_conflicts(config: Config) -> Iterator[str]:

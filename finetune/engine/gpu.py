@@ -7,7 +7,7 @@ import torch
 
 from finetune.config import Config
 from finetune.data.batches import Batches
-from finetune.engine.metrics import peak_rate
+from finetune.engine.chips import peak_rate
 from finetune.engine.topology import Topology, support
 from finetune.models import float8, liger, logits, recompute, varlen_choice, varlen_gpu
 from finetune.models.attention_choice import BY_SETTING, DOCUMENTS

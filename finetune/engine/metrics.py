@@ -1,51 +1,23 @@
 """Report a run's progress: metrics.jsonl, eval.jsonl, and a progress bar or plain lines."""
 
-import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
+from finetune.engine import chips
 from finetune.engine.logs import Log
 from finetune.engine.progress import Progress
 from finetune.engine.rundir import RunDirectory
 from finetune.engine.step import StepResult
 from finetune.engine.trackers import Trackers
 
-# Words of a GPU's name -> peak dense rate of 16-bit matrix products in FLOP/s, from the vendors'
-# data sheets. The first entry whose words are all in the name counts.
-PEAK_16_BITS = {
-    ("GB300",): 2500e12, ("B300",): 2250e12, ("GB200",): 2500e12, ("B200",): 2250e12,
-    ("GH200",): 989e12, ("H200", "NVL"): 835e12, ("H200",): 989e12, ("H100", "NVL"): 835e12,
-    ("H100", "PCIe"): 756e12, ("H100",): 989e12, ("H800",): 989e12, ("H20",): 148e12,
-    ("A100",): 312e12, ("A800",): 312e12, ("A40",): 149.7e12, ("A30",): 165e12, ("A10",): 125e12,
-    ("L40S",): 362e12, ("L40",): 181e12, ("L4",): 121e12,
-    ("RTX", "6000", "Ada"): 364e12, ("RTX", "A6000"): 154.8e12, ("RTX", "5090"): 209.5e12,
-    ("RTX", "4090"): 165e12, ("RTX", "3090"): 71e12,
-    ("MI355X",): 2500e12, ("MI325X",): 1307e12, ("MI300X",): 1307e12,
-}  # fmt: skip
 LINE_SECONDS = 10  # between two lines about steps
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 SHOWN_SAMPLES, SHOWN_CHARACTERS = 2, 100  # of the answers to evaluation.sample_prompts
-
-
-def peak_rate(gpu: str) -> float | None:
-    """Return the FLOP/s of a GPU by its name; None if unknown."""
-    words = set(re.split(r"[\s-]+", gpu))
-    return next((rate for needed, rate in PEAK_16_BITS.items() if words.issuperset(needed)), None)
-
-
-def utilisation(
-    tokens_per_second: float, flops_per_token: float, peak: float | None, num_processes: int
-) -> float | None:
-    """Return the model FLOPs utilisation, of the GPUs' 16-bit peak; None if unknown."""
-    if not peak or not flops_per_token:
-        return None
-    return round(tokens_per_second * flops_per_token / (peak * num_processes), 4)
 
 
 def log(message: str) -> None:
@@ -68,6 +40,7 @@ class Metrics:
         self.samples, self.saves = Log(logs.samples, log), Log(logs.saves, log)
         self.num_steps, self.every, self.is_main = num_steps, every, is_main
         self.flops_per_token, self.num_processes = flops_per_token, num_processes
+        self.peak = chips.rate_here() if is_main else None
         # No bar if one of them is a pipe: tee would write its lines into the bar.
         shows_bar = is_main and sys.stderr.isatty() and sys.stdout.isatty()
         self.bar = tqdm(
@@ -180,10 +153,9 @@ class Metrics:
             self.trackers.record(values)
 
     def _utilisation(self, tokens_per_second: float) -> dict[str, float]:
-        if not torch.cuda.is_available():
-            return {}
-        peak = peak_rate(torch.cuda.get_device_name())
-        mfu = utilisation(tokens_per_second, self.flops_per_token, peak, self.num_processes)
+        mfu = chips.utilisation(
+            tokens_per_second, self.flops_per_token, self.peak, self.num_processes
+        )
         return {} if mfu is None else {"mfu": mfu}
 
 

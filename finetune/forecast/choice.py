@@ -20,7 +20,8 @@ from finetune.models import attention_choice, load
 
 # Share of memory to leave free: on a GPU for fragmentation, on a machine for other processes.
 SLACK = 0.05
-# Forecasts of the first GPU were up to 8% too low, and its allocator needs some room.
+# For what a forecast misses, until more is measured: the one of the first GPU that still counts was
+# 2% too high (docs/performance.md).
 ROOM = 0.15
 SMALLER = "more processes, or shorter sequences (data.max_length)"
 
@@ -93,6 +94,26 @@ class Chooser:
     def forecast(self, parallel: ParallelConfig, micro_batch_size: int | None = None) -> Forecast:
         return self.forecaster().of(parallel, shape(self.config, micro_batch_size))
 
+    def fewest_recomputed(self, parallel: ParallelConfig, most: float) -> tuple[int, float]:
+        """Return (the fewest layers to recompute so that a step needs at most `most`, its bytes).
+
+        All layers, if no number does. Each layer that is kept holds about as much as any other, so
+        two forecasts tell where to look.
+        """
+
+        def peak(number: int) -> float:
+            changed = _with(self.config, "train", gradient_checkpointing=number or False)
+            return self.forecaster_of(changed).of(parallel, shape(self.config)).peak
+
+        count, number, needed = self.num_layers, 0, peak(0)
+        if needed > most and count:
+            per_layer = (needed - peak(count)) / count
+            estimate = (needed - most) / per_layer if per_layer > 0 else count
+            number = min(count, max(1, math.floor(estimate) - 1))
+            while (needed := peak(number)) > most and number < count:
+                number += 1
+        return number, needed
+
     def largest_micro_batch(
         self, parallel: ParallelConfig, limit: float, change: str | None = None
     ) -> int | None:
@@ -145,6 +166,9 @@ class Chooser:
         if config.train.gradient_checkpointing is not True:
             yield "train.gradient_checkpointing: true", recomputed
             before = "train.gradient_checkpointing: true, "
+        if self.on_gpu and not config.train.activation_offload:
+            offloaded = _with(recomputed, "train", activation_offload=True)
+            yield f"{before}train.activation_offload: true", offloaded
         if kind == "full" and config.optimizer.kind == "adamw":
             eight_bit = _with(recomputed, "optimizer", kind="adamw_8bit")
             yield f"{before}optimizer.kind: adamw_8bit", eight_bit
@@ -199,26 +223,16 @@ def automatic(
 def recomputed(
     config: Config, parallel: ParallelConfig, device: torch.device, precision: str, limit: float
 ) -> tuple[int, str]:
-    """Return the fewest layers to recompute so that a step fits with ROOM to spare, and a message.
-
-    Each layer that is kept holds about as much as any other, so two forecasts tell where to look.
-    """
+    """Return the fewest layers to recompute so that a step fits with ROOM to spare; a message."""
     chooser = Chooser(config, precision=precision, on_gpu=device.type == "cuda")
-    count, most = chooser.num_layers, limit * (1 - ROOM)
+    number, needed = chooser.fewest_recomputed(parallel, limit * (1 - ROOM))
+    return number, recomputation(number, chooser.num_layers, needed, limit)
 
-    def peak(number: int) -> float:
-        changed = _with(chooser.config, "train", gradient_checkpointing=number or False)
-        return chooser.forecaster_of(changed).of(parallel, shape(config)).peak
 
-    number, needed = 0, peak(0)
-    if needed > most and count:
-        per_layer = (needed - peak(count)) / count
-        estimate = (needed - most) / per_layer if per_layer > 0 else count
-        number = min(count, max(1, math.floor(estimate) - 1))
-        while (needed := peak(number)) > most and number < count:
-            number += 1
+def recomputation(number: int, count: int, needed: float, limit: float) -> str:
+    """Say how many layers train.gradient_checkpointing: auto recomputes, and why."""
     layers = f"{number} of {count} layers" if number else "no layer"
-    return number, (
+    return (
         f"train.gradient_checkpointing: auto recomputes {layers}: {needed / 1e9:.1f} of "
         f"{limit / 1e9:.1f} GB by forecast"
     )

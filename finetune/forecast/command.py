@@ -13,7 +13,15 @@ from finetune.config import Config, paths
 from finetune.engine.topology import launch, support
 from finetune.engine.topology.launch import ParallelConfig
 from finetune.errors import ConfigError, UserError
-from finetune.forecast.choice import SLACK, Chooser, capacity, micro_batches
+from finetune.forecast import measured, outlook
+from finetune.forecast.choice import (
+    ROOM,
+    SLACK,
+    Chooser,
+    capacity,
+    micro_batches,
+    recomputation,
+)
 from finetune.forecast.memory import Forecast
 from finetune.places import SHIPPED, TRAIN, found
 from finetune.survival import launcher
@@ -59,10 +67,17 @@ def main(arguments: argparse.Namespace) -> None:
     _progress("")
     if arguments.topology and micro_batches(config, parallel):
         forecast = chooser.forecast(parallel, _micro_batch(chooser, parallel, limit))
-        print("\n" + _parts(forecast, on_gpu))
+        print("\n" + _parts(forecast, on_gpu, limit))
+        if on_gpu and config.train.gradient_checkpointing == "auto":
+            number, needed = chooser.fewest_recomputed(parallel, limit * (1 - ROOM))
+            print("\n" + recomputation(number, chooser.num_layers, needed, limit))
     print("\n" + _advice(rows, on_gpu))
     print("\n" + _table(rows))
     print("\n" + "\n".join(_legend(on_gpu)))
+    if on_gpu:
+        gpu = torch.cuda.get_device_name() if cuda and memory is None else None
+        one = parallel if arguments.topology else ParallelConfig()
+        print("\n" + "\n".join(_measured(chooser, one, gpu, bool(arguments.topology))))
 
 
 def _simplest_first(file: Path) -> tuple[bool, int, str]:
@@ -107,6 +122,27 @@ def _legend(on_gpu: bool) -> Iterator[str]:
     if on_gpu:
         yield "fewest: the smallest number of GPUs that fits by memory and makes whole steps."
     yield "micro-batch: the largest that fits and makes whole steps."
+
+
+def _measured(
+    chooser: Chooser, parallel: ParallelConfig, gpu: str | None, in_detail: bool
+) -> Iterator[str]:
+    """Yield what `make gpu` measured on a GPU; None: on every kind that was measured."""
+    known, config = measured.read(), chooser.config
+    if gpu is None and not known:
+        yield "measured  nothing yet: `make gpu` on a GPU writes benchmarks/measured.json"
+    steps = config.train.max_steps
+    length = config.data.max_length
+    num_tokens = steps * config.train.global_batch_size * length if steps else None
+    for name in known if gpu is None else [gpu]:
+        found = known.get(name, [])
+        yield f"measured  {outlook.accuracy(name, found)}"
+        if in_detail and (cases := list(outlook.peaks(found))):
+            cells = [[case, f"{expected:.2f}", f"{peak:.2f}"] for case, expected, peak in cases]
+            yield _table([["", "forecast, GB", "measured, GB"], *cells])
+        fast = outlook.speed_of(chooser, parallel, found, length, num_tokens)
+        on = "1 GPU" if parallel.num_processes == 1 else f"{parallel.num_processes} GPUs"
+        yield f"speed     on {on}: {fast or 'not measured (make gpu PART=speed)'}"
 
 
 def _progress(text: str) -> None:
@@ -205,12 +241,16 @@ def _kept(recomputed: bool | int | str) -> str:
     return f"kept but for {recomputed}, recomputed"
 
 
-def _parts(forecast: Forecast, on_gpu: bool) -> str:
+def _parts(forecast: Forecast, on_gpu: bool, limit: float) -> str:
     def lines(parts: dict[str, float]) -> list[list[str]]:
         return [[f"  {name}", f"{size / GB:.2f}"] for name, size in parts.items() if size]
 
     rows = [[f"one process, {'its GPU' if on_gpu else 'memory'}", "GB"], *lines(forecast.device)]
     rows.append(["  at its peak, as not all is there at once", f"{forecast.peak / GB:.2f}"])
+    if on_gpu:
+        rows.append(
+            ["  and kept free for fragmentation", f"{limit / (1 - SLACK) * SLACK / GB:.2f}"]
+        )
     if forecast.host:
         rows += [["and of its host", ""], *lines(forecast.host)]
     return _table(rows)

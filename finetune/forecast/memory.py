@@ -14,7 +14,7 @@ from finetune.config import Config
 from finetune.engine.topology.launch import ParallelConfig
 from finetune.forecast.trace import Rehearsal, Shape, Trace
 from finetune.forecast.weights import count
-from finetune.models import recompute
+from finetune.models import float8, recompute
 from finetune.models.attention_choice import is_padded
 
 # A process of train.py with all its libraries but no model: measured with torch 2.13 for CPUs on
@@ -22,6 +22,8 @@ from finetune.models.attention_choice import is_padded
 PROCESS = 525e6 if torch.version.cuda is None and torch.version.hip is None else 725e6
 # CUDA's context, and NCCL's buffers with several processes: usual values, not measured here.
 CONTEXT, CHANNELS = 0.6e9, 0.4e9
+# cuBLAS's, from PyTorch's allocator: 8 blocks of 4 MiB on Hopper, a quarter of that before.
+WORKSPACE = 32 * 2**20
 WHOLE = "whole model, at the start and the end"
 
 
@@ -73,16 +75,24 @@ class Forecaster:
             lambda halved, part, backward: self._rehearsal(halved).trace(part, backward)
         )
         self._half = 4 if precision == "fp32" else 2  # bytes of a number in the arithmetic
-        self.weights = count(self._rehearsal(False).model, config, self._half)
+        self.weights = count(self.model, config, self._half)
+
+    @property
+    def model(self) -> Any:
+        """The model, without memory."""
+        return self._rehearsal(False).model
 
     @property
     def num_layers(self) -> int:
-        return recompute.count_layers(self._rehearsal(False).model)
+        return recompute.count_layers(self.model)
 
     def of(self, parallel: ParallelConfig, shape: Shape) -> Forecast:
         """Return the forecast of a whole step in micro-batches of `shape`."""
         held, traced = self._held(parallel), self._trace(parallel, shape)
         at_once = shape.num_sequences * parallel.num_processes // parallel.num_context
+        if self.config.train.float8:
+            tokens = shape.num_sequences * shape.length / parallel.num_context
+            held.passing["float8"] = self._in_float8(tokens)
         accumulates = self.config.train.global_batch_size > at_once
         if parallel.kind == "ddp":
             # Buckets exist from the start; in the first step gradients accumulate next to them.
@@ -105,9 +115,11 @@ class Forecaster:
             # One process reads all weights, and opens the export next to its own copy.
             w = self.weights
             whole = 2 * w.stored if w.num == w.num_trained else w.stored
-            host = {"process": PROCESS, **held.waiting, **copied, WHOLE: whole}
+            moved = {"activations": traced.moved} if traced.moved else {}
+            host = {"process": PROCESS, **held.waiting, **moved, **copied, WHOLE: whole}
+            device["cuBLAS"] = float(WORKSPACE)
             device["CUDA"] = CONTEXT + (CHANNELS if parallel.num_processes > 1 else 0.0)
-            return Forecast(device, peak + device["CUDA"], host)
+            return Forecast(device, peak + device["cuBLAS"] + device["CUDA"], host)
         peak += sum(held.waiting.values()) + copied["checkpoint"]
         return Forecast({**device, **held.waiting, **copied, "process": PROCESS}, peak + PROCESS)
 
@@ -116,6 +128,16 @@ class Forecaster:
         size = self.config.evaluation.micro_batch_size
         assert size is not None
         return self._trace(parallel, replace(shape, num_sequences=size), backward=False).passing
+
+    def _in_float8(self, tokens: float) -> float:
+        """Return the bytes of a product's operands in float8, each also transposed.
+
+        What a layer keeps for its backward pass stays in 16 bits.
+        """
+        inside = (module for layer in recompute.layers(self.model) for module in layer.modules())
+        sizes = [(m.in_features, m.out_features) for m in inside if float8.is_worth_it(m)]
+        operands = [tokens * (ins + outs) + ins * outs for ins, outs in sizes]
+        return 2 * max(operands, default=0.0)
 
     def _trace(self, parallel: ParallelConfig, shape: Shape, backward: bool = True) -> Trace:
         halved = parallel.is_sharded and self.precision != "fp32"

@@ -13,12 +13,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from finetune import failures
+from finetune import failures, kernels
 from finetune.config import Config
 from finetune.engine.topology import meta
 from finetune.errors import ModelError
-from finetune.models import attention_choice, attention_probe, cross_entropy, head
+from finetune.forecast import fused
+from finetune.models import attention_choice, attention_probe, cross_entropy, head, logits
 from finetune.models.build import build
+
+# Attention's backward passes on a CPU, in whose place a GPU's kernel runs; their first arguments
+# are the gradient of the output, queries, keys: [.., heads, tokens, width].
+ATTENTION_BACKWARD = (
+    "finetune::one_by_one_backward", "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
+)  # fmt: skip
+# The kernel of the loss holds no logits in float32: so few that they are not worth mentioning.
+KERNEL_BLOCK_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -42,13 +51,19 @@ class Trace:
     """After the pass."""
     kept: int
     """The part of `passing` that forward keeps for backward."""
+    moved: int = 0
+    """In host memory between forward and backward (train.activation_offload)."""
 
 
 class Ledger(TorchDispatchMode):
-    """Count every storage from the operator that creates it until its last reference is gone."""
+    """Count every storage from the operator that creates it until its last reference is gone.
 
-    def __init__(self) -> None:
+    `on_gpu`: also what a GPU's attention holds while it runs, which a CPU's does not.
+    """
+
+    def __init__(self, on_gpu: bool = False) -> None:
         super().__init__()
+        self._on_gpu = on_gpu
         self.passing = self.gradients = self.most_passing = self.most = 0
         self._gradients: set[int] = set()
         self._known: set[int] = set()
@@ -72,9 +87,13 @@ class Ledger(TorchDispatchMode):
         if key not in self._known:
             self._known.add(key)
             self.passing += size
-            self.most_passing = max(self.most_passing, self.passing)
-            self.most = max(self.most, self.passing + self.gradients)
+            self._note()
             weakref.finalize(storage, self._remove, key, size)
+
+    def _note(self, workspace: int = 0) -> None:
+        """Remember the most bytes so far. `workspace`: those of an operator, while it runs."""
+        self.most_passing = max(self.most_passing, self.passing + workspace)
+        self.most = max(self.most, self.passing + self.gradients + workspace)
 
     def _remove(self, key: int, size: int) -> None:
         self._known.discard(key)
@@ -97,7 +116,21 @@ class Ledger(TorchDispatchMode):
         for value in tree_leaves(out):
             if isinstance(value, torch.Tensor):
                 self._add(value)
+        if self._on_gpu and function.name() in ATTENTION_BACKWARD:
+            self._note(attention_workspace(*arguments[1:3]))
         return out
+
+
+def attention_workspace(query: torch.Tensor, key: torch.Tensor) -> int:
+    """Return the bytes that FlashAttention-2 holds during its backward pass; others hold as much.
+
+    The gradient of queries adds up in float32, and where heads share keys and values, each has
+    gradients of its own before they are added.
+    """
+    if query.dtype == torch.float32:  # SDPA, a document at a time
+        return 0
+    own = 2 * query.numel() * query.element_size() if query.shape[1] != key.shape[1] else 0
+    return 4 * query.numel() + own
 
 
 class Rehearsal:
@@ -111,7 +144,9 @@ class Rehearsal:
 
         ZeRO keeps weights halved, and FSDP2 gathers them so.
         """
-        train = config.train.model_copy(update={"compile": False})
+        offloads = on_gpu and config.train.activation_offload
+        plain = {"compile": False, "float8": False, "activation_offload": offloads}
+        train = config.train.model_copy(update=plain)
         uncompiled = config.model_copy(update={"train": train})
         self.attention, self.on_gpu = attention, on_gpu
         self.dtype = None if precision == "fp32" else torch.bfloat16
@@ -127,6 +162,10 @@ class Rehearsal:
         with self.mode:
             meta.move(self.model, "cpu")
         self.model.train()
+        if on_gpu:
+            # Float8 needs compiled layers; a run replaces auto later.
+            is_compiled = config.train.compile is True or bool(config.train.float8)
+            fused.install(self.base, is_compiled)
         if on_gpu and attention != "eager":
             _disable_attention_dropout(self.model)
 
@@ -143,11 +182,13 @@ class Rehearsal:
             ) from exc
 
     def _trace(self, shape: Shape, backward: bool) -> Trace:
-        ledger = Ledger()
+        ledger = Ledger(self.on_gpu)
         is_padded = attention_choice.is_padded(self.attention)
         rows, documents_of_row = (shape.num_sequences, 1) if is_padded else (1, shape.num_sequences)
-        block_bytes = cross_entropy.block_bytes("cuda" if self.on_gpu else "cpu")
+        block_bytes = _block_bytes(self.on_gpu)
         hooks = []
+        if self.base.offload:
+            self.base.offload.host_bytes = 0
         with self.mode:
             for parameter in self.model.parameters():
                 parameter.grad = None
@@ -169,12 +210,27 @@ class Rehearsal:
                 if backward:
                     loss.backward()
                 del loss
-            found = Trace(ledger.most_passing, ledger.most, ledger.gradients, kept)
+            moved = self.base.offload.host_bytes if self.base.offload else 0
+            found = Trace(ledger.most_passing, ledger.most, ledger.gradients, kept, moved)
             for hook in hooks:
                 hook.remove()
             for parameter in self.model.parameters():
                 parameter.grad = None
         return found
+
+
+def _block_bytes(on_gpu: bool) -> int:
+    """Return the most bytes of logits that are in float32 at once.
+
+    On another machine's GPU the kernel counts as there, unless it is left out by name.
+    """
+    if not on_gpu:
+        return cross_entropy.block_bytes("cpu")
+    if torch.cuda.is_available():
+        has_kernel = logits.fused(torch.device("cuda", torch.cuda.current_device()))[0] is not None
+    else:
+        has_kernel = not kernels.is_left_out("cross_entropy_kernel")
+    return KERNEL_BLOCK_BYTES if has_kernel else cross_entropy.block_bytes("cuda")
 
 
 def _loss(

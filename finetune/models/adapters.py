@@ -18,7 +18,7 @@ from finetune.config.base import adapter_problem
 from finetune.config.choices import ADAPTER_INITS, QUANTIZATIONS
 from finetune.config.model_files import ADAPTER_WEIGHTS
 from finetune.errors import ModelError
-from finetune.models import adapter_init, base_identity, load
+from finetune.models import adapter_init, base_identity, load, lora_products
 from finetune.models.embeddings import embedding_and_head
 
 # peft imports bitsandbytes, and that the compiler: a run of full weights saves these seconds.
@@ -74,6 +74,7 @@ def apply(
     _require_directions(adapted, adapter)
     _require_bias(adapted, adapter)
     leave_casts_to_autocast(adapted)
+    lora_products.install(adapted)
     return adapted
 
 

@@ -61,8 +61,12 @@ def build(
         float8.convert(base, config.train.float8)
     num_recomputed = recompute.chosen(base, config.train.gradient_checkpointing)
     compiled = config.train.compile is True  # a run has replaced auto
+    base.offload = None
     if compiled or num_recomputed:
-        recompute.wrap(base, compiled=compiled, num_recomputed=num_recomputed)
+        offloads = config.train.activation_offload
+        base.offload = recompute.wrap(
+            base, compiled=compiled, num_recomputed=num_recomputed, offloads=offloads
+        )
     if with_weights and (broken := parameters.not_finite(model)):
         raise ModelError(
             f"model {config.model.path}: {len(broken)} of its weights hold NaN or infinity, such "

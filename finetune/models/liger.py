@@ -154,19 +154,23 @@ def install(
     )
     counts: Counter[str] = Counter()
     for module, part in found:
-        if part in problems:
-            continue
-        if isinstance(part, Norm):
-            module.forward = _norm_forward(module, part)
-        else:
-            module.forward = _gate_forward(module, part)
-        counts[part.title] += 1
+        if part not in problems:
+            stand_for(module, part)
+            counts[part.title] += 1
     if counts:
         named = " and ".join(f"{title} ({number})" for title, number in counts.items())
         yield f"{named} run by Liger's kernels"
     for why in dict.fromkeys(problems.values()):
         titles = dict.fromkeys(part.title for part, own in problems.items() if own == why)
         yield f"note: {' and '.join(titles)} by several kernels for one, because {why}"
+
+
+def stand_for(module: Any, part: Part) -> None:
+    """Let a module compute its part fused where the kernel takes its inputs."""
+    if isinstance(part, Norm):
+        module.forward = _norm_forward(module, part)
+    else:
+        module.forward = _gate_forward(module, part)
 
 
 def problem(part: Part, device: torch.device, dtypes: Sequence[torch.dtype]) -> str:

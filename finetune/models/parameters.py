@@ -10,6 +10,8 @@ from torch import nn
 
 from finetune.errors import ExportError
 
+SLICE = 1 << 24  # numbers that are in float64 at once: 134 MB
+
 
 def count(model: nn.Module) -> tuple[int, int]:
     """Return the numbers of (trainable, all) parameters; tied count once, 4-bit unpacked."""
@@ -107,7 +109,7 @@ def fingerprints(
     def fingerprint(p: torch.Tensor) -> float | str:
         if id(p) in scales:
             return _hash(local_shard(p), *scales[id(p)])
-        return float(local_shard(p).sum(dtype=torch.float64))
+        return float(_sum(local_shard(p)))
 
     return {name: fingerprint(p) for name, p in model.named_parameters()}
 
@@ -143,4 +145,13 @@ def unchanged(model: nn.Module, moved: set[str]) -> tuple[list[str], int]:
 def not_finite(model: nn.Module) -> list[str]:
     """Return the names of the weights that hold NaN or infinity."""
     floats = [(name, p.detach()) for name, p in model.named_parameters() if p.is_floating_point()]
-    return [name for name, p in floats if not math.isfinite(float(p.sum(dtype=torch.float64)))]
+    return [name for name, p in floats if not math.isfinite(float(_sum(p)))]
+
+
+def _sum(values: torch.Tensor) -> torch.Tensor:
+    """Return the sum in float64, slice by slice: PyTorch first makes a copy in the dtype of a sum.
+
+    Of an embedding of 128,256 words and 4,096 numbers in bfloat16, 1 GB, the copy takes 4.2 GB.
+    """
+    parts = values.detach().reshape(-1).split(SLICE)
+    return torch.stack([part.sum(dtype=torch.float64) for part in parts]).sum()

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from finetune.errors import ModelError
+from finetune.models.offload import Offload
 
 
 def classes(model: nn.Module) -> set[str]:
@@ -40,9 +41,12 @@ def count_layers(model: nn.Module) -> int:
     return len(list(_outermost(model, classes(model))))
 
 
-def wrap(model: nn.Module, *, compiled: bool, num_recomputed: int) -> None:
+def wrap(
+    model: nn.Module, *, compiled: bool, num_recomputed: int, offloads: bool = False
+) -> Offload | None:
     """Compile the forward of each layer and recompute the first N in backward. Raises ModelError.
 
+    `offloads`: keep the inputs of recomputed layers in host memory; then return what moves them.
     Sharding and hooks of a layer stay outside. Layers are alike, so one compilation serves all, for
     any number of tokens: compiling takes as long for 8 layers as for 80. Checks, evaluations and
     samples run uncompiled: each would need its own compilations, until the compiler gives up.
@@ -55,11 +59,14 @@ def wrap(model: nn.Module, *, compiled: bool, num_recomputed: int) -> None:
             )
         # Treat scales and epsilons as constants; otherwise everything is compiled twice.
         torch._dynamo.config.specialize_float = True
+    offload = Offload() if offloads and num_recomputed else None
     for number, layer in enumerate(layers(model)):
         trained: Any = torch.compile(layer.forward, dynamic=True) if compiled else layer.forward
         if number < num_recomputed:  # only the inputs are kept (Chen et al., 2016)
             trained = functools.partial(checkpoint, trained, use_reentrant=False)
+            trained = offload.around(trained) if offload else trained
         layer.forward = _in_training(layer, trained)
+    return offload
 
 
 def has_compiler() -> bool:
