@@ -221,6 +221,11 @@ def test_a_misspelt_option_gets_the_nearest_valid_name(refusal, word, nearest):
             ["evaluation.micro_batch_size: would be ignored: the run has no evaluation rows "
              "(data.eval); remove it"],
         ),
+        (
+            ("--train.activation_offload", "true", "--train.gradient_checkpointing", "false"),
+            ["train.activation_offload: would be ignored: train.gradient_checkpointing: false "
+             "keeps no inputs to recompute from; remove it"],
+        ),
         (("run2.yaml",), ["'run2.yaml': unexpected word"]),
         (
             ("fast",),

@@ -373,6 +373,10 @@ def test_advised_adapters_keep_the_shape_that_was_given():
     changes = dict(Chooser._changes(SimpleNamespace(config=config, on_gpu=False)))
     [changed] = [config for name, config in changes.items() if name.endswith("adapter.kind: qlora")]
     assert (changed.adapter.kind, changed.adapter.r) == ("qlora", 4)
+    assert not any("activation_offload" in name for name in changes)
+    on_gpu = [name for name, _ in Chooser._changes(SimpleNamespace(config=config, on_gpu=True))]
+    moved = "train.gradient_checkpointing: true, train.activation_offload: true"
+    assert on_gpu[:2] == ["train.gradient_checkpointing: true", moved]
 
 
 MIXTRAL = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
