@@ -26,8 +26,9 @@ from finetune.models.build import build
 ATTENTION_BACKWARD = (
     "finetune::one_by_one_backward", "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
 )  # fmt: skip
-# The kernel of the loss holds no logits in float32: so few that they are not worth mentioning.
-KERNEL_BLOCK_BYTES = 16 * 2**20
+# The kernel of the loss holds no logits in float32. Here few, but not so few that a trace takes
+# long: about 0.2 GB too much, and eight blocks for a chunk.
+KERNEL_BLOCK_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
