@@ -1,5 +1,6 @@
 """Kill it anywhere: it goes on as if nothing had happened."""
 
+import inspect
 import os
 import random
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import Workshop
 from faults.forked import KILLS, Scene, long_form
+
+from finetune.engine.checkpoint import contents, folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -30,16 +33,30 @@ def scene(request, tmp_path_factory) -> Scene:
     return Scene(Workshop(folder), *request.param, SETTINGS).undisturbed()
 
 
+def lines_of_a_write(scene: Scene) -> list[str]:
+    """Lines that a save executes while its files are half there."""
+    found = set()
+    for function in (contents.write, folder.commit):
+        name = Path(inspect.getfile(function)).name
+        text, first = inspect.getsourcelines(function)
+        found |= {f"{name}:{number}" for number in range(first, first + len(text))}
+    return sorted(found & scene.lines[0].keys())
+
+
 def test_a_killed_run_ends_like_an_undisturbed_one(scene):
     """Kill at random moments, at protocol lines and in the resumption, until KILLS have hit."""
-    dice = random.Random(SEED)
+    dice = random.Random(f"{SEED} {scene.topology}")  # each at moments of its own
     killed, number = 0, 0
     kills = [
         lambda config: scene.at_a_moment(config, dice),
         lambda config: scene.at_a_line(config, dice, scene.lines),
         lambda config: scene.at_a_line(config, dice, scene.lines_of_a_resumption),
     ]
-    ways = [kills[1:], kills[:1], kills[1:2]]
+    writes = lines_of_a_write(scene)
+    in_a_write = [
+        lambda config: scene.at_a_line(config, dice, scene.lines, dice.choice(writes)), kills[2]
+    ]  # fmt: skip
+    ways = [in_a_write, kills[:1], kills[1:2], kills[1:]]
     while killed < KILLS // 3:
         codes = scene.survives(
             f"run{number}", ways[number] if number < len(ways) else dice.choice(ways)

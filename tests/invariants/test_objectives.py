@@ -88,7 +88,8 @@ ALL = [*objectives.SETTINGS]
 WHOLE = "fsdp2:--fsdp_reshard_after_forward:false"
 LAUNCHES = {
     "two": (2, {"ddp": ["Unlikelihood", "Scored"], WHOLE: ["Near"], "zero3": ["Scored"]}),
-    "context": (4, {"fsdp2_context": ["Scored"]}),
+    # Pairwise: sums of documents and their columns, of processes that share a sequence
+    "context": (4, {"fsdp2_context": ["Scored", "Pairwise"]}),
     "two in full": (2, {"ddp": ALL, "fsdp2": ALL, "zero3": ALL}),
     "context in full": (4, {"fsdp2_context": ALL}),
 }

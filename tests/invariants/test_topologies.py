@@ -8,6 +8,7 @@ tests/distributed/test_nodes.py.
 import functools
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 from conftest import ROOT, TINY_LLAMA, Workshop, losses, made_once, read_jsonl
 from distributed.many_runs import whole_of
 from distributed.test_nodes import FILES as ON_NODES
-from faults.forked import Launch, fork, weights
+from faults.forked import Launch, forget, fork, weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -68,7 +69,7 @@ LIKE_UNTIED = ["as_many_as_fit", "compiled"]  # whose run by one process is that
 # tests/invariants/test_trajectories.py a quantised base.
 SHORT = {
     "two": (2, {
-        "ddp": ["as_many_as_fit"], "fsdp2": ["lora"], "fsdp2_offload": ["weights_in_bf16"],
+        "ddp": ["as_many_as_fit"], "fsdp2": ["lora", "weights_in_bf16"], "fsdp2_offload": ["tied"],
         "zero1": ["padded_clipped"], "zero2": ["bf16"], "zero3": ["packed_recomputed_clipped"],
     }),
     "hybrid": (4, {"fsdp2_hybrid": ["untied"]}),
@@ -90,8 +91,8 @@ LONG = {
 LAUNCHES = SHORT | LONG
 # Trained a second time from the checkpoint of step 4, to the same bits: in the short form by one of
 # each way to save. tests/faults/test_kills.py resumes DDP.
-RESUMED = {"fsdp2": "lora", "zero3": "packed_recomputed_clipped"}
-RESUMED_IN_LONG = {**RESUMED, "ddp": "as_many_as_fit", "zero2": "bf16"}
+RESUMED = {"fsdp2": "lora", "zero2": "bf16", "zero3": "packed_recomputed_clipped"}
+RESUMED_IN_LONG = {**RESUMED, "ddp": "as_many_as_fit"}
 FOUR = {
     name: f"--parallelism_config_{what}_size 2 --parallelism_config_dp_shard_size 2".split()
     for name, what in (("fsdp2_hybrid", "dp_replicate"), ("fsdp2_context", "cp"))
@@ -191,7 +192,7 @@ def files_of(
     "launched",
     [pytest.param(name, marks=pytest.mark.proof if name in LONG else ()) for name in LAUNCHES],
 )
-def test_every_topology_trains_like_one_process(alone, workshop, launched):
+def test_every_topology_trains_like_one_process(alone, workshop, launched, capfd):
     processes, topologies = LAUNCHES[launched]
     resumed_case = RESUMED_IN_LONG if launched in LONG else RESUMED
     files = []
@@ -211,6 +212,14 @@ def test_every_topology_trains_like_one_process(alone, workshop, launched):
         if resumed:
             assert f"{resumed}/checkpoints/step-00000004 at step 4" in output
             assert_equal(resumed, whole_of(resumed))
+        if resumed and (topology, resumed.name) == ("fsdp2", "lora"):
+            moved = workshop.folder / "moved/lora"  # one process goes on with what two have saved
+            shutil.copytree(whole_of(resumed), moved)
+            forget(moved, 4)
+            own = settings("lora", alone) | {"checkpoint__every_steps": 4}
+            workshop.train("lora", **own, checkpoint__keep_last=9, run__dir=str(moved.parent))
+            assert "lora/checkpoints/step-00000004 at step 4" in "".join(capfd.readouterr())
+            assert agree(difference(moved, alone("lora")))
         receipt = json.loads((runs[cases[0]] / "receipt.json").read_text())
         kind = {"cpu_debug": "ddp"}.get(topology, topology)
         assert (receipt["num_processes"], receipt["topology"]) == (processes, kind)
