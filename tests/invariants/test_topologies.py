@@ -70,7 +70,8 @@ LIKE_UNTIED = ["as_many_as_fit", "compiled"]  # whose run by one process is that
 SHORT = {
     "two": (2, {
         "ddp": ["as_many_as_fit"], "fsdp2": ["lora", "weights_in_bf16"], "fsdp2_offload": ["tied"],
-        "zero1": ["padded_clipped"], "zero2": ["bf16"], "zero3": ["packed_recomputed_clipped"],
+        "zero1": ["padded_clipped"], "zero2": ["bf16"],
+        "zero3": ["packed_recomputed_clipped", "qlora"],
     }),
     "hybrid": (4, {"fsdp2_hybrid": ["untied"]}),
 }  # fmt: skip

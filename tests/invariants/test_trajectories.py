@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 # Each kind of method and layout, and one of them under each kind of sharing.
 SHORT = (
     ["tied", "packed", "padded", "accumulated", "clm", "lora", "qlora", "muon"],
-    {"ddp": ["lora"], "fsdp2": ["qlora"], "zero3": ["qlora"]},
+    {"ddp": ["lora"], "fsdp2": ["qlora"]},
 )
 LONG = ([*trajectories.CASES], dict.fromkeys(trajectories.TOPOLOGIES, trajectories.SHARED))
 
