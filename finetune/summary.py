@@ -198,7 +198,7 @@ def _surprises(config: Config, data: Data) -> Iterator[str]:
     if num_steps < FEW_STEPS:
         more = "lower train.global_batch_size or raise train.epochs"
         if num_steps == config.train.max_steps:
-            more = "raise train.max_steps"
+            more = "raise train.max_steps and train.epochs"
         if config.data.packing:
             more += ", or set data.packing to false (a pack is one sequence)"
         yield f"{_counted(num_steps, 'step')} will change the model very little; {more}"

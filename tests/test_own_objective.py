@@ -250,8 +250,8 @@ def prepare(line):
         ("policy.without_adapters()", "own.py:4: ValueError: all weights are trained"),
         (
             "policy(batch, {'scores', 'nll'})",
-            "own.py:4: ValueError: the policy has no head for scores; give your objective "
-            "needs = {'scores'}",
+            "own.py:4: ValueError: the policy has no head for scores; add 'scores' to the needs of "
+            "your objective",
         ),
         (
             "policy(batch, {'divergence'})",
@@ -264,7 +264,7 @@ def prepare(line):
         ),
         (f"return {NLL}", "own.py:3: loss should return a list of terms, got the tensor"),
         (f"return ['x', Term('loss', {NLL}, per='tokens')]", "item 0 is a str"),
-        ("return []", "own.py:3: loss returns only terms of weight 0; give the loss a weight"),
+        ("return []", "own.py:3: loss returns no terms; for an empty batch return sums of 0"),
         (
             term(more="per='tokens', weight=0"),
             "own.py:3: loss returns only terms of weight 0",

@@ -159,7 +159,7 @@ def test_the_config_knows_the_heads_that_models_can_get():
 
 
 def test_a_rate_of_heads_that_are_not_there_is_refused(workshop):
-    with pytest.raises(ConfigError, match="head_lr: would be ignored: .*needs no value or score"):
+    with pytest.raises(ConfigError, match="head_lr: would be ignored: .*has no value or score"):
         workshop.check(optimizer__head_lr=1e-3)
 
 

@@ -75,7 +75,7 @@ def _objective_conflicts(config: Config) -> Iterator[str]:
     data, objective = config.data, config.objective
     name = own_code.without_folder(objective.kind)
     if not (isinstance(objective, OwnObjective) and objective.objective.needs):
-        why = f"objective.kind: {name} needs no value or score head"
+        why = f"objective.kind: {name} has no value or score head in its `needs`"
         yield from _ignored(config, why, "optimizer.head_lr")
     if isinstance(objective, OwnObjective):
         has_turns = objective.objective.has_turns

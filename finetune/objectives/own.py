@@ -191,6 +191,8 @@ class Own(Objective):
         for number, term in enumerate(terms):
             if why := _problem(term, counted, {other.name for other in terms[:number]}):
                 raise self._wrong(method, f"term {term.name!r}: {why}")
+        if not terms:
+            raise self._wrong(method, "returns no terms; for an empty batch return sums of 0")
         if not any(term.weight for term in terms):
             raise self._wrong(method, "returns only terms of weight 0; give the loss a weight")
         depends = any(term.weight and term.sum.requires_grad for term in terms)
@@ -317,8 +319,8 @@ class _Rehearsal(Policy):
         require_reference(wanted, batch, reference, beta)
         if missing := sorted(wanted & (scalar_heads.NAMES.keys() - self.heads)):
             raise ValueError(
-                f"the policy has no head for {', '.join(missing)}; give your objective "
-                f"needs = {{{str(missing)[1:-1]}}}"
+                f"the policy has no head for {', '.join(missing)}; add "
+                f"{', '.join(map(repr, missing))} to the needs of your objective"
             )
         tokens, documents = (len(of) // len(self.which) for of in (batch.labels, batch.ends))
         logits, values, scores = (
