@@ -13,27 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from finetune.data.columns import Columns
 from finetune.data.order import Document, Sequences, order
 
 Counts = dict[str, int]
 """What losses are divided by: supervised `tokens`, `documents`, `examples`; and `input_tokens`."""
-
-
-class Columns(dict[str, torch.Tensor]):
-    """What is known beforehand of documents, by name; a missing name says which there are."""
-
-    def __missing__(self, name: str) -> torch.Tensor:
-        raise NoColumn(
-            f"no column {name!r}; batch.columns has {list(self)}, the fields that the function of "
-            "data.format returns"
-        )
-
-
-class NoColumn(KeyError):
-    """A KeyError that shows its message as it is."""
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 @dataclass(frozen=True)
