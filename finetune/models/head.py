@@ -262,14 +262,14 @@ def probe(base: Any) -> tuple[LogitTransform | None, str | None]:
 def _probe(
     base: Any, head: nn.Module, layers: nn.Module
 ) -> tuple[LogitTransform | None, str | None]:
-    # A grid for the shape, then a slope near 0 and the limit far from it. At least as many numbers
-    # as words, as some forwards cut those that only pad the vocabulary.
-    text = base.config.get_text_config()
-    grid = torch.linspace(-200, 200, max(4001, text.vocab_size))
-    given = torch.cat([grid, torch.tensor([1e-3, 1e6])])[None, None]
     device = next(base.parameters()).device
     token = torch.zeros(1, 1, dtype=torch.long, device=device)
     try:
+        text = base.config.get_text_config()
+        # A grid for the shape, then a slope near 0 and the limit far from it. At least as many
+        # numbers as words, as some forwards cut those that only pad the vocabulary.
+        grid = torch.linspace(-200, 200, max(4001, text.vocab_size))
+        given = torch.cat([grid, torch.tensor([1e-3, 1e6])])[None, None]
         states = torch.zeros(1, 1, text.hidden_size, device=device)
         with (
             torch.no_grad(),
