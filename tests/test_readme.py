@@ -20,6 +20,7 @@ from conftest import (
     pairs,
     pretrained,
     read_jsonl,
+    short,
     tracked,
     write_jsonl,
 )
@@ -141,7 +142,7 @@ def test_the_commands_of_the_readme_in_order(my_run, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_cold", [False, True], ids=["forked", "as typed"])
+@pytest.mark.parametrize("is_cold", short([False, True], True), ids=["forked", "as typed"])
 def test_the_command_for_several_processes(my_run, is_cold):
     """test_launcher.py compares the environment of a forked process with accelerate's."""
     [several] = [c for c in commands() if c.startswith("accelerate launch")]
