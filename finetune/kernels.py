@@ -26,5 +26,19 @@ def load(module: str, difference: Callable[[Any], str]) -> tuple[Any, str]:
     # Triton compiles at the first call; what is missing for it comes in many exceptions. Of a
     # broken GPU the next operation reports.
     except Exception as exc:
-        why = f"{type(exc).__name__}: {(str(exc).splitlines() or [''])[0]}"
+        why = reason(exc)
     return (None, why) if why else (kernels, "")
+
+
+def reason(exc: Exception) -> str:
+    """Return the kind and the first line of an exception of a compiler, a library, a driver."""
+    return f"{type(exc).__name__}: {(str(exc).splitlines() or [''])[0]}"
+
+
+def error(own: Any, right: Any) -> float:
+    """Return the root of the mean squared difference of two tensors, relative to that of `right`.
+
+    In float64; NaN if either holds one.
+    """
+    own, right = own.detach().double(), right.detach().double()
+    return float(((own - right).square().mean() / right.square().mean()).sqrt())

@@ -397,7 +397,7 @@ def sized(config: Config, topology: Topology) -> tuple[Config, int | None]:
     train, reserved = config.train, None
     on_gpu, recomputes = topology.device.type == "cuda", train.gradient_checkpointing
     if recomputes == "auto":
-        config = _with_train(config, gradient_checkpointing=False)
+        config = config.changed("train", gradient_checkpointing=False)
     if train.micro_batch_size != "auto" and not (on_gpu and recomputes == "auto"):
         return config, None
     if config.train.global_batch_size % topology.num_data:
@@ -416,21 +416,17 @@ def sized(config: Config, topology: Topology) -> tuple[Config, int | None]:
         )
         size, reserved, why = chosen
         _log(topology, why)
-        config = _with_train(config, micro_batch_size=size)
+        config = config.changed("train", micro_batch_size=size)
     if on_gpu and recomputes == "auto":
         number, why = topology.on_main(lambda: choice.recomputed(config, *about))
         _log(topology, why)
-        config = _with_train(config, gradient_checkpointing=number or False)
+        config = config.changed("train", gradient_checkpointing=number or False)
     return config, reserved
 
 
 def _log(topology: Topology, message: str) -> None:
     if topology.is_main:
         log(message)
-
-
-def _with_train(config: Config, **values: Any) -> Config:
-    return config.model_copy(update={"train": config.train.model_copy(update=values)})
 
 
 def explained(

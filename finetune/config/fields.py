@@ -407,6 +407,11 @@ class Config(Section):
     evaluation: Evaluation = Evaluation()
     tracking: Tracking = Tracking()
 
+    def changed(self, section: str, **values: Any) -> "Config":
+        """Return a copy with other values in a section, which are not checked again."""
+        part = getattr(self, section).model_copy(update=values)
+        return self.model_copy(update={section: part})
+
     @model_validator(mode="before")
     @classmethod
     def _with_rate(cls, values: Any) -> Any:

@@ -26,7 +26,7 @@ def with_compilation(
     """Replace train.compile: auto; where layers are compiled, return a line that says so."""
     if config.train.compile != "auto":
         return config, ""
-    compiled = _with_train(config, compile=True)
+    compiled = config.changed("train", compile=True)
     if topology.device.type == "cuda" and config.train.float8:
         return compiled, "train.compile: auto compiles the layers, as train.float8 needs it"
     if topology.device.type == "cuda" and recompute.has_compiler():
@@ -41,11 +41,7 @@ def with_compilation(
                 f"train.compile: auto compiles the layers, as the run takes about "
                 f"{seconds / 60:,.0f} minutes by arithmetic"
             )
-    return _with_train(config, compile=False), ""
-
-
-def _with_train(config: Config, **values: Any) -> Config:
-    return config.model_copy(update={"train": config.train.model_copy(update=values)})
+    return config.changed("train", compile=False), ""
 
 
 def take_kernels(

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -63,7 +62,7 @@ class Chooser:
         train.gradient_checkpointing: auto counts as what it may come to: on a GPU all layers.
         """
         if config.train.gradient_checkpointing == "auto":
-            config = _with(config, "train", gradient_checkpointing=on_gpu)
+            config = config.changed("train", gradient_checkpointing=on_gpu)
         self.config, self.precision, self.on_gpu = config, precision, on_gpu
         self.model_config = load.load_config(config.model)
         self.tokenizer = load.load_tokenizer(config.model)
@@ -102,7 +101,7 @@ class Chooser:
         """
 
         def peak(number: int) -> float:
-            changed = _with(self.config, "train", gradient_checkpointing=number or False)
+            changed = self.config.changed("train", gradient_checkpointing=number or False)
             return self.forecaster_of(changed).of(parallel, shape(self.config)).peak
 
         count, number, needed = self.num_layers, 0, peak(0)
@@ -151,7 +150,7 @@ class Chooser:
         if size := self.largest_micro_batch(parallel, limit):
             return f"train.micro_batch_size: {size}"
         for name, config in self._changes():
-            sized = _with(config, "train", micro_batch_size=1)  # auto is a number by then
+            sized = config.changed("train", micro_batch_size=1)  # auto is a number by then
             if any(support.conflicts(sized, parallel)):
                 continue
             if size := self.largest_micro_batch(parallel, limit, name):
@@ -162,18 +161,18 @@ class Chooser:
     def _changes(self) -> Iterator[tuple[str, Config]]:
         """Yield changes, each on top of recomputed layers, which cost a quarter of the speed."""
         config, adapter, kind = self.config, self.config.adapter, self.config.adapter.kind
-        recomputed, before = _with(config, "train", gradient_checkpointing=True), ""
+        recomputed, before = config.changed("train", gradient_checkpointing=True), ""
         if config.train.gradient_checkpointing is not True:
             yield "train.gradient_checkpointing: true", recomputed
             before = "train.gradient_checkpointing: true, "
         if self.on_gpu and not config.train.activation_offload:
-            offloaded = _with(recomputed, "train", activation_offload=True)
+            offloaded = recomputed.changed("train", activation_offload=True)
             yield f"{before}train.activation_offload: true", offloaded
         if kind == "full" and config.optimizer.kind == "adamw":
-            eight_bit = _with(recomputed, "optimizer", kind="adamw_8bit")
+            eight_bit = recomputed.changed("optimizer", kind="adamw_8bit")
             yield f"{before}optimizer.kind: adamw_8bit", eight_bit
             if config.model.dtype != "bfloat16":
-                halved = _with(recomputed, "model", dtype="bfloat16")
+                halved = recomputed.changed("model", dtype="bfloat16")
                 yield f"{before}model.dtype: bfloat16", halved
         if config.model.init == "random":
             return
@@ -205,7 +204,7 @@ def automatic(
     chooser = Chooser(config, precision=precision, on_gpu=device.type == "cuda")
     size = chooser.largest_micro_batch(parallel, limit)
     if size is None and may_recompute:
-        config = _with(config, "train", gradient_checkpointing=True)
+        config = config.changed("train", gradient_checkpointing=True)
         chooser = Chooser(config, precision=precision, on_gpu=device.type == "cuda")
         size = chooser.largest_micro_batch(parallel, limit)
     forecast = chooser.forecast(parallel, size or 1)
@@ -252,10 +251,6 @@ def advice(config: Config, parallel: ParallelConfig, device: torch.device, preci
         )
     other = chooser.cheapest_change(parallel, limit if peak > limit else 0.95 * peak) or SMALLER
     return f"{forecast}; try {other}"
-
-
-def _with(config: Config, section: str, **values: Any) -> Config:
-    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
 
 
 def _divisors(number: int) -> list[int]:

@@ -23,10 +23,9 @@ from finetune.forecast.choice import (
     recomputation,
 )
 from finetune.forecast.memory import Forecast
+from finetune.forecast.outlook import GB
 from finetune.places import SHIPPED, TRAIN, found
 from finetune.survival import launcher
-
-GB = 1e9
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -147,8 +147,7 @@ class Rehearsal:
         """
         offloads = on_gpu and config.train.activation_offload
         plain = {"compile": False, "float8": False, "activation_offload": offloads}
-        train = config.train.model_copy(update=plain)
-        uncompiled = config.model_copy(update={"train": train})
+        uncompiled = config.changed("train", **plain)
         self.attention, self.on_gpu = attention, on_gpu
         self.dtype = None if precision == "fp32" else torch.bfloat16
         self.model, self.base = build(

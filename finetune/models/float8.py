@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from finetune import kernels
 from finetune.errors import ConfigError, ModelError
 from finetune.models import recompute
 
@@ -137,13 +138,13 @@ def wrong(config: Any, inputs: int, outputs: int, trains: bool, device: torch.de
     try:
         own = _gradients(config, weight, states, grad, trains)
     except Exception as exc:  # of a library, a driver
-        return f"{type(exc).__name__}: {(str(exc).splitlines() or [''])[0]}"
+        return kernels.reason(exc)
     for name, found, right in zip(
         ("output", "gradient of the input", "gradient of the weight"),
         own,
         _gradients(None, weight, states, grad, trains),
     ):
-        error = ((found - right).square().mean() / right.square().mean()).sqrt().item()
+        error = kernels.error(found, right)
         if not error <= WITHIN:
             return f"its {name} is {error:.1%} away from bfloat16's, more than {WITHIN:.0%}"
     return ""

@@ -168,7 +168,7 @@ def _complete(
     question: Question,
 ) -> Answers:  # fmt: skip
     """Add what the scalar heads answer. `given`: states [S, H] of tokens, [D, H] of ends."""
-    idle = {name: answers.pop(name) for name in (IDLE,) if name in answers}
+    idle = {IDLE: answers.pop(IDLE)} if IDLE in answers else {}
     if not scalars:
         return answers
     for name, scalar in scalars.items():

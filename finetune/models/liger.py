@@ -303,13 +303,13 @@ def wrong(part: Part, device: torch.device, dtypes: Sequence[torch.dtype], rows:
         try:
             found = _run(part.fused, given)
         except Exception as exc:  # of a compiler, a loader, the kernel itself
-            return f"{type(exc).__name__}: {(str(exc).splitlines() or [''])[0]}"
+            return kernels.reason(exc)
         # From the same rounded numbers.
         exact = _run(part.plain, [each.float() for each in given])
         for name, own, usual, right in zip(_COMPARED, found, _run(part.plain, given), exact):
-            error, most = _error(own, right), WITHIN
+            error, most = kernels.error(own, right), WITHIN
             if set(chosen) != {torch.float32}:
-                most = max(TIMES * _error(usual, right), ROUNDINGS)
+                most = max(TIMES * kernels.error(usual, right), ROUNDINGS)
             if own.dtype != usual.dtype or not error <= most:
                 dtype = str(given[0].dtype).removeprefix("torch.")
                 return f"in {dtype} its {name} is {error:.1e} away from float32's"
@@ -326,9 +326,3 @@ def _run(compute: Callable[..., torch.Tensor], given: Tensors) -> Tensors:
     out = compute(*(each.clone() if each.dim() > 1 else each for each in inputs))
     grad = torch.linspace(-1, 2, out.numel(), device=out.device).view_as(out).to(out.dtype)
     return [out.detach().clone(), *torch.autograd.grad(out, inputs, grad)]
-
-
-def _error(own: torch.Tensor, right: torch.Tensor) -> float:
-    """Return the root of the mean squared difference, relative to that of `right`."""
-    own, right = own.detach().double(), right.detach().double()
-    return float(((own - right).square().mean() / right.square().mean()).sqrt())

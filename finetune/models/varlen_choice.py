@@ -164,9 +164,9 @@ def wrong(kernel: str, work: Work, device: torch.device, attend: Attend = varlen
         found = _run(kernel, states, documents, attend, window)
         exact = _exact(_states(work, documents, device, torch.float32), documents, window)
     except Exception as exc:  # of a compiler, a loader, the kernel itself
-        return f"{type(exc).__name__}: {(str(exc).splitlines() or [''])[0]}"
+        return kernels.reason(exc)
     for name, own, right in zip(_COMPARED, found, exact):
-        error = ((own.float() - right).square().mean() / right.square().mean()).sqrt().item()
+        error = kernels.error(own, right)
         if not error <= WITHIN:
             return f"its {name} is {error:.1%} away from float32's, more than {WITHIN:.0%}"
     return ""
