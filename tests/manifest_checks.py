@@ -76,7 +76,8 @@ def render(folder: Path) -> list[Manifest]:
     command = ["kubectl", "kustomize", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return [manifest for manifest in yaml.safe_load_all(done.stdout) if manifest]
+    # Kustomize writes tens of thousands of lines: the parser in C takes a tenth of the time.
+    return [manifest for manifest in yaml.load_all(done.stdout, yaml.CSafeLoader) if manifest]
 
 
 @dataclass(frozen=True)

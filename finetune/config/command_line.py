@@ -1,6 +1,7 @@
 """The command line of a run: `train.py CONFIG [--check] [--section.field VALUE ...]` -> Config."""
 
 import argparse
+import functools
 import os
 import sys
 from pathlib import Path
@@ -157,6 +158,7 @@ def _parser(sections: Sections) -> "_Parser":
     return parser
 
 
+@functools.cache
 def _help(classes: tuple[type[Section], ...], name: str) -> tuple[str, str]:
     """Return (what a setting takes; what it does, its default, and which kinds have it)."""
     having = [cls for cls in classes if name in cls.model_fields]

@@ -1,6 +1,7 @@
 """Write the receipt: what ran on what, to repeat the run, or refuse it and list what changed."""
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import os
@@ -74,12 +75,18 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+    return found | {name: version for name in PACKAGES if (version := _version(name))}
 
 
+@functools.cache
+def _version(package: str) -> str | None:
+    """Return the version of an installed package; reading it from disk takes milliseconds."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return None
+
+
+@functools.cache
 def code_fingerprint() -> dict[str, Any]:
     """Return Git revision, whether the tree was changed, and a hash of the package's sources."""
     package = Path(__file__).resolve().parents[1]

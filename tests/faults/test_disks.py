@@ -83,6 +83,7 @@ def test_a_full_disk_at_the_start_is_not_a_config_error(workshop, small_disk, wh
     assert "No space left on device" in launch.output()
 
 
+@long_form
 def test_a_temporarily_full_disk_costs_only_one_checkpoint(workshop, small_disk):
     settings = SETTINGS | {
         "train__max_steps": 75,

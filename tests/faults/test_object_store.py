@@ -137,6 +137,7 @@ def test_a_run_taken_over_by_another_machine_stops(workshop, tmp_path, store):
     assert second.processes[0].is_alive()
 
 
+@long_form
 def test_a_newer_store_wins_over_an_older_disk(workshop, stored, store):
     """Machine A, then B, then A again with what its disk still has."""
     environment, client = store

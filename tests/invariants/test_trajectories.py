@@ -8,11 +8,8 @@ from invariants import trajectories
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
-# Each kind of method and layout, and one of them under each kind of sharing.
-SHORT = (
-    ["tied", "packed", "padded", "accumulated", "clm", "lora", "qlora", "muon"],
-    {"ddp": ["lora"], "fsdp2": ["qlora"]},
-)
+# Each kind of method and layout; test_topologies.py compares the kinds of sharing with one process.
+SHORT = (["tied", "packed", "padded", "accumulated", "clm", "lora", "qlora", "muon"], {})
 LONG = ([*trajectories.CASES], dict.fromkeys(trajectories.TOPOLOGIES, trajectories.SHARED))
 
 

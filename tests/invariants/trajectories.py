@@ -170,7 +170,8 @@ def train(folder: Path, alone: list[str], shared: dict[str, list[str]]) -> dict[
     base = workshop.run_dir("tied") / "model"
     for name in sorted(alone, key=lambda name: name != "tied"):
         workshop.train(name, **settings(name, base))
-    return {name: of(workshop.run_dir(name)) for name in alone} | _by_two(workshop, base, shared)
+    found = {name: of(workshop.run_dir(name)) for name in alone}
+    return found | _by_two(workshop, base, shared) if shared else found
 
 
 def _by_two(workshop: Workshop, base: Path, shared: dict[str, list[str]]) -> dict[str, Any]:
