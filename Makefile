@@ -38,7 +38,7 @@ quickstart: install
 	@echo "The tuned model is in runs/quickstart/model. Chat with it:"
 	@echo "  $(BIN)/python -m finetune chat --model runs/quickstart/model --one-turn"
 
-# About 4 minutes on two idle cores; it ends with a count of what it leaves to the targets below.
+# About 5 minutes on two idle cores; it ends with a count of what it leaves to the targets below.
 test: .venv/tools
 	$(BIN)/python -m pytest tests -n auto --dist worksteal
 
