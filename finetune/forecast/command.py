@@ -14,14 +14,7 @@ from finetune.engine.topology import launch, support
 from finetune.engine.topology.launch import ParallelConfig
 from finetune.errors import ConfigError, UserError
 from finetune.forecast import measured, outlook
-from finetune.forecast.choice import (
-    ROOM,
-    SLACK,
-    Chooser,
-    capacity,
-    micro_batches,
-    recomputation,
-)
+from finetune.forecast.choice import SLACK, Chooser, Settled, capacity, micro_batches
 from finetune.forecast.memory import Forecast
 from finetune.forecast.outlook import GB
 from finetune.places import SHIPPED, TRAIN, found
@@ -65,14 +58,13 @@ def main(arguments: argparse.Namespace) -> None:
         rows.append([name, str(parallel.num_processes), *_row(chooser, parallel, limit)])
     _progress("")
     if arguments.topology and micro_batches(config, parallel):
-        forecast = chooser.forecast(parallel, _micro_batch(chooser, parallel, limit))
-        print("\n" + _parts(forecast, on_gpu, limit))
-        if on_gpu and config.train.gradient_checkpointing == "auto":
-            number, needed = chooser.fewest_recomputed(parallel, limit * (1 - ROOM))
-            print("\n" + recomputation(number, chooser.num_layers, needed, limit))
+        settled = _settled(chooser, parallel, limit)
+        print("\n" + _parts(settled.forecast, on_gpu, limit))
+        if chooser.may_recompute:
+            print("\n" + chooser.recomputation(settled, limit))
     print("\n" + _advice(rows, on_gpu))
     print("\n" + _table(rows))
-    print("\n" + "\n".join(_legend(on_gpu)))
+    print("\n" + "\n".join(_legend(chooser)))
     if on_gpu:
         gpu = torch.cuda.get_device_name() if cuda and memory is None else None
         one = parallel if arguments.topology else ParallelConfig()
@@ -115,12 +107,14 @@ def _gpus(processes: str, on_gpu: bool) -> str:
     return f"1 {noun}" if processes == "1" else f"{processes} {noun}{'s' if on_gpu else 'es'}"
 
 
-def _legend(on_gpu: bool) -> Iterator[str]:
-    memory = "a GPU" if on_gpu else "its share of this machine"
+def _legend(chooser: Chooser) -> Iterator[str]:
+    memory = "a GPU" if chooser.on_gpu else "its share of this machine"
     yield f"GB are 10^9 bytes of one process; left: of {memory}, less {SLACK:.0%}."
-    if on_gpu:
+    if chooser.on_gpu:
         yield "fewest: the smallest number of GPUs that fits by memory and makes whole steps."
-    yield "micro-batch: the largest that fits and makes whole steps."
+    is_auto = chooser.config.train.micro_batch_size == "auto"
+    also = ", without recomputed layers if any does" if is_auto and chooser.may_recompute else ""
+    yield f"micro-batch: the largest that fits and makes whole steps{also}."
 
 
 def _measured(
@@ -179,15 +173,16 @@ def _parallel(file: Path, num_processes: int | None, required: bool) -> Parallel
         return None
 
 
-def _micro_batch(chooser: Chooser, parallel: ParallelConfig, limit: float) -> int:
-    """Return the config's micro-batch, or the largest below it that makes whole steps.
+def _settled(chooser: Chooser, parallel: ParallelConfig, limit: float) -> Settled:
+    """Return what the run takes for auto.
 
-    For auto the largest that fits, or 1.
+    With the config's micro-batch, or the largest below it that makes whole steps.
     """
     given = chooser.config.train.micro_batch_size
     if given == "auto":
-        return chooser.largest_micro_batch(parallel, limit) or 1
-    return max(size for size in micro_batches(chooser.config, parallel) if size <= given)
+        return chooser.settle(parallel, limit)
+    sizes = micro_batches(chooser.config, parallel)
+    return chooser.settle(parallel, limit, max(size for size in sizes if size <= given))
 
 
 def _row(chooser: Chooser, parallel: ParallelConfig, limit: float) -> list[str]:
@@ -198,9 +193,11 @@ def _row(chooser: Chooser, parallel: ParallelConfig, limit: float) -> list[str]:
         return [*nothing, others[0]]
     if config.train.global_batch_size % data:
         return [*nothing, f"train.global_batch_size: a multiple of {data}"]
-    most = chooser.largest_micro_batch(parallel, limit)
-    micro = _micro_batch(chooser, parallel, limit)
-    forecast = chooser.forecast(parallel, micro)
+    settled = _settled(chooser, parallel, limit)
+    most, forecast = settled.micro_batch_size, settled.forecast
+    micro = most or 1
+    if config.train.micro_batch_size != "auto":
+        most = chooser.largest_micro_batch(parallel, limit)
     verdict = "fits"
     if forecast.peak > limit:
         smaller = "more processes, another topology, or shorter sequences (data.max_length)"
