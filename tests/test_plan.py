@@ -1,6 +1,7 @@
 """Forecasts of memory agree with published tables, real optimizers and real runs."""
 
 import errno
+import json
 import os
 import re
 import socket
@@ -546,6 +547,24 @@ def test_one_topology_is_shown_in_its_parts(workshop, capsys):
     output = capsys.readouterr().out
     assert "gathered" in output
     assert "optimizer" in output
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
+def test_a_folder_without_weights_can_be_planned_but_not_trained(workshop, capsys, kind):
+    """Nor does it need a tokenizer: config.json decides."""
+    folder = workshop.folder / "base"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(ONE_LAYER))
+    model = {"path": str(folder)}
+    values = workshop.config("plan", adapter__kind=kind) | {"model": model}
+    arguments = [str(workshop.write(values)), "--gpu-memory", "24", "--topology", file_of("single")]
+    assert command(["plan", *arguments]) == 0
+    assert row("single", capsys.readouterr().out).endswith("fits")
+    with pytest.raises(ConfigError, match=f"model.path: {folder} has no weights"):
+        configs.from_dict(values)
+    new = ["--model.new_tokens", "[<a>]"]  # their number depends on the vocabulary
+    assert command(["plan", *arguments, *new]) == 2
+    assert "has no tokenizer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

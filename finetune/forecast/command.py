@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 
 from finetune import config as configs
-from finetune.config import Config, paths
+from finetune.config import Config, base, paths
 from finetune.engine.topology import launch, support
 from finetune.engine.topology.launch import ParallelConfig
 from finetune.errors import ConfigError, UserError
@@ -35,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     named = ["--config", arguments.config] if arguments.config else []
-    config, _ = configs.parse([*named, *arguments.settings])
+    config, _ = configs.parse([*named, *arguments.settings], needs_weights=False)
+    config = _with_tokenizer(config)
     memory, cuda = arguments.gpu_memory, torch.cuda.is_available()
     if memory is not None and not 0 < memory < math.inf:
         raise ConfigError(f"--gpu-memory {memory:g}: must be a number of GB above 0")
@@ -69,6 +71,15 @@ def main(arguments: argparse.Namespace) -> None:
         gpu = torch.cuda.get_device_name() if cuda and memory is None else None
         one = parallel if arguments.topology else ParallelConfig()
         print("\n" + "\n".join(_measured(chooser, one, gpu, bool(arguments.topology))))
+
+
+def _with_tokenizer(config: Config) -> Config:
+    """Let bytes stand for the tokenizer that a folder lacks: only new tokens change a forecast."""
+    model, path = config.model, config.model.path
+    if path is None or model.tokenizer or model.new_tokens or not os.path.isdir(path):
+        return config
+    has_one = base.has_tokenizer(Path(path))
+    return config if has_one else config.changed("model", tokenizer="bytes")
 
 
 def _simplest_first(file: Path) -> tuple[bool, int, str]:
