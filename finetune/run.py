@@ -391,12 +391,11 @@ def as_base_is(config: Config) -> Config:
 def sized(config: Config, topology: Topology) -> tuple[Config, int | None]:
     """Replace what is auto for memory by numbers, and return the bytes that they reserve.
 
-    These are train.micro_batch_size and train.gradient_checkpointing. Where both are, a micro-batch
-    without recomputation is looked for first: recomputing costs time, larger ones save little.
+    These are train.micro_batch_size and train.gradient_checkpointing.
     """
-    train, reserved = config.train, None
-    on_gpu, recomputes = topology.device.type == "cuda", train.gradient_checkpointing
-    if recomputes == "auto":
+    train, on_gpu = config.train, topology.device.type == "cuda"
+    recomputes = train.gradient_checkpointing
+    if recomputes == "auto" and not on_gpu:
         config = config.changed("train", gradient_checkpointing=False)
     if train.micro_batch_size != "auto" and not (on_gpu and recomputes == "auto"):
         return config, None
@@ -410,23 +409,12 @@ def sized(config: Config, topology: Topology) -> tuple[Config, int | None]:
     # The smallest capacity counts: other programs may use one of the GPUs.
     limit = min(topology.processes.gather(choice.capacity_here(topology.device)))
     about = topology.parallel, topology.device, topology.precision, limit
-    if train.micro_batch_size == "auto":
-        chosen = topology.on_main(
-            lambda: choice.automatic(config, *about, may_recompute=on_gpu and recomputes == "auto")
-        )
-        size, reserved, why = chosen
-        _log(topology, why)
-        config = config.changed("train", micro_batch_size=size)
-    if on_gpu and recomputes == "auto":
-        number, why = topology.on_main(lambda: choice.recomputed(config, *about))
-        _log(topology, why)
-        config = config.changed("train", gradient_checkpointing=number or False)
-    return config, reserved
-
-
-def _log(topology: Topology, message: str) -> None:
+    size, number, reserved, messages = topology.on_main(lambda: choice.settle(config, *about))
     if topology.is_main:
-        log(message)
+        for message in messages:
+            log(message)
+    numbers = {"micro_batch_size": size, "gradient_checkpointing": number}
+    return config.changed("train", **numbers), reserved
 
 
 def explained(

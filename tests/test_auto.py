@@ -5,10 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY_LLAMA
+from conftest import ROOT, TINY_LLAMA
 
 from finetune import config as configs
 from finetune import run as runs
+from finetune.__main__ import main as command
 from finetune.engine import gpu
 from finetune.engine.topology.launch import ParallelConfig
 from finetune.forecast import choice
@@ -76,6 +77,34 @@ def test_a_micro_batch_without_recomputation_is_looked_for_first(monkeypatch):
     assert recomputed > 0, "for room to spare"
     size, recomputed, _ = sized(peak(2) * 1.02, monkeypatch, micro_batch_size="auto")
     assert (size, recomputed) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("limit", "given", "taken"),
+    [
+        (lambda: peak(0, size=2) / (1 - choice.ROOM) + 1e6, "auto", (2, False)),
+        (lambda: peak(0, size=2) + 1e6, "auto", (2, 2)),
+        (lambda: peak(0) + 1e6, "auto", (1, 2)),
+        (lambda: peak(2) + 1e6, "auto", (1, 2)),
+        (lambda: peak(1) / (1 - choice.ROOM) + 1e6, 1, (1, 1)),
+    ],
+    ids=["all kept", "some recomputed for room", "smaller", "smallest", "given"],
+)
+def test_plan_says_what_a_run_takes(monkeypatch, tmp_path, capsys, limit, given, taken):
+    limit = limit()
+    assert sized(limit, monkeypatch, micro_batch_size=given)[:2] == taken
+    said = [line for line in capsys.readouterr().out.splitlines() if "recomputes" in line]
+    file = tmp_path / "run.yaml"
+    file.write_text(configs.to_yaml(config_of(micro_batch_size=given)))
+    memory = str(limit / (1 - choice.SLACK) / 1e9)
+    topology = str(ROOT / "accelerate_configs/single.yaml")
+    assert command(["plan", str(file), "--topology", topology, "--gpu-memory", memory]) == 0
+    output = capsys.readouterr().out.splitlines()
+    assert [line for line in output if "recomputes" in line] == said
+    (row,) = [line.split() for line in output if line.startswith("single ")]
+    if given == "auto":  # else the column has the largest that fits
+        assert row[6] == str(taken[0])
+    assert float(row[3]) == pytest.approx(peak(int(taken[1]), size=taken[0]) / 1e9, abs=0.05)
 
 
 @pytest.mark.parametrize("on_gpu", [True, False])

@@ -123,6 +123,8 @@ def complaints(text: str) -> list[str]:
         or any(not rest.startswith("requirements") for rest in before)
     ):
         found.append("a change of the code installs every package again")
+    if not any("--requirement /opt/kernels.txt" in all_of_them[place][1] for place in packages):
+        found.append("an image for GPUs lacks liger-kernel")
     return found
 
 
@@ -391,9 +393,10 @@ def test_each_file_keeps_its_promises(text, check):
         (DOCKERFILE, complaints, "USER 10001:10001", "USER finetune", "the last USER is finetune"),
         (DOCKERFILE, complaints, " TMPDIR=/scratch", "", "written elsewhere"),
         (
-            DOCKERFILE, complaints, "COPY requirements.txt /opt/", "COPY . .",
+            DOCKERFILE, complaints, "COPY requirements.txt requirements-cuda.txt /opt/", "COPY . .",
             "installs every package again",
         ),
+        (DOCKERFILE, complaints, r" \\\n    && if python(.|\n)*?; fi", "", "lacks liger-kernel"),
         (
             COMPOSE, compose_complaints, r"finetune:0\.1\.0", "finetune:latest",
             "not that of this version",

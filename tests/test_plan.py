@@ -1,6 +1,7 @@
 """Forecasts of memory agree with published tables, real optimizers and real runs."""
 
 import errno
+import json
 import os
 import re
 import socket
@@ -407,6 +408,51 @@ def test_any_architecture_can_be_forecast(architecture):
         assert chooser.forecast(SINGLE).device["activations"] > 0
 
 
+SEVEN = TINY_LLAMA | {"num_hidden_layers": 7}
+TWO_KINDS = {"layer_types": ["sliding_attention"] * 5 + ["full_attention"] * 2}
+DEEP = {
+    "all kept": (SEVEN, {}, {"gradient_checkpointing": False}),
+    "all recomputed, adapters": (SEVEN, {"kind": "lora"}, {"gradient_checkpointing": True}),
+    "some recomputed": (SEVEN, {}, {"gradient_checkpointing": 5}),
+    "inputs on the host": (
+        SEVEN, {}, {"gradient_checkpointing": True, "activation_offload": True},
+    ),
+    "two kinds of layers": (
+        SEVEN | TWO_KINDS | {"model_type": "gemma3_text", "head_dim": 8}, {},
+        {"gradient_checkpointing": False},
+    ),
+    "other modules": (
+        {"model_type": "opt", "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 7,
+         "num_attention_heads": 4, "word_embed_proj_dim": 32, "vocab_size": 512},
+        {"kind": "lora"}, {"gradient_checkpointing": False},
+    ),
+    "experts": (SEVEN | MIXTRAL, {}, {"gradient_checkpointing": True}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "case",
+    short([*DEEP], "some recomputed", "inputs on the host", "two kinds of layers"),
+)
+def test_layers_that_are_left_out_count_to_the_byte(case):
+    architecture, adapter, train = DEEP[case]
+    made = rehearsal(config_of(architecture, adapter=adapter, train=train), "documents", "bf16")
+    shape, rows = Shape(1, 64, 64), list(made._rows)
+    assert rows
+    assert made.trace(shape) == made._trace(shape, True, [])
+    assert made._rows == rows, "they did stand for the others"
+
+
+def test_a_layer_that_holds_more_than_its_like_is_traced_with_all(monkeypatch):
+    made = rehearsal(config_of(SEVEN, train={"gradient_checkpointing": False}), "documents")
+    third = made.base.model.layers[2].mlp
+    plain = third.forward
+    monkeypatch.setattr(third, "forward", lambda states: plain(states.sin()))
+    shape = Shape(1, 64, 64)
+    assert made.trace(shape) == made._trace(shape, True, [])
+    assert made._rows == []
+
+
 def test_an_untraceable_model_is_an_error_with_advice(monkeypatch):
     from transformers import LlamaForCausalLM
 
@@ -546,6 +592,24 @@ def test_one_topology_is_shown_in_its_parts(workshop, capsys):
     output = capsys.readouterr().out
     assert "gathered" in output
     assert "optimizer" in output
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
+def test_a_folder_without_weights_can_be_planned_but_not_trained(workshop, capsys, kind):
+    """Nor does it need a tokenizer: config.json decides."""
+    folder = workshop.folder / "base"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(ONE_LAYER))
+    model = {"path": str(folder)}
+    values = workshop.config("plan", adapter__kind=kind) | {"model": model}
+    arguments = [str(workshop.write(values)), "--gpu-memory", "24", "--topology", file_of("single")]
+    assert command(["plan", *arguments]) == 0
+    assert row("single", capsys.readouterr().out).endswith("fits")
+    with pytest.raises(ConfigError, match=f"model.path: {folder} has no weights"):
+        configs.from_dict(values)
+    new = ["--model.new_tokens", "[<a>]"]  # their number depends on the vocabulary
+    assert command(["plan", *arguments, *new]) == 2
+    assert "has no tokenizer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

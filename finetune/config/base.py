@@ -282,8 +282,7 @@ def tokenizer_problem(path: str) -> str | None:
     if not os.path.isdir(path):
         return f"{path} is a file; give the folder it is in"
     folder = Path(path)
-    is_known = any((folder / name).exists() for name in TOKENIZER)
-    if not is_known and not any(map(_may_be_tokenizer, os.listdir(path))):
+    if not has_tokenizer(folder):
         hint = "give the one that belongs to the model as model.tokenizer"
         return f"{path} has no tokenizer ({TOKENIZER[0]}); {hint}"
     for file in (folder / name for name in TOKENIZER if os.path.lexists(folder / name)):
@@ -297,6 +296,12 @@ def tokenizer_problem(path: str) -> str | None:
         if problem:
             return problem
     return _templates_problem(folder)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder has a file that transformers may read a tokenizer from."""
+    is_known = any((folder / name).exists() for name in TOKENIZER)
+    return is_known or any(map(_may_be_tokenizer, os.listdir(folder)))
 
 
 def _may_be_tokenizer(name: str) -> bool:

@@ -36,8 +36,11 @@ BESIDE_CONFIG = (
 )  # fmt: skip
 
 
-def parse(argv: list[str]) -> tuple[Config, bool]:
-    """Return (the config, whether --check was given). Raises ConfigError with every problem."""
+def parse(argv: list[str], needs_weights: bool = True) -> tuple[Config, bool]:
+    """Return (the config, whether --check was given). Raises ConfigError with every problem.
+
+    `needs_weights`: whether a base in a folder must have its weights.
+    """
     sections = sections_of_config()
     parser = _parser(sections)
     if (asked := help.topic(argv)) is not None:
@@ -70,7 +73,10 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
     for problem in taken:
         overrides.pop(problem.partition(":")[0])
     problems += _override(values, overrides, sections)
-    return from_dict(values, where=where, problems=problems, folder=folder), check
+    config = from_dict(
+        values, where=where, problems=problems, folder=folder, needs_weights=needs_weights
+    )
+    return config, check
 
 
 def _override(values: dict[str, Any], overrides: dict[str, str], sections: Sections) -> list[str]:

@@ -35,10 +35,12 @@ def from_dict(
     where: str = "config",
     problems: list[str] | None = None,
     folder: Path | None = None,
+    needs_weights: bool = True,
 ) -> Config:
     """Validate a nested mapping. Raises ConfigError that lists every problem.
 
-    `folder`: of the config; code of the user's own is looked for there first.
+    `folder`: of the config; code of the user's own is looked for there first. `needs_weights`:
+    whether a base in a folder must have its weights.
     """
     halves = dict.fromkeys(paths.half_characters(values))
     what = "contains half a character (a lone surrogate), or bytes that are not UTF-8"
@@ -68,7 +70,7 @@ def from_dict(
         code = own_code.get(values["objective"]["kind"])  # its Settings check in code of its own
         raise ConfigError(listed([*problems, f"objective: {code.blame(exc)}"], where)) from exc
     if config is not None and not any(each.startswith("objective.kind: ") for each in of_code):
-        config, of_base = _beside_base(config)
+        config, of_base = _beside_base(config, needs_weights)
         problems += of_base
         named = {problem.split(":")[0] for problem in problems}
         problems += [each for each in conflicts(config) if each.split(":")[0] not in named]
@@ -97,7 +99,7 @@ def _with_own_code(values: dict[str, Any], folder: Path | None) -> tuple[dict[st
     return values, problems
 
 
-def _beside_base(config: Config) -> tuple[Config, list[str]]:
+def _beside_base(config: Config, needs_weights: bool) -> tuple[Config, list[str]]:
     """Settle what a base in a folder decides; return (the config, problems of the folders)."""
     path = config.model.path
     adapter = None if config.adapter.kind == "full" else config.adapter.path
@@ -110,7 +112,7 @@ def _beside_base(config: Config) -> tuple[Config, list[str]]:
         return config, [f"model.path: {problem}", *of_adapter]
     settled, problems = base.settled(config, base.config_of(path))
     # Files are checked last: a model that cannot be trained need not be downloaded again.
-    if not problems and config.model.init == "pretrained":
+    if not problems and needs_weights and config.model.init == "pretrained":
         problem = base.weights_problem(Path(path))
         problems = [f"model.path: {problem}"] if problem else []
     return settled, problems + of_adapter

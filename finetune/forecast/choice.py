@@ -1,11 +1,11 @@
 """Find the largest micro-batch that fits, and the cheapest change of a config that does not."""
 
-import functools
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -53,6 +53,19 @@ def shape(config: Config, micro_batch_size: int | None = None) -> Shape:
     return Shape(micro_batch_size or (1 if given == "auto" else given), length, length)
 
 
+@dataclass(frozen=True)
+class Settled:
+    """What a run takes where the config says auto, on one topology and within one limit."""
+
+    micro_batch_size: int | None
+    """None if no micro-batch fits that makes whole steps."""
+    gradient_checkpointing: bool | int
+    found: Forecast
+    """With the micro-batch, before layers are recomputed for room to spare."""
+    forecast: Forecast
+    """Of the run."""
+
+
 class Chooser:
     """Answer for one run config. Makes each forecaster, of it and of its changes, once."""
 
@@ -61,6 +74,7 @@ class Chooser:
 
         train.gradient_checkpointing: auto counts as what it may come to: on a GPU all layers.
         """
+        self._given = config
         if config.train.gradient_checkpointing == "auto":
             config = config.changed("train", gradient_checkpointing=on_gpu)
         self.config, self.precision, self.on_gpu = config, precision, on_gpu
@@ -73,54 +87,106 @@ class Chooser:
         self.attention = attention_choice.choose(
             wanted, kind, self.model_config, torch.device("cpu"), precision
         )
-        self.forecaster = functools.cache(self._forecaster)
+        self._forecasters: dict[str, Forecaster] = {}
 
-    def _forecaster(self, change: str | None = None) -> Forecaster:
-        return self.forecaster_of(self.config if change is None else dict(self._changes())[change])
+    def forecaster(self, config: Config | None = None) -> Forecaster:
+        """Return the forecaster of the config, or of another of the same model and attention.
 
-    def forecaster_of(self, config: Config) -> Forecaster:
-        """Return a forecaster of another config of the same model and attention."""
-        return Forecaster(
-            config, self.model_config, self.tokenizer, attention=self.attention,
-            precision=self.precision, on_gpu=self.on_gpu,
-        )  # fmt: skip
+        Its micro-batch does not count: forecasts are asked for with one.
+        """
+        config = (config or self.config).changed("train", micro_batch_size="auto")
+        key = repr(config)
+        if key not in self._forecasters:
+            self._forecasters[key] = Forecaster(
+                config, self.model_config, self.tokenizer, attention=self.attention,
+                precision=self.precision, on_gpu=self.on_gpu,
+            )  # fmt: skip
+        return self._forecasters[key]
+
+    @property
+    def may_recompute(self) -> bool:
+        """Whether the run itself chooses how many layers to recompute: auto, on a GPU."""
+        return self.on_gpu and self._given.train.gradient_checkpointing == "auto"
+
+    @property
+    def _not_recomputed(self) -> Config:
+        return self._given.changed("train", gradient_checkpointing=False)
 
     @property
     def num_layers(self) -> int:
         """Return how many layers can be recomputed; 0 if transformers does not name them."""
-        return self.forecaster().num_layers
+        return self.forecaster(self._not_recomputed).num_layers
 
     def forecast(self, parallel: ParallelConfig, micro_batch_size: int | None = None) -> Forecast:
         return self.forecaster().of(parallel, shape(self.config, micro_batch_size))
 
-    def fewest_recomputed(self, parallel: ParallelConfig, most: float) -> tuple[int, float]:
-        """Return (the fewest layers to recompute so that a step needs at most `most`, its bytes).
+    def settle(
+        self, parallel: ParallelConfig, limit: float, micro_batch_size: int | None = None
+    ) -> Settled:
+        """Return what a run takes where its config says auto; `limit`: bytes that it may use.
+
+        A micro-batch without recomputation is looked for first: recomputing costs time, larger ones
+        save little. Then layers are recomputed until ROOM is left; with one sequence if no
+        micro-batch fits. `micro_batch_size`: default the config's.
+        """
+        config = self._not_recomputed if self.may_recompute else self.config
+        size: Any = micro_batch_size or config.train.micro_batch_size
+        if size == "auto":
+            size = self.largest_micro_batch(parallel, limit, config)
+            if size is None and self.may_recompute:
+                config = self.config  # with all layers recomputed
+                size = self.largest_micro_batch(parallel, limit, config)
+        part = shape(config, size or 1)
+        found = forecast = self.forecaster(config).of(parallel, part)
+        number: Any = config.train.gradient_checkpointing
+        if self.may_recompute:
+            number, forecast = self._fewest_recomputed(parallel, part, limit * (1 - ROOM))
+        return Settled(size, number or False, found, forecast)
+
+    def _fewest_recomputed(
+        self, parallel: ParallelConfig, part: Shape, most: float
+    ) -> tuple[int, Forecast]:
+        """Return (the fewest layers to recompute for a step in `most` bytes, its forecast).
 
         All layers, if no number does. Each layer that is kept holds about as much as any other, so
         two forecasts tell where to look.
         """
+        count = self.num_layers
 
-        def peak(number: int) -> float:
-            changed = self.config.changed("train", gradient_checkpointing=number or False)
-            return self.forecaster_of(changed).of(parallel, shape(self.config)).peak
+        def forecast(number: int) -> Forecast:
+            wanted = True if number == count and count else number or False
+            changed = self.config.changed("train", gradient_checkpointing=wanted)
+            return self.forecaster(changed).of(parallel, part)
 
-        count, number, needed = self.num_layers, 0, peak(0)
-        if needed > most and count:
-            per_layer = (needed - peak(count)) / count
-            estimate = (needed - most) / per_layer if per_layer > 0 else count
+        number, found = 0, forecast(0)
+        if found.peak > most and count:
+            per_layer = (found.peak - forecast(count).peak) / count
+            estimate = (found.peak - most) / per_layer if per_layer > 0 else count
             number = min(count, max(1, math.floor(estimate) - 1))
-            while (needed := peak(number)) > most and number < count:
+            while (found := forecast(number)).peak > most and number < count:
                 number += 1
-        return number, needed
+        return number, found
+
+    def recomputation(self, settled: Settled, limit: float) -> str:
+        """Say how many layers train.gradient_checkpointing: auto recomputes, and why."""
+        number = settled.gradient_checkpointing
+        layers = f"{number} of {self.num_layers} layers" if number else "no layer"
+        return (
+            f"train.gradient_checkpointing: auto recomputes {layers}: "
+            f"{settled.forecast.peak / 1e9:.1f} of {limit / 1e9:.1f} GB by forecast"
+        )
 
     def largest_micro_batch(
-        self, parallel: ParallelConfig, limit: float, change: str | None = None
+        self, parallel: ParallelConfig, limit: float, config: Config | None = None
     ) -> int | None:
-        """Return the largest micro-batch that fits and makes whole steps; None if none does."""
+        """Return the largest micro-batch that fits and makes whole steps; None if none does.
+
+        `config`: another than the run's.
+        """
         sizes = micro_batches(self.config, parallel)
 
         def forecast(size: int) -> Forecast:
-            return self.forecaster(change).of(parallel, shape(self.config, size))
+            return self.forecaster(config).of(parallel, shape(self.config, size))
 
         found = _largest(sizes, lambda size: forecast(size).peak <= limit)
         if found is None and sizes:
@@ -153,7 +219,7 @@ class Chooser:
             sized = config.changed("train", micro_batch_size=1)  # auto is a number by then
             if any(support.conflicts(sized, parallel)):
                 continue
-            if size := self.largest_micro_batch(parallel, limit, name):
+            if size := self.largest_micro_batch(parallel, limit, config):
                 is_given = size == self.config.train.micro_batch_size
                 return name if is_given else f"{name}, train.micro_batch_size: {size}"
         return None
@@ -191,50 +257,33 @@ def micro_batches(config: Config, parallel: ParallelConfig) -> list[int]:
     return _divisors(config.train.global_batch_size // num_groups)
 
 
-def automatic(
-    config: Config, parallel: ParallelConfig, device: torch.device, precision: str, limit: float,
-    may_recompute: bool = False,
-) -> tuple[int, int, str]:  # fmt: skip
-    """Return (micro-batch, bytes of optimizer state and averages on the device, message).
+def settle(
+    config: Config, parallel: ParallelConfig, device: torch.device, precision: str, limit: float
+) -> tuple[int, bool | int, int | None, list[str]]:
+    """Return what a running process takes for auto (`Chooser.settle`): (micro-batch,
+    gradient_checkpointing, bytes of optimizer state and averages on the device, messages).
 
-    For running processes; `limit`: bytes that the one with the least memory may use.
-    `may_recompute`: whether layers may be recomputed if nothing fits otherwise. Raises ConfigError
-    if none fits.
+    `limit`: bytes that the process with the least memory may use. The bytes are None if the
+    micro-batch was given. Raises ConfigError if auto finds none that fits.
     """
     chooser = Chooser(config, precision=precision, on_gpu=device.type == "cuda")
-    size = chooser.largest_micro_batch(parallel, limit)
-    if size is None and may_recompute:
-        config = config.changed("train", gradient_checkpointing=True)
-        chooser = Chooser(config, precision=precision, on_gpu=device.type == "cuda")
-        size = chooser.largest_micro_batch(parallel, limit)
-    forecast = chooser.forecast(parallel, size or 1)
-    needs = f"{forecast.peak / 1e9:.1f} of {limit / 1e9:.1f} GB by forecast"
-    if size is None:
-        other = chooser.cheapest_change(parallel, limit) or SMALLER
-        raise ConfigError(
-            "train.micro_batch_size: auto found no size that fits: a single sequence of "
-            f"{config.data.max_length:,} tokens needs {needs}; use {other}; see docs/performance.md"
-        )
-    reserved = forecast.device.get("optimizer", 0.0) + forecast.device.get("average", 0.0)
-    return size, int(reserved), f"train.micro_batch_size: auto is {size}: {needs}"
-
-
-def recomputed(
-    config: Config, parallel: ParallelConfig, device: torch.device, precision: str, limit: float
-) -> tuple[int, str]:
-    """Return the fewest layers to recompute so that a step fits with ROOM to spare; a message."""
-    chooser = Chooser(config, precision=precision, on_gpu=device.type == "cuda")
-    number, needed = chooser.fewest_recomputed(parallel, limit * (1 - ROOM))
-    return number, recomputation(number, chooser.num_layers, needed, limit)
-
-
-def recomputation(number: int, count: int, needed: float, limit: float) -> str:
-    """Say how many layers train.gradient_checkpointing: auto recomputes, and why."""
-    layers = f"{number} of {count} layers" if number else "no layer"
-    return (
-        f"train.gradient_checkpointing: auto recomputes {layers}: {needed / 1e9:.1f} of "
-        f"{limit / 1e9:.1f} GB by forecast"
-    )
+    settled, reserved, messages = chooser.settle(parallel, limit), None, []
+    if config.train.micro_batch_size == "auto":
+        found = settled.found
+        needs = f"{found.peak / 1e9:.1f} of {limit / 1e9:.1f} GB by forecast"
+        if settled.micro_batch_size is None:
+            other = chooser.cheapest_change(parallel, limit) or SMALLER
+            raise ConfigError(
+                "train.micro_batch_size: auto found no size that fits: a single sequence of "
+                f"{config.data.max_length:,} tokens needs {needs}; use {other}; see "
+                "docs/performance.md"
+            )
+        reserved = int(found.device.get("optimizer", 0.0) + found.device.get("average", 0.0))
+        messages.append(f"train.micro_batch_size: auto is {settled.micro_batch_size}: {needs}")
+    if chooser.may_recompute:
+        messages.append(chooser.recomputation(settled, limit))
+    assert settled.micro_batch_size is not None
+    return settled.micro_batch_size, settled.gradient_checkpointing, reserved, messages
 
 
 def advice(config: Config, parallel: ParallelConfig, device: torch.device, precision: str) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,19 +10,12 @@ from pathlib import Path
 import torch
 
 from finetune import config as configs
-from finetune.config import Config, paths
+from finetune.config import Config, base, paths
 from finetune.engine.topology import launch, support
 from finetune.engine.topology.launch import ParallelConfig
 from finetune.errors import ConfigError, UserError
 from finetune.forecast import measured, outlook
-from finetune.forecast.choice import (
-    ROOM,
-    SLACK,
-    Chooser,
-    capacity,
-    micro_batches,
-    recomputation,
-)
+from finetune.forecast.choice import SLACK, Chooser, Settled, capacity, micro_batches
 from finetune.forecast.memory import Forecast
 from finetune.forecast.outlook import GB
 from finetune.places import SHIPPED, TRAIN, found
@@ -42,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     named = ["--config", arguments.config] if arguments.config else []
-    config, _ = configs.parse([*named, *arguments.settings])
+    config, _ = configs.parse([*named, *arguments.settings], needs_weights=False)
+    config = _with_tokenizer(config)
     memory, cuda = arguments.gpu_memory, torch.cuda.is_available()
     if memory is not None and not 0 < memory < math.inf:
         raise ConfigError(f"--gpu-memory {memory:g}: must be a number of GB above 0")
@@ -65,18 +60,26 @@ def main(arguments: argparse.Namespace) -> None:
         rows.append([name, str(parallel.num_processes), *_row(chooser, parallel, limit)])
     _progress("")
     if arguments.topology and micro_batches(config, parallel):
-        forecast = chooser.forecast(parallel, _micro_batch(chooser, parallel, limit))
-        print("\n" + _parts(forecast, on_gpu, limit))
-        if on_gpu and config.train.gradient_checkpointing == "auto":
-            number, needed = chooser.fewest_recomputed(parallel, limit * (1 - ROOM))
-            print("\n" + recomputation(number, chooser.num_layers, needed, limit))
+        settled = _settled(chooser, parallel, limit)
+        print("\n" + _parts(settled.forecast, on_gpu, limit))
+        if chooser.may_recompute:
+            print("\n" + chooser.recomputation(settled, limit))
     print("\n" + _advice(rows, on_gpu))
     print("\n" + _table(rows))
-    print("\n" + "\n".join(_legend(on_gpu)))
+    print("\n" + "\n".join(_legend(chooser)))
     if on_gpu:
         gpu = torch.cuda.get_device_name() if cuda and memory is None else None
         one = parallel if arguments.topology else ParallelConfig()
         print("\n" + "\n".join(_measured(chooser, one, gpu, bool(arguments.topology))))
+
+
+def _with_tokenizer(config: Config) -> Config:
+    """Let bytes stand for the tokenizer that a folder lacks: only new tokens change a forecast."""
+    model, path = config.model, config.model.path
+    if path is None or model.tokenizer or model.new_tokens or not os.path.isdir(path):
+        return config
+    has_one = base.has_tokenizer(Path(path))
+    return config if has_one else config.changed("model", tokenizer="bytes")
 
 
 def _simplest_first(file: Path) -> tuple[bool, int, str]:
@@ -115,12 +118,14 @@ def _gpus(processes: str, on_gpu: bool) -> str:
     return f"1 {noun}" if processes == "1" else f"{processes} {noun}{'s' if on_gpu else 'es'}"
 
 
-def _legend(on_gpu: bool) -> Iterator[str]:
-    memory = "a GPU" if on_gpu else "its share of this machine"
+def _legend(chooser: Chooser) -> Iterator[str]:
+    memory = "a GPU" if chooser.on_gpu else "its share of this machine"
     yield f"GB are 10^9 bytes of one process; left: of {memory}, less {SLACK:.0%}."
-    if on_gpu:
+    if chooser.on_gpu:
         yield "fewest: the smallest number of GPUs that fits by memory and makes whole steps."
-    yield "micro-batch: the largest that fits and makes whole steps."
+    is_auto = chooser.config.train.micro_batch_size == "auto"
+    also = ", without recomputed layers if any does" if is_auto and chooser.may_recompute else ""
+    yield f"micro-batch: the largest that fits and makes whole steps{also}."
 
 
 def _measured(
@@ -179,15 +184,16 @@ def _parallel(file: Path, num_processes: int | None, required: bool) -> Parallel
         return None
 
 
-def _micro_batch(chooser: Chooser, parallel: ParallelConfig, limit: float) -> int:
-    """Return the config's micro-batch, or the largest below it that makes whole steps.
+def _settled(chooser: Chooser, parallel: ParallelConfig, limit: float) -> Settled:
+    """Return what the run takes for auto.
 
-    For auto the largest that fits, or 1.
+    With the config's micro-batch, or the largest below it that makes whole steps.
     """
     given = chooser.config.train.micro_batch_size
     if given == "auto":
-        return chooser.largest_micro_batch(parallel, limit) or 1
-    return max(size for size in micro_batches(chooser.config, parallel) if size <= given)
+        return chooser.settle(parallel, limit)
+    sizes = micro_batches(chooser.config, parallel)
+    return chooser.settle(parallel, limit, max(size for size in sizes if size <= given))
 
 
 def _row(chooser: Chooser, parallel: ParallelConfig, limit: float) -> list[str]:
@@ -198,9 +204,11 @@ def _row(chooser: Chooser, parallel: ParallelConfig, limit: float) -> list[str]:
         return [*nothing, others[0]]
     if config.train.global_batch_size % data:
         return [*nothing, f"train.global_batch_size: a multiple of {data}"]
-    most = chooser.largest_micro_batch(parallel, limit)
-    micro = _micro_batch(chooser, parallel, limit)
-    forecast = chooser.forecast(parallel, micro)
+    settled = _settled(chooser, parallel, limit)
+    most, forecast = settled.micro_batch_size, settled.forecast
+    micro = most or 1
+    if config.train.micro_batch_size != "auto":
+        most = chooser.largest_micro_batch(parallel, limit)
     verdict = "fits"
     if forecast.peak > limit:
         smaller = "more processes, another topology, or shorter sequences (data.max_length)"

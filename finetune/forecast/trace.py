@@ -4,7 +4,9 @@ The model's own forward, with adapters, attention, recomputation and loss, runs 
 FakeTensorMode. So no architecture needs a formula, and a change of the code changes the forecast.
 """
 
+import contextlib
 import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +19,16 @@ from finetune import failures, kernels
 from finetune.config import Config
 from finetune.engine.topology import meta
 from finetune.errors import ModelError
-from finetune.forecast import fused
-from finetune.models import attention_choice, attention_probe, cross_entropy, head, logits
+from finetune.forecast import fused, layers
+from finetune.forecast.layers import Mark, Row, Segment
+from finetune.models import (
+    attention_choice,
+    attention_probe,
+    cross_entropy,
+    head,
+    logits,
+    recompute,
+)
 from finetune.models.build import build
 
 # Attention's backward passes on a CPU, in whose place a GPU's kernel runs; their first arguments
@@ -29,6 +39,7 @@ ATTENTION_BACKWARD = (
 # The kernel of the loss holds no logits in float32. Here few, but not so few that a trace takes
 # long: about 0.2 GB too much, and eight blocks for a chunk.
 KERNEL_BLOCK_BYTES = 64 * 2**20
+LOSS = Mark("loss")  # forward is over
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,10 @@ class Ledger(TorchDispatchMode):
         super().__init__()
         self._on_gpu = on_gpu
         self.passing = self.gradients = self.most_passing = self.most = 0
+        self.moved: Callable[[], int] = int
+        """Returns the bytes that are in host memory instead."""
+        self.segments: list[tuple[Mark, Segment]] = []
+        self._mark, self._begin = Mark("start"), (0, 0, 0)
         self._gradients: set[int] = set()
         self._known: set[int] = set()
 
@@ -91,8 +106,20 @@ class Ledger(TorchDispatchMode):
             self._note()
             weakref.finalize(storage, self._remove, key, size)
 
+    def mark(self, mark: Mark) -> None:
+        """End a segment of the pass, and begin the next."""
+        now = self.passing, self.gradients, self.moved()
+        passing, gradients, moved = self._begin
+        ended = Segment(
+            self.passing - passing, self.gradients - gradients, now[2] - moved,
+            self.most_passing - passing, self.most - passing - gradients,
+        )  # fmt: skip
+        self.segments.append((self._mark, ended))
+        self._mark, self._begin = mark, now
+        self.most_passing, self.most = self.passing, self.passing + self.gradients
+
     def _note(self, workspace: int = 0) -> None:
-        """Remember the most bytes so far. `workspace`: those of an operator, while it runs."""
+        """Remember the most bytes since a mark. `workspace`: of an operator, while it runs."""
         self.most_passing = max(self.most_passing, self.passing + workspace)
         self.most = max(self.most, self.passing + self.gradients + workspace)
 
@@ -168,11 +195,17 @@ class Rehearsal:
             fused.install(self.base, is_compiled)
         if on_gpu and attention != "eager":
             _disable_attention_dropout(self.model)
+        number = recompute.chosen(self.base, config.train.gradient_checkpointing)
+        num_traced = layers.WITH_OFFLOAD if offloads else layers.TRACED
+        self._rows = layers.rows(self.base, number, num_traced)
 
     def trace(self, shape: Shape, backward: bool = True) -> Trace:
         """Trace forward and, unless it is False, backward. Raises ModelError if that fails."""
         try:
-            return self._trace(shape, backward)
+            with contextlib.suppress(layers.NotAlike):
+                return self._trace(shape, backward, self._rows)
+            self._rows = []
+            return self._trace(shape, backward, [])
         except Exception as exc:  # code of any author, on tensors without values
             failures.reraise(exc)
             kind = self.base.config.model_type
@@ -181,15 +214,20 @@ class Rehearsal:
                 f"{' '.join(str(exc).split())[:200]}; set train.micro_batch_size to a number"
             ) from exc
 
-    def _trace(self, shape: Shape, backward: bool) -> Trace:
+    def _trace(self, shape: Shape, backward: bool, rows_of_layers: Sequence[Row]) -> Trace:
+        """Trace a pass. `rows_of_layers`: where some stand for others.
+
+        Raises NotAlike if they cannot.
+        """
         ledger = Ledger(self.on_gpu)
         is_padded = attention_choice.is_padded(self.attention)
         rows, documents_of_row = (shape.num_sequences, 1) if is_padded else (1, shape.num_sequences)
         block_bytes = _block_bytes(self.on_gpu)
         hooks = []
-        if self.base.offload:
-            self.base.offload.host_bytes = 0
-        with self.mode:
+        if offload := self.base.offload:
+            offload.host_bytes = 0
+            ledger.moved = lambda: int(offload.host_bytes)
+        with self.mode, layers.shortened(self.base, rows_of_layers, ledger):
             for parameter in self.model.parameters():
                 parameter.grad = None
                 ledger.ignore(parameter)
@@ -206,17 +244,28 @@ class Rehearsal:
             with ledger, torch.set_grad_enabled(backward):
                 with torch.autocast("cpu", dtype, enabled=is_half, cache_enabled=False):
                     loss = _loss(self.model, inputs, supervised, block_bytes)
-                kept = ledger.passing
+                ledger.mark(LOSS)
                 if backward:
                     loss.backward()
                 del loss
-            moved = self.base.offload.host_bytes if self.base.offload else 0
-            found = Trace(ledger.most_passing, ledger.most, ledger.gradients, kept, moved)
+            ledger.mark(Mark("end"))
             for hook in hooks:
                 hook.remove()
             for parameter in self.model.parameters():
                 parameter.grad = None
-        return found
+        return _added(layers.whole(ledger.segments, rows_of_layers))
+
+
+def _added(segments: Sequence[tuple[Mark, Segment]]) -> Trace:
+    passing = gradients = moved = kept = most_passing = most = 0
+    for mark, segment in segments:
+        kept = passing if mark == LOSS else kept
+        most_passing = max(most_passing, passing + segment.most_passing)
+        most = max(most, passing + gradients + segment.most)
+        passing += segment.passing
+        gradients += segment.gradients
+        moved += segment.moved
+    return Trace(most_passing, most, gradients, kept, moved)
 
 
 def _block_bytes(on_gpu: bool) -> int:
