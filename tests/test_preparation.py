@@ -1,0 +1,242 @@
+"""The programs of `finetune data`: what each does to rows, and what none of them loses."""
+
+import gzip
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, read_jsonl, write_jsonl
+
+from finetune.__main__ import main
+from finetune.preparation.programs import PROGRAMS
+
+
+class Bench:
+    """A folder in which programs run."""
+
+    def __init__(self, folder: Path, capsys: Any) -> None:
+        self.folder, self._capsys = folder, capsys
+        self.out = folder / "out.jsonl"
+
+    def rows(self, rows: list[Any], name: str = "in.jsonl") -> Path:
+        return write_jsonl(self.folder / name, rows)
+
+    def run(self, program: str, *arguments: Any) -> int:
+        """Run a program in this process; keep its outputs in `stdout` and `stderr`."""
+        try:
+            code = main(["data", program, *map(str, arguments)])
+        except SystemExit as exc:
+            code = int(exc.code or 0)
+        self.stdout, self.stderr = self._capsys.readouterr()
+        return code
+
+    def made(self, program: str, rows: Any, *arguments: Any) -> list[Any]:
+        """Return what a program makes of rows, or of the file at a path."""
+        source = rows if isinstance(rows, Path) else self.rows(rows)
+        files = ["--output", self.out, "--force", "--counts", self.folder / "counts.json"]
+        code = self.run(program, source, *files, "--workers", "1", *arguments)
+        assert code == 0, self.stderr
+        return read_jsonl(self.out)
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        return json.loads((self.folder / "counts.json").read_text())
+
+
+@pytest.fixture
+def bench(tmp_path, capsys) -> Bench:
+    return Bench(tmp_path, capsys)
+
+
+def story(number: int, length: int = 40) -> str:
+    source = random.Random(number)
+    return " ".join(f"w{source.randrange(3_000)}" for _ in range(length))
+
+
+# ------------------------------------------------------------------------------- what all share
+
+
+def test_every_program_has_a_script_that_is_the_command():
+    scripts = {path.stem: path.read_text() for path in ROOT.glob("data_scripts/*.py")}
+    assert scripts.keys() - {"pig_latin"} == PROGRAMS.keys()
+    for name in PROGRAMS:
+        assert f'main(["data", "{name}", *sys.argv[1:]])' in scripts[name]
+        assert len(scripts[name].splitlines()) <= 12
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_shows_what_a_program_does(bench, program):
+    assert bench.run(program, "--help") == 0
+    assert "--output" in bench.stdout
+    assert "[]" not in bench.stdout
+
+
+def test_a_script_runs_in_a_pipe_without_torch(tmp_path):
+    rows = [{"text": "a b c d"}, {"text": "A b c d!"}, {"text": "é \u2028"}, {"text": "a b c d "}]
+    code = (
+        "import sys, runpy; sys.argv = sys.argv[1:]\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally: print('torch' in sys.modules, file=sys.stderr)"
+    )
+    script = str(ROOT / "data_scripts/dedup.py")
+    process = subprocess.run(
+        [sys.executable, "-c", code, script, "-", "--output", "-"],
+        input="".join(json.dumps(row) + "\n" for row in rows).encode(),
+        cwd=tmp_path, capture_output=True, check=True,
+    )  # fmt: skip
+    assert process.stdout.decode() == '{"text": "a b c d"}\n{"text": "é \u2028"}\n'
+    expected = "dedup: 4 rows read, 2 written; 1 dropped (exact duplicate); "
+    assert expected + "1 dropped (near-duplicate)\nFalse\n" in process.stderr.decode()
+
+
+def test_a_broken_row_in_a_pipe_is_named(bench, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(b'{"text": "a"}\n{"text": \n'))
+    monkeypatch.setattr(sys, "stdin", stream)
+    assert bench.run("dedup", "-", "--output", bench.out) == 2
+    assert "standard input:2: broken JSON" in bench.stderr
+    assert not bench.out.exists()
+
+
+def test_files_are_replaced_only_when_asked(bench):
+    rows = bench.rows([{"text": "a"}])
+    bench.out.write_text("mine")
+    (bench.folder / "counts.json").write_text("mine")
+    for options in (
+        ["--output", bench.out],
+        ["--output", rows],
+        ["--output", bench.folder / "new.jsonl", "--counts", bench.folder / "counts.json"],
+        ["--output", bench.folder / "new.jsonl", "--rejects", bench.out],
+    ):
+        assert bench.run("dedup", rows, *options) == 2
+        assert "exists; choose another name, or add --force" in bench.stderr
+    assert bench.out.read_text() == (bench.folder / "counts.json").read_text() == "mine"
+    assert not (bench.folder / "new.jsonl").exists()
+    assert bench.run("dedup", rows, "--output", rows, "--force") == 0
+    assert read_jsonl(rows) == [{"text": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--output", "out.xlsx"], "name a file that ends in .jsonl"),
+        (["--output", "out.jsonl", "--counts", "./out.jsonl"], "name the same file"),
+        (["--output", "out.jsonl", "--rejects", "rejects.csv"], "ends in .jsonl"),
+        (["--output", "in.jsonl/out.jsonl"], "cannot be written"),
+        (["--output", "."], "name a file"),
+        (["--output", "out.jsonl", "--threshold", "1.5"], "above 0, up to 1"),
+        (["--output", "out.jsonl", "--workers", "0"], "at least 1"),
+        (["missing.jsonl", "--output", "out.jsonl"], "no such file"),
+        (["--output", "out.jsonl", "--keep", "best", "--by", "text"], "should be a number"),
+    ],
+)
+def test_a_wrong_option_ends_with_2_before_anything_is_written(
+    bench, monkeypatch, options, message
+):
+    monkeypatch.chdir(bench.folder)
+    bench.rows([{"text": "a"}])
+    assert bench.run("dedup", "in.jsonl", *options) == 2
+    assert message in bench.stderr
+    assert os.listdir() == ["in.jsonl"]
+
+
+def test_an_error_in_the_last_row_leaves_no_file(bench):
+    rows = bench.rows([{"text": "a"}, {"text": "b"}])
+    with rows.open("a") as file:
+        file.write("{")
+    assert (
+        bench.run("dedup", rows, "--output", bench.out, "--rejects", bench.folder / "r.jsonl") == 2
+    )
+    assert f"{rows}:3: broken JSON" in bench.stderr
+    assert os.listdir(bench.folder) == ["in.jsonl"]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "json", "csv", "tsv", "csv.gz", "parquet"])
+def test_every_type_that_is_written_is_read_again(bench, ending):
+    rows = [{"question": f'q "{n}",\n;\té', "answer": story(n)} for n in range(5)]
+    path = bench.folder / f"out.{ending}"
+    assert bench.run("dedup", bench.rows(rows), "--output", path) == 0
+    assert bench.made("dedup", path) == rows
+    if ending.endswith("gz"):
+        assert gzip.decompress(path.read_bytes())[:1]
+
+
+@pytest.mark.parametrize(
+    ("ending", "rows", "message"),
+    [
+        ("csv", [{"a": "1"}, {"b": "2"}], "in.jsonl:2: a table has one header"),
+        ("csv", [{"a": ["1"]}], "in.jsonl:1: column 'a' holds [\"1\"], which no cell"),
+        ("parquet", [{"a": 1}, {"a": "x"}], "do not fit one table"),
+        ("parquet", [{"a": "1"}, {"b": "2"}], "columns that the first row lacks"),
+        ("jsonl", [{"a": float("nan")}], "in.jsonl:1: this row cannot be written as JSON: column"),
+    ],
+)
+def test_rows_that_do_not_fit_the_type_are_named(bench, ending, rows, message):
+    path = bench.folder / f"out.{ending}"
+    assert bench.run("dedup", bench.rows(rows), "--output", path) == 2
+    assert message in bench.stderr
+    assert not path.exists()
+
+
+# ---------------------------------------------------------------------------------------- dedup
+
+
+def test_dedup_names_what_it_removes(bench):
+    near = story(1).replace("w", "W", 1) + "!"
+    rows = [
+        {"id": 1, "text": story(1)}, {"id": 2, "text": story(2)}, {"id": 3, "text": story(1)},
+        {"id": 4, "text": near}, {"id": 5, "text": f" {story(2)}\n"},
+    ]  # fmt: skip
+    rejects = bench.folder / "rejects.jsonl"
+    assert bench.made("dedup", rows, "--rejects", rejects) == rows[:2]
+    source = bench.folder / "in.jsonl"
+    places = [(row["place"], row["reason"], row["kept"], row["row"]) for row in read_jsonl(rejects)]
+    assert places == [
+        (f"{source}:3", "exact duplicate", f"{source}:1", rows[2]),
+        (f"{source}:4", "near-duplicate", f"{source}:1", rows[3]),
+        (f"{source}:5", "exact duplicate", f"{source}:2", rows[4]),
+    ]
+    assert bench.counts["dropped"] == {"exact duplicate": 2, "near-duplicate": 1}
+    assert (bench.counts["read"], bench.counts["written"]) == (5, 2)
+    assert bench.counts["largest_clusters"] == [3, 2]
+    assert bench.counts["examples"]["near-duplicate"][0]["place"] == f"{source}:4"
+    assert bench.made("dedup", rows, "--exact") == [rows[0], rows[1], rows[3]]
+
+
+def test_dedup_keeps_the_best_row_of_a_cluster(bench):
+    rows = [
+        {"text": story(1), "stars": 3}, {"text": story(2), "stars": 1},
+        {"text": story(1) + " more", "stars": 2}, {"text": story(1).upper(), "stars": 3.5},
+    ]  # fmt: skip
+    assert bench.made("dedup", rows, "--keep", "best") == [rows[1], rows[2]]
+    assert bench.made("dedup", rows, "--keep", "best", "--by", "stars") == [rows[1], rows[3]]
+
+
+def test_dedup_compares_the_columns_that_are_named(bench):
+    rows = [{"question": story(n // 2), "answer": story(9 + n)} for n in range(4)]
+    assert bench.made("dedup", rows) == rows
+    assert bench.made("dedup", rows, "--columns", "question") == [rows[0], rows[2]]
+
+
+def test_texts_of_conversations_are_compared_without_roles(bench):
+    turns = [{"role": "user", "content": story(1)}, {"role": "assistant", "content": story(2)}]
+    other = [{"from": "human", "value": story(1)}, {"from": "gpt", "value": story(2)}]
+    rows = [{"messages": turns}, {"conversations": other}]
+    assert bench.made("dedup", rows) == rows[:1]
+
+
+def test_the_output_is_the_same_with_any_number_of_workers(bench):
+    rows = bench.rows([{"text": story(n % 2_400, 8)} for n in range(2_500)])
+    outputs = []
+    for workers in (1, 2):
+        rejects = bench.folder / f"rejects{workers}.jsonl"
+        options = ["--workers", workers, "--rejects", rejects]
+        assert bench.run("dedup", rows, "--output", bench.out, "--force", *options) == 0
+        outputs.append((bench.out.read_bytes(), rejects.read_bytes(), bench.stderr))
+    assert outputs[0] == outputs[1]
+    assert len(read_jsonl(bench.out)) == 2_400
