@@ -240,3 +240,84 @@ def test_the_output_is_the_same_with_any_number_of_workers(bench):
         outputs.append((bench.out.read_bytes(), rejects.read_bytes(), bench.stderr))
     assert outputs[0] == outputs[1]
     assert len(read_jsonl(bench.out)) == 2_400
+
+
+# -------------------------------------------------------------------------------- decontaminate
+
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\n{}\n\n### Response:\n"
+)
+
+
+def qa(question: str, answer: str) -> dict[str, str]:
+    return {"question": question, "answer": answer}
+
+
+def part(number: int, start: int, end: int) -> str:
+    return " ".join(story(number).split()[start:end])
+
+
+@pytest.mark.parametrize(
+    ("row", "rule"),
+    [
+        (qa(story(1), story(51)), "the same text"),
+        (qa(story(1).upper() + "?!", "no"), "the same text"),
+        (qa(ALPACA.format(story(1)), "no"), "the same text"),
+        (qa(f"<|im_start|>user\n{story(1)}<|im_end|>", "no"), "the same text"),
+        ({"messages": [{"role": "user", "content": story(1)}]}, "the same text"),
+        (qa(story(1) + " one more", "no"), "nearly the same text"),
+        (qa(f"{story(90)} {part(1, 5, 18)} {story(91)}", "no"), "13 words in a row"),
+        (qa(f"{story(90)} {part(51, 5, 18)} {story(91)}", "no"), "13 words in a row"),
+        (qa(f"{story(90)} {part(1, 5, 17)} {story(91)}", "no"), None),
+        (qa(f"{part(1, 0, 12)} x {part(1, 12, 20)}", story(92)), "half covered by runs of 8 words"),
+        (qa(f"{part(1, 0, 12)} x {part(1, 13, 20)}", story(92)), None),
+        ({"text": f"{part(1, 0, 10)} x {part(1, 30, 40)}"}, "half covered by runs of 8 words"),
+        (qa(story(93), story(94)), None),
+        (qa(ALPACA.format(story(93)), story(94)), None),
+        (qa("?", "!"), None),
+    ],
+)  # fmt: skip
+def test_each_rule_of_overlap(bench, row, rule):
+    held_out = bench.rows([qa(story(n), story(50 + n)) for n in range(3)], "test.jsonl")
+    clean = qa(story(95), story(96))
+    assert bench.made("decontaminate", [clean, row], "--against", held_out) == (
+        [clean] if rule else [clean, row]
+    )
+    assert bench.counts["dropped"] == ({rule: 1} if rule else {})
+    if rule:
+        assert bench.counts["examples"][rule][0]["overlaps"] == f"{held_out}:2"
+        assert f"in.jsonl:2 overlaps with {held_out}:2: {rule} ('" in bench.stderr
+
+
+def test_a_template_in_both_is_no_overlap(bench):
+    """A preamble of the user's own, in every row of both files."""
+    preamble = part(7, 0, 30)
+    held_out = bench.rows([qa(f"{preamble} {story(n, 12)}", "a") for n in range(5)], "test.jsonl")
+    rows = [qa(f"{preamble} {story(n, 12)}", "a") for n in (60, 61, 2)]
+    assert bench.made("decontaminate", rows, "--against", held_out) == rows[:2]
+    assert bench.counts["examples"]["the same text"][0]["overlaps"] == f"{held_out}:3"
+
+
+def test_an_evaluation_set_without_text_is_an_error(bench):
+    held_out = bench.rows([{"text": ""}], "test.jsonl")
+    rows = bench.rows([{"text": "a"}])
+    assert bench.run("decontaminate", rows, "--against", held_out, "--output", bench.out) == 2
+    assert "--against: none of its rows holds text" in bench.stderr
+    held_out.write_text("")
+    assert bench.run("decontaminate", rows, "--against", held_out, "--output", bench.out) == 2
+    assert "holds no rows" in bench.stderr
+
+
+@pytest.mark.skipif("FINETUNE_REAL_DATA" not in os.environ, reason="FINETUNE_REAL_DATA is not set")
+def test_real_questions_hidden_in_real_rows_are_found(bench):
+    """Every 20th question of GSM8K's test set, in an answer of Dolly, under Alpaca's template."""
+    real = Path(os.environ["FINETUNE_REAL_DATA"])
+    test = real / "gsm8k/test.jsonl"
+    rows = read_jsonl(real / "dolly/dolly_hhrlhf_small.jsonl")
+    assert bench.made("decontaminate", rows, "--against", test) == rows
+    hidden = {n: read_jsonl(test)[n]["question"] for n in range(0, 1_000, 20)}
+    for n, question in hidden.items():
+        rows[n]["response"] += question.lower().replace(",", " ")
+    made = bench.made("decontaminate", rows, "--against", test)
+    assert made == [row for n, row in enumerate(rows) if n not in hidden]

@@ -52,6 +52,8 @@ class Grams:
     """[grams] uint64"""
     rows: np.ndarray
     """[grams] which text each belongs to"""
+    starts: np.ndarray
+    """[grams] which of all words each begins with"""
 
 
 def word_hashes(split: Sequence[Sequence[bytes]]) -> tuple[np.ndarray, np.ndarray]:
@@ -71,11 +73,11 @@ def grams(hashes: np.ndarray, lengths: np.ndarray, n: int) -> Grams:
     for offset in range(1, n):
         combined *= _MULTIPLIER
         combined += hashes[offset : offset + count]
-    inside = rows[:count] == rows[n - 1 : n - 1 + count]
-    return Grams(_mixed(combined[inside]), rows[:count][inside])
+    starts = np.flatnonzero(rows[:count] == rows[n - 1 : n - 1 + count])
+    return Grams(mixed(combined[starts]), rows[starts], starts)
 
 
-def _mixed(values: np.ndarray) -> np.ndarray:
+def mixed(values: np.ndarray) -> np.ndarray:
     """Spread the bits of hashes, as splitmix64 ends."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -127,29 +129,42 @@ def banding(threshold: float) -> tuple[int, int]:
 
 def fingerprint(texts: Sequence[str], threshold: float = THRESHOLD) -> Fingerprints:
     """Return the fingerprints of texts. A text without words resembles only the same text."""
+    split = [words(text) or [text.strip().encode("utf-8", "replace")] for text in texts]
+    return fingerprint_words(*word_hashes(split), threshold)
+
+
+def fingerprint_words(
+    hashes: np.ndarray, lengths: np.ndarray, threshold: float = THRESHOLD
+) -> Fingerprints:
+    """Return the fingerprints of texts whose words are hashed."""
     from rensa import RMinHash
 
     count, rows_of_band = banding(threshold)
-    split = [_padded(words(text) or [text.strip().encode("utf-8", "replace")]) for text in texts]
-    shingled = grams(*word_hashes(split), SHINGLE)
-    lengths = np.bincount(shingled.rows, minlength=len(texts))
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.uint64)
+    shingled = grams(*_padded(hashes, lengths), SHINGLE)
+    sizes = np.bincount(shingled.rows, minlength=len(lengths))
+    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.uint64)
     made = RMinHash.digest_matrix_from_flat_token_hashes(
         shingled.hashes, offsets, count * rows_of_band, SEED
     )
     signature = np.fromiter(chain.from_iterable(made.to_rows()), np.uint64)
-    signature = signature.reshape(len(texts), count, rows_of_band)
-    bands = np.zeros((len(texts), count), np.uint64)
+    signature = signature.reshape(len(lengths), count, rows_of_band)
+    bands = np.zeros((len(lengths), count), np.uint64)
     for row in range(rows_of_band):
         bands = bands * _MULTIPLIER + signature[:, :, row]
     keys = shingled.rows.astype(np.uint64) << np.uint64(32) | shingled.hashes >> np.uint64(32)
     keys = np.unique(keys)
-    ends = np.cumsum(np.bincount((keys >> np.uint64(32)).astype(np.int64), minlength=len(texts)))
-    return Fingerprints(_mixed(bands), keys.astype(np.uint32), ends)
+    owners = (keys >> np.uint64(32)).astype(np.int64)
+    ends = np.cumsum(np.bincount(owners, minlength=len(lengths)))
+    return Fingerprints(mixed(bands), keys.astype(np.uint32), ends)
 
 
-def _padded(split: list[bytes]) -> list[bytes]:
-    return split + [b""] * (SHINGLE - len(split))
+def _padded(hashes: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Make each text at least one shingle long, with zeros."""
+    longer = np.maximum(lengths, SHINGLE)
+    moved = np.repeat((np.cumsum(longer) - longer) - (np.cumsum(lengths) - lengths), lengths)
+    filled = np.zeros(int(longer.sum()), np.uint64)
+    filled[np.arange(len(hashes)) + moved] = hashes
+    return filled, longer
 
 
 def jaccard(prints: Fingerprints, left: np.ndarray, right: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from finetune.preparation.frame import Frame
 
 PROGRAMS = {
     "dedup": "remove rows that are the same as, or nearly the same as, another row",
+    "decontaminate": "remove rows that overlap with evaluation rows",
 }
 
 

@@ -5,11 +5,13 @@ from typing import Any
 
 # Columns that the formats of rows.py read, by all their names.
 COLUMNS = frozenset(
-    "answer chosen completion context conversations history input instruction messages output "
-    "preferred_output non_preferred_output prompt question rejected response system text".split()
+    "answer choices chosen completion context conversations history input instruction messages "
+    "non_preferred_output output preferred_output prompt query question rejected response system "
+    "text".split()
 )
-# What a column asks; the others answer.
-ASKED = frozenset("context history input instruction prompt question system".split())
+# Columns that ask; in a list of messages, the roles that do not answer.
+ASKED = frozenset("context history input instruction prompt query question system".split())
+ASKING = frozenset("developer human system tool user".split())
 NAMES = frozenset("from id name role tool_call_id type".split())  # keys of messages: no text
 
 
@@ -37,6 +39,21 @@ def text_of(values: Mapping[str, Any], chosen: Sequence[str] = ()) -> str:
     """Return the text of a row, a line for each string."""
     found = [text for name in text_columns(values, chosen) for text in strings(values[name])]
     return "\n".join(found)
+
+
+def parts_of(values: Mapping[str, Any], chosen: Sequence[str] = ()) -> tuple[str, str]:
+    """Return (what a row asks, all else of its text); all is asked where nothing is known to be."""
+    asked: list[str] = []
+    answered: list[str] = []
+    for name in text_columns(values, chosen):
+        if name in ASKED:
+            asked.extend(strings(values[name]))
+            continue
+        turns = values[name] if isinstance(values[name], list) else [values[name]]
+        for turn in turns:
+            role = (turn.get("role") or turn.get("from")) if isinstance(turn, Mapping) else None
+            (asked if role in ASKING else answered).extend(strings(turn))
+    return ("\n".join(asked), "\n".join(answered)) if asked else ("\n".join(answered), "")
 
 
 def changed(value: Any, change: Callable[[str], str]) -> Any:

@@ -11,6 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from typing import Any
 
+from finetune.data.readers import Row
 from finetune.errors import OutOfMemory
 
 CHUNK = 1_000  # items: sending a list costs 1 ms, working on it 20 and more
@@ -60,6 +61,25 @@ def mapped(
         raise OutOfMemory(f"{what}; try again with fewer --workers") from exc
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def mapped_rows(
+    rows: Iterable[Row],
+    part_of: Callable[[Row], Any],
+    make: Callable[..., Callable[[list[Any]], Any]],
+    workers: int,
+    *arguments: Any,
+) -> Iterator[tuple[list[Row], Any]]:
+    """Yield (rows, `make(*arguments)` of what `part_of` takes of each), a chunk at a time."""
+    waiting: deque[list[Row]] = deque()
+
+    def parts() -> Iterator[list[Any]]:
+        for chunk in chunks(rows):
+            waiting.append(chunk)
+            yield list(map(part_of, chunk))
+
+    for result in mapped(make, parts(), workers, *arguments):
+        yield waiting.popleft(), result
 
 
 def _begin(make: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...]) -> None:
