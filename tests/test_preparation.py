@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, read_jsonl, write_jsonl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from finetune.__main__ import main
 from finetune.preparation.programs import PROGRAMS
@@ -321,3 +323,107 @@ def test_real_questions_hidden_in_real_rows_are_found(bench):
         rows[n]["response"] += question.lower().replace(",", " ")
     made = bench.made("decontaminate", rows, "--against", test)
     assert made == [row for n, row in enumerate(rows) if n not in hidden]
+
+
+# ---------------------------------------------------------------------------------------- split
+
+
+def split(bench: Bench, rows: list[Any], *options: Any) -> dict[str, list[Any]]:
+    """Return the rows of each file that split makes."""
+    folder = bench.folder / "split"
+    files = ["--output", folder, "--force", "--counts", bench.folder / "counts.json"]
+    for path in folder.glob("*"):
+        path.unlink()
+    assert bench.run("split", bench.rows(rows), *files, "--workers", 1, *options) == 0, bench.stderr
+    return {path.stem: read_jsonl(path) for path in folder.glob("*")}
+
+
+ROWS = st.lists(
+    st.fixed_dictionaries({
+        "text": st.integers(0, 15).map(lambda n: story(n // 2, 30) + " x" * (n % 2)),
+        "owner": st.integers(0, 30),
+        "day": st.integers(0, 9),
+    }),
+    min_size=8, max_size=60,
+)  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(ROWS, st.sampled_from([[], ["--group", "owner"], ["--time", "day"], ["--stratify", "day"]]))
+def test_split_never_parts_a_cluster_or_a_group(bench, rows, options):
+    """And loses or doubles no row, and keeps their order."""
+    folder = bench.folder / "split"
+    for path in folder.glob("*"):
+        path.unlink()
+    rows = [{**row, "id": number} for number, row in enumerate(rows)]
+    source = bench.rows(rows)
+    sizes = ["--dev", "2", "--test", "2"]
+    code = bench.run("split", source, "--output", folder, *sizes, *options, "--workers", 1)
+    if code:
+        assert code == 2
+        assert "no rows are left for" in bench.stderr
+        assert not list(folder.glob("*"))
+        return
+    made = {path.stem: read_jsonl(path) for path in folder.glob("*")}
+    assert sorted((row for part in made.values() for row in part), key=lambda r: r["id"]) == rows
+    assert all(
+        [row["id"] for row in part] == sorted(row["id"] for row in part) for part in made.values()
+    )
+    place = {row["id"]: name for name, part in made.items() for row in part}
+    by = ["owner"] if "owner" in options else []
+    for one in rows:
+        for other in rows:
+            near = one["text"].removesuffix(" x") == other["text"].removesuffix(" x")
+            if near or any(one[name] == other[name] for name in by):
+                assert place[one["id"]] == place[other["id"]]
+    if "day" in options[1:] and options[0] == "--time":
+        latest = max(row["day"] for row in made["train"])
+        assert (
+            latest <= max(row["day"] for row in made["dev"]) <= max(r["day"] for r in made["test"])
+        )
+
+
+def test_split_takes_shares_or_numbers(bench):
+    rows = [{"text": story(n, 12)} for n in range(100)]
+    made = split(bench, rows)
+    assert {name: len(part) for name, part in made.items()} == {"train": 80, "dev": 10, "test": 10}
+    assert bench.counts["changed"] == {"in dev": 10, "in test": 10, "in train": 80}
+    assert split(bench, rows) == made
+    assert split(bench, rows, "--seed", 1) != made
+    made = split(bench, rows, "--dev", 0, "--test", 7)
+    assert {name: len(part) for name, part in made.items()} == {"train": 93, "test": 7}
+
+
+def test_split_keeps_the_share_of_each_value(bench):
+    rows = [{"text": story(n, 12), "kind": "rare" if n % 10 == 0 else "usual"} for n in range(200)]
+    made = split(bench, rows, "--stratify", "kind")
+    rare = {name: sum(row["kind"] == "rare" for row in part) for name, part in made.items()}
+    assert rare == {"train": 16, "dev": 2, "test": 2}
+
+
+def test_split_by_time_holds_out_the_latest(bench):
+    rows = [{"text": story(n, 12), "date": f"2026-{1 + n * 7 % 12:02}-01"} for n in range(24)]
+    made = split(bench, rows, "--time", "date", "--test", 4, "--dev", 2)
+    months = {name: {row["date"][5:7] for row in part} for name, part in made.items()}
+    assert months["test"] == {"12", "11"}
+    assert months["dev"] == {"10"}
+    assert max(months["train"]) == "09"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--time", "when"], "in.jsonl:1: --time: this row has no value in column 'when'"),
+        (["--time", "mixed"], "in.jsonl:2: --time: 'x' and '1' cannot be compared"),
+        (["--test", "1.5"], "a share below 1, or a number of rows"),
+        (["--test", "9"], "--test: 9 of 4 rows leave none to train on"),
+        (["--test", "3", "--dev", "1"], "no rows are left for train"),
+        (["--stratify", "n", "--time", "n"], "exclude each other"),
+    ],
+)
+def test_a_split_that_cannot_be_is_refused(bench, options, message):
+    rows = [{"text": story(n), "n": n, "mixed": n or "x"} for n in (1, 0, 2, 3)]
+    folder = bench.folder / "split"
+    assert bench.run("split", bench.rows(rows), "--output", folder, *options) == 2
+    assert message in bench.stderr
+    assert not list(folder.glob("*"))

@@ -214,7 +214,7 @@ class Overlap:
 
 
 def _indexed(runs: Grams, count: int) -> tuple[np.ndarray, _Lookup, np.ndarray, np.ndarray]:
-    """Return (rows, hashes, starts of runs that are no template, sorted; which are a template)."""
+    """Return (rows, hashes, starts of runs outside templates, sorted; which are in one)."""
     order = np.lexsort((runs.starts, runs.rows, runs.hashes))
     hashes, rows = runs.hashes[order], runs.rows[order]
     new = np.concatenate([[True], hashes[1:] != hashes[:-1]])[: len(hashes)]

@@ -37,10 +37,16 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
 
 
 def add_output(parser: argparse.ArgumentParser, what: str = "") -> None:
-    """Add the output, the counts, and whether both may replace a file."""
+    """Add the output, the counts, and whether files may be replaced."""
     add = parser.add_argument
     what = what or "file to write, .jsonl, .json, .csv, .tsv or .parquet; - for a pipe"
     add("--output", required=True, type=paths.argument, metavar="FILE", help=what)
+    add_counts(parser)
+
+
+def add_counts(parser: argparse.ArgumentParser) -> None:
+    """Add the counts, and whether files may be replaced."""
+    add = parser.add_argument
     what = "also write what was counted to this file, as JSON"
     add("--counts", type=paths.argument, metavar="FILE", help=what)
     add("--force", action="store_true", help="replace files that exist")
@@ -243,7 +249,7 @@ class Frame:
         values = {
             "program": self.program,
             "inputs": [self.shown(source) for source in self.sources],
-            "output": self.arguments.output,
+            "output": getattr(self.arguments, "output", None) or self.arguments.folder,
             "read": self.read,
             "written": self.written,
             "dropped": dict(sorted(self.dropped.items())),

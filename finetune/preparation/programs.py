@@ -12,6 +12,7 @@ from finetune.preparation.frame import Frame
 PROGRAMS = {
     "dedup": "remove rows that are the same as, or nearly the same as, another row",
     "decontaminate": "remove rows that overlap with evaluation rows",
+    "split": "split rows into train, dev and test; near-duplicates never part",
 }
 
 
