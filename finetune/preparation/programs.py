@@ -13,6 +13,7 @@ PROGRAMS = {
     "dedup": "remove rows that are the same as, or nearly the same as, another row",
     "decontaminate": "remove rows that overlap with evaluation rows",
     "split": "split rows into train, dev and test; near-duplicates never part",
+    "scrub": "replace personal data by placeholders",
 }
 
 

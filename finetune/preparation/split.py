@@ -168,7 +168,7 @@ def drawn(
         by_stratum[stratum].append(part)
     total = sum(map(len, parts))
     assigned = ["train"] * total
-    owed = dict.fromkeys(sizes, 0.0)  # of the strata before, whose shares are no whole numbers
+    owed = dict.fromkeys(sizes, 0.0)  # by the strata before: shares are rarely whole
     for stratum in sorted(by_stratum, key=lambda value: (str(type(value)), value)):
         own = by_stratum[stratum]
         random.Random(f"{seed} {stratum}").shuffle(own)

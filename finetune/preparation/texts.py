@@ -1,6 +1,6 @@
 """The texts of a row: which strings of it are compared, and which are changed."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 # Columns that the formats of rows.py read, by all their names.
@@ -56,12 +56,12 @@ def parts_of(values: Mapping[str, Any], chosen: Sequence[str] = ()) -> tuple[str
     return ("\n".join(asked), "\n".join(answered)) if asked else ("\n".join(answered), "")
 
 
-def changed(value: Any, change: Callable[[str], str]) -> Any:
-    """Return a value with each string of `strings` changed, called in the same order."""
+def changed(value: Any, new: Iterator[str]) -> Any:
+    """Return a value with the strings that `strings` yields replaced by new ones, in order."""
     if isinstance(value, str):
-        return change(value)
+        return next(new)
     if isinstance(value, list | tuple):
-        return [changed(each, change) for each in value]
+        return [changed(each, new) for each in value]
     if isinstance(value, Mapping):
-        return {key: each if key in NAMES else changed(each, change) for key, each in value.items()}
+        return {key: each if key in NAMES else changed(each, new) for key, each in value.items()}
     return value
