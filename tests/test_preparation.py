@@ -43,8 +43,7 @@ class Bench:
         """Return what a program makes of rows, or of the file at a path."""
         source = rows if isinstance(rows, Path) else self.rows(rows)
         files = ["--output", self.out, "--force", "--counts", self.folder / "counts.json"]
-        code = self.run(program, source, *files, "--workers", "1", *arguments)
-        assert code == 0, self.stderr
+        assert self.run(program, source, *files, *arguments) == 0, self.stderr
         return read_jsonl(self.out)
 
     @property
@@ -499,3 +498,162 @@ def test_a_missing_package_is_named(bench, monkeypatch):
     ):  # fmt: skip
         assert bench.run(program, rows, "--output", bench.out, *options) == 2
         assert f"needs the package {package}; pip install 'finetune[data]'" in bench.stderr
+
+
+# ------------------------------------------------------------------------- convert and validate
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20).filter(str.strip)
+EXTRA = st.dictionaries(st.sampled_from(["id", "url"]), st.integers() | st.none() | TEXT)
+FORMATS = ["question_answer", "prompt_completion", "instruction", "messages", "sharegpt"]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.lists(st.tuples(TEXT, TEXT, EXTRA), min_size=1, max_size=5),
+    st.lists(st.sampled_from(FORMATS), min_size=1, max_size=4),
+)
+def test_converting_there_and_back_is_the_identity(bench, made, path):
+    rows = [{"question": ask, "answer": answer, **extra} for ask, answer, extra in made]
+    source = bench.rows(rows)
+    for number, format in enumerate([*path, "question_answer"]):
+        target = bench.folder / f"{number}.jsonl"
+        assert bench.run("convert", source, "--to", format, "--output", target, "--force") == 0
+        source = target
+    assert [json.loads(line) for line in source.read_bytes().split(b"\n")[:-1]] == rows
+
+
+def test_conversations_convert_between_both_kinds_of_messages(bench):
+    turns = [
+        {"role": "system", "content": "s"}, {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "d"},
+    ]  # fmt: skip
+    rows = [{"messages": turns, "id": 1}]
+    [made] = bench.made("convert", rows, "--to", "sharegpt")
+    assert made["conversations"][3] == {"from": "human", "value": "c"}
+    assert made["id"] == 1
+    assert bench.made("convert", [made], "--to", "messages") == rows
+    assert bench.made("convert", rows, "--to", "text") == [
+        {"text": "s\n\na\n\nb\n\nc\n\nd", "id": 1}
+    ]
+
+
+def test_what_another_format_cannot_hold_is_an_error_or_dropped(bench):
+    short, long = qa("a", "b"), {"messages": [{"role": r, "content": r} for r in (
+        "user", "assistant", "user", "assistant")]}  # fmt: skip
+    source = bench.rows([short, long])
+    options = ["--to", "prompt_completion", "--output", bench.out, "--format", "auto"]
+    assert bench.run("convert", source, *options) == 2
+    assert f"{source}:2: user, assistant, user, assistant are not one question" in bench.stderr
+    rejects = bench.folder / "rejects.jsonl"
+    assert bench.run("convert", source, *options, "--drop", "--rejects", rejects) == 0
+    assert read_jsonl(bench.out) == [{"prompt": "a", "completion": "b"}]
+    assert read_jsonl(rejects)[0]["row"] == long
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "message"),
+    [
+        ({"text": "a"}, ["--to", "messages"], "plain text has no messages"),
+        ({"a": "b"}, ["--to", "messages"], "fit no format"),
+        (
+            {**qa("a", "b"), "prompt": "c"},
+            ["--to", "prompt_completion"],
+            "'prompt' would be replaced",
+        ),
+        (qa("a", ""), ["--to", "messages"], "column 'answer' is empty"),
+        (
+            qa("a", "b"),
+            ["--to", "messages", "--columns", "question"],
+            "should be as 'question: Pat",
+        ),
+    ],
+)
+def test_a_row_that_cannot_be_converted_is_named(bench, row, options, message):
+    assert bench.run("convert", bench.rows([row]), "--output", bench.out, *options) == 2
+    assert message in bench.stderr
+    assert not bench.out.exists()
+
+
+def test_columns_with_other_names_are_mapped(bench):
+    rows = [{"Patient": "a", "Doctor": "b", "input": "left alone"}]
+    options = ["--to", "prompt_completion", "--columns", "question: Patient, answer: Doctor"]
+    assert bench.made("convert", rows, *options) == [
+        {"prompt": "a", "completion": "b", "input": "left alone"}
+    ]
+    rows = [{"instruction": "Translate.", "input": "hi", "output": "salut"}]
+    assert bench.made("convert", rows, "--to", "question_answer") == [
+        qa("Translate.\n\nhi", "salut")
+    ]
+
+
+def test_validate_lists_what_is_wrong(bench):
+    rows = [qa("a", "b"), qa("", "b"), {"question": "x"}, qa("a", 5), {"text": "plain"}]
+    source = bench.rows(rows[:4])
+    assert bench.run("validate", source) == 2
+    assert "3 of 4 rows are wrong" in bench.stderr
+    for line in (":2: column 'question' is empty", ":3: no column 'answer'", ":4: column 'answer'"):
+        assert f"{source}{line}" in bench.stderr
+    rejects = bench.folder / "rejects.jsonl"
+    assert bench.run("validate", source, "--output", bench.out, "--rejects", rejects) == 0
+    assert read_jsonl(bench.out) == rows[:1]
+    assert [row["row"] for row in read_jsonl(rejects)] == rows[1:4]
+    assert bench.run("validate", bench.rows(rows[:1])) == 0
+    assert "validate: 1 rows read; 1 of format question_answer" in bench.stderr
+    assert bench.run("validate", source, "--rejects", bench.folder / "r2.jsonl") == 2
+    assert "--rejects needs --output" in bench.stderr
+
+
+# ------------------------------------------------------------------------------- sample and mix
+
+
+def test_sample_draws_the_same_rows_for_the_same_seed(bench):
+    rows = [{"text": str(n), "kind": "rare" if n % 10 == 0 else "usual"} for n in range(200)]
+    made = bench.made("sample", rows, "--rows", 20)
+    assert len(made) == 20
+    assert made == [row for row in rows if row in made]
+    assert bench.made("sample", rows, "--share", 0.1) == made
+    assert bench.made("sample", rows, "--share", 0.1, "--seed", 1) != made
+    made = bench.made("sample", rows, "--rows", 50, "--stratify", "kind")
+    assert sum(row["kind"] == "rare" for row in made) == 5
+    source = bench.rows(rows)
+    for options, message in (
+        (["--rows", "201"], "201 of 200 rows"), ([], "required"),
+        (["--rows", "2", "--stratify", "x"], "in.jsonl:1: --stratify: this row has no value"),
+    ):  # fmt: skip
+        assert bench.run("sample", source, "--output", bench.out, "--force", *options) == 2
+        assert message in bench.stderr
+
+
+def test_mix_spreads_sources_by_weight(bench):
+    files = [
+        bench.rows([{"text": f"{name}{n}"} for n in range(count)], f"{name}.jsonl")
+        for name, count in (("a", 30), ("b", 10))
+    ]
+
+    def mixed(*options: Any) -> str:
+        out = ["--output", bench.out, "--force"]
+        assert bench.run("mix", *files, *out, *options) == 0, bench.stderr
+        return "".join(row["text"][0] for row in read_jsonl(bench.out))
+
+    assert mixed() == "aaba" * 10
+    assert sorted(row["text"] for row in read_jsonl(bench.out)) == sorted(
+        [f"a{n}" for n in range(30)] + [f"b{n}" for n in range(10)]
+    )
+    assert mixed("--weights", "1,1") == "ab" * 10
+    taken = [int(row["text"][1:]) for row in read_jsonl(bench.out) if row["text"][0] == "a"]
+    assert taken == sorted(set(taken))
+    assert taken != list(range(10))
+    assert mixed("--weights", "1,3", "--rows", "32", "--repeat").count("b") == 24
+    texts = [row["text"] for row in read_jsonl(bench.out)]
+    assert max(map(texts.count, texts)) == 3
+    assert mixed("--rows", "4", "--source-column", "from") == "aaba"
+    assert {row["from"] for row in read_jsonl(bench.out)} == set(map(str, files))
+    out = ["--output", bench.out, "--force"]
+    for options, message in (
+        (["--weights", "1,3", "--rows", "32"], f"24 rows are wanted of {files[1]}, which has 10"),
+        (["--weights", "1"], "1 weights for 2 inputs"),
+        (["--weights", "1,0"], "numbers above 0"),
+    ):
+        assert bench.run("mix", *files, *out, *options) == 2
+        assert message in bench.stderr

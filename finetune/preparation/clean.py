@@ -39,8 +39,8 @@ BLOCKS = frozenset(
 )
 INLINE = frozenset(
     "a abbr b big body center cite code del dfn em font head html i img input ins kbd label link "
-    "mark meta noscript option q s samp select small span strike strong sub sup tbody td tfoot th thead "
-    "time title tr tt u var video wbr".split()
+    "mark meta noscript option q s samp select small span strike strong sub sup tbody td tfoot th "
+    "thead time title tr tt u var video wbr".split()
 )
 HIDDEN = frozenset({"script", "style", "template"})
 SEEN = 1_000  # characters of a text by which its language is recognised: 0.1 ms

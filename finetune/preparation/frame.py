@@ -12,11 +12,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from tqdm import tqdm
 
-from finetune import failures, files
+from finetune import config, failures, files
 from finetune.config import paths
 from finetune.data import readers, source_files
+from finetune.data import rows as data_rows
 from finetune.data.readers import Row, printable, short
 from finetune.errors import FinetuneError, UserError
 from finetune.preparation import output, workers
@@ -64,6 +66,15 @@ def add_columns(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--columns", type=names, metavar="NAMES", help=what)
 
 
+def add_format(parser: argparse.ArgumentParser) -> None:
+    """Add how columns are read, as training reads them."""
+    what = "format of the rows (default: by the columns of the first row of each file)"
+    known = ["auto", *data_rows.FORMATS]
+    parser.add_argument("--format", choices=known, default="auto", help=what)
+    what = "other names of columns, as 'question: Patient, answer: Doctor'"
+    parser.add_argument("--columns", type=mapping, default={}, metavar="MAP", help=what)
+
+
 def add_workers(parser: argparse.ArgumentParser) -> None:
     what = "number of processes; the output is the same with any (default: the number of cores)"
     parser.add_argument("--workers", type=positive, default=workers.cores(), help=what)
@@ -72,6 +83,19 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
 def names(text: str) -> list[str]:
     """Read names between commas; a type for argparse."""
     return [name for name in text.split(",") if name]
+
+
+def mapping(text: str) -> dict[str, str]:
+    """Read names of columns as data.columns has them, braces or not; a type for argparse."""
+    body = text.strip().removeprefix("{").removesuffix("}")
+    try:
+        found = config.from_yaml(f"{{{body}}}")
+    except yaml.YAMLError:
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        what = f"{text!r} should be as 'question: Patient, answer: Doctor'"
+        raise argparse.ArgumentTypeError(what)
+    return found
 
 
 def positive(text: str) -> int:
@@ -113,7 +137,10 @@ class Frame:
     def __enter__(self) -> "Frame":
         with self._stack:
             self._check_outputs()
-            self.sources = self._expanded(getattr(self.arguments, "inputs", []))
+            inputs = getattr(self.arguments, "inputs", [])
+            self.groups = [self.expanded([name], "INPUT") for name in inputs]
+            """The files of each input."""
+            self.sources = list(dict.fromkeys(file for group in self.groups for file in group))
             if rejects := getattr(self.arguments, "rejects", None):
                 self._reject = self._stack.enter_context(output.writing(rejects))
             self._kept = self._stack.pop_all()
@@ -158,9 +185,6 @@ class Frame:
 
     def expanded(self, names: list[str], key: str) -> list[str]:
         """Return the files that an option names, as the inputs are found."""
-        return self._expanded(names, key)
-
-    def _expanded(self, names: list[str], key: str = "INPUT") -> list[str]:
         found: dict[str, None] = {}
         for name in names:
             if name == PIPE:
@@ -240,7 +264,9 @@ class Frame:
 
     def _report(self) -> None:
         """Print the counts to stderr, and write them to --counts."""
-        parts = [f"{self.read:,} rows read, {self.written:,} written"]
+        parts = [f"{self.read:,} rows read"]
+        if self.written or not hasattr(self.arguments, "output") or self.arguments.output:
+            parts[0] += f", {self.written:,} written"
         parts += [f"{count:,} dropped ({reason})" for reason, count in sorted(self.dropped.items())]
         parts += [f"{count:,} {what}" for what, count in sorted(self.changed.items())]
         tqdm.write(f"{self.program}: " + "; ".join(parts), file=sys.stderr)
@@ -249,7 +275,7 @@ class Frame:
         values = {
             "program": self.program,
             "inputs": [self.shown(source) for source in self.sources],
-            "output": getattr(self.arguments, "output", None) or self.arguments.folder,
+            "output": getattr(self.arguments, "output", getattr(self.arguments, "folder", None)),
             "read": self.read,
             "written": self.written,
             "dropped": dict(sorted(self.dropped.items())),

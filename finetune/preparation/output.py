@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from finetune import failures, files
-from finetune.data.readers import list_columns, printable, short
+from finetune.data.readers import printable, short
 from finetune.errors import DataError, UserError
 
 PIPE = "-"
@@ -115,9 +115,8 @@ def _table(delimiter: str) -> Any:
                 header.extend(values)
                 writer.writerow(header)
             if list(values) != header and set(values) != set(header):
-                what = (
-                    f"has the columns {list_columns(values)}, the first row {list_columns(header)}"
-                )
+                own, first = short(list(values), 300), short(header, 300)
+                what = f"has the columns {own}, the first row {first}"
                 raise DataError(f"{where}: a table has one header, but this row {what}; use .jsonl")
             writer.writerow([_cell(name, values[name], where) for name in header])
 
@@ -157,7 +156,7 @@ def _parquet(file: BinaryIO) -> Iterator[Write]:
         columns = {name for values in waiting for name in values}
         if unknown := columns - set(table.schema.names):
             what = f"rows from {places[0]} to {places[-1]} have columns that the first row lacks"
-            raise DataError(f"{what}: {list_columns(sorted(unknown))}; write .jsonl")
+            raise DataError(f"{what}: {short(sorted(unknown), 300)}; write .jsonl")
         writer = writer or parquet.ParquetWriter(file, table.schema)
         writer.write_table(table)
         waiting.clear()

@@ -10,11 +10,15 @@ from finetune.errors import EXIT_COMPLETE
 from finetune.preparation.frame import Frame
 
 PROGRAMS = {
+    "validate": "check every row as training does",
+    "convert": "convert rows to another format, and files to another type",
     "dedup": "remove rows that are the same as, or nearly the same as, another row",
     "decontaminate": "remove rows that overlap with evaluation rows",
     "split": "split rows into train, dev and test; near-duplicates never part",
     "clean": "clean characters, markup and white space; keep languages",
     "scrub": "replace personal data by placeholders",
+    "sample": "draw rows at random",
+    "mix": "mix sources by weight",
 }
 
 
@@ -22,7 +26,9 @@ class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpF
     """Keep the lines of a description; show the defaults of options that have one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return (
+            action.help if action.default in (None, False, {}) else super()._get_help_string(action)
+        )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
