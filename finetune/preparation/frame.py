@@ -38,6 +38,12 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-unit", choices=units, default="line", help=what)
 
 
+def add_documents(parser: argparse.ArgumentParser) -> None:
+    """Add inputs that are documents, not rows."""
+    what = "files, folders or globs of Markdown, HTML, PDF or text"
+    parser.add_argument("documents", nargs="+", metavar="INPUT", type=paths.argument, help=what)
+
+
 def add_output(parser: argparse.ArgumentParser, what: str = "") -> None:
     """Add the output, the counts, and whether files may be replaced."""
     add = parser.add_argument
@@ -120,7 +126,8 @@ class Frame:
         self.arguments = arguments
         self.program = program
         self.read = 0
-        """Rows read."""
+        """Rows read, or what else `unit` says."""
+        self.unit = "rows"
         self.written = 0
         """Rows written."""
         self.dropped: Counter[str] = Counter()
@@ -264,9 +271,9 @@ class Frame:
 
     def _report(self) -> None:
         """Print the counts to stderr, and write them to --counts."""
-        parts = [f"{self.read:,} rows read"]
+        parts = [f"{self.read:,} {self.unit} read"]
         if self.written or not hasattr(self.arguments, "output") or self.arguments.output:
-            parts[0] += f", {self.written:,} written"
+            parts[0] += f", {self.written:,} {'rows ' * (self.unit != 'rows')}written"
         parts += [f"{count:,} dropped ({reason})" for reason, count in sorted(self.dropped.items())]
         parts += [f"{count:,} {what}" for what, count in sorted(self.changed.items())]
         tqdm.write(f"{self.program}: " + "; ".join(parts), file=sys.stderr)

@@ -10,6 +10,10 @@ from finetune.errors import EXIT_COMPLETE
 from finetune.preparation.frame import Frame
 
 PROGRAMS = {
+    "import_faq": "questions and answers of FAQ pages, as rows",
+    "import_slack": "threads of a Slack export, as conversations",
+    "import_support": "support tickets, as conversations",
+    "from_text": "documents, as questions and answers or passages",
     "validate": "check every row as training does",
     "convert": "convert rows to another format, and files to another type",
     "dedup": "remove rows that are the same as, or nearly the same as, another row",
