@@ -68,12 +68,17 @@ class _Words:
         self.asked = np.fromiter(map(len, asked), np.int64, len(asked))
         self.starts = np.cumsum(self.lengths) - self.lengths
 
-    def pieces(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the hashed words and lengths of [all of each text, what each text asks]."""
+    def pieces(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return (hashed words, lengths, texts) of all of each text, then of what each asks.
+
+        Without texts that have no words, and without what is asked where it is all.
+        """
         places = np.arange(len(self.hashes)) - np.repeat(self.starts, self.lengths)
-        is_asked = places < np.repeat(self.asked, self.lengths)
-        hashes = np.concatenate([self.hashes, self.hashes[is_asked]])
-        return hashes, np.concatenate([self.lengths, self.asked])
+        asked = np.where(self.asked < self.lengths, self.asked, 0)
+        hashes = np.concatenate([self.hashes, self.hashes[places < np.repeat(asked, self.lengths)]])
+        lengths = np.concatenate([self.lengths, asked])
+        texts = np.tile(np.arange(len(asked)), 2)
+        return hashes, lengths[lengths > 0], texts[lengths > 0]
 
 
 class _Lookup:
@@ -104,22 +109,20 @@ class Overlap:
     def __init__(self, texts: Sequence[Text]) -> None:
         words = _Words(texts)
         self._lengths, self._asked = words.lengths, words.asked
-        hashes, lengths = words.pieces()
-        self._whole = _sequences(hashes, lengths)
+        hashes, lengths, self._texts = words.pieces()
         self._prints = clusters.fingerprint_words(hashes, lengths)
-        order = np.argsort(self._prints.bands, axis=0, kind="stable")
-        self._order, self._bands = order, np.take_along_axis(self._prints.bands, order, 0)
-        self._known = {
-            int(value): piece
-            for piece, value in reversed(list(enumerate(self._whole)))
-            if lengths[piece]
-        }
+        bands = np.ascontiguousarray(self._prints.bands.T)
+        self._order = np.argsort(bands, axis=1, kind="stable")
+        self._bands = np.take_along_axis(bands, self._order, 1)
+        pairs = zip(_sequences(hashes, lengths).tolist(), self._texts.tolist())
+        self._known = dict(reversed(list(pairs)))
         self._long_rows, self._long = _indexed(
             clusters.grams(words.hashes, words.lengths, LONG), len(texts)
         )[:2]
         short = clusters.grams(words.hashes, words.lengths, SHORT)
         self._short_rows, self._short, self._short_starts, template = _indexed(short, len(texts))
-        self._short_starts -= words.starts[self._short_rows]
+        starts = self._short_starts - words.starts[self._short_rows]
+        self._short_starts = starts.astype(np.int32)  # inside its row
         self._set_counted(words, short, template)
 
     def _set_counted(self, words: _Words, short: Grams, template: np.ndarray) -> None:
@@ -147,36 +150,36 @@ class Overlap:
         return found
 
     def _match_whole(self, words: _Words, found: list[Match | None]) -> None:
-        hashes, lengths = words.pieces()
-        count = len(words.lengths)
-        for piece, value in enumerate(_sequences(hashes, lengths).tolist()):
-            row = piece % count
-            if lengths[piece] and found[row] is None and value in self._known:
-                shared = _shown(words.split[row][: lengths[piece]])
-                found[row] = Match(self._known[value] % len(self), EXACT, shared)
+        hashes, lengths, texts = words.pieces()
+        if not len(lengths) or not len(self._texts):
+            return
+        for value, row, size in zip(_sequences(hashes, lengths).tolist(), texts, lengths):
+            if found[row] is None and value in self._known:
+                found[row] = Match(self._known[value], EXACT, _shown(words.split[row][:size]))
         prints = clusters.fingerprint_words(hashes, lengths)
-        pairs: set[tuple[int, int]] = set()
-        for band in range(prints.bands.shape[1]):
-            known = self._bands[:, band]
-            first = np.searchsorted(known, prints.bands[:, band])
-            first[first == len(known)] = 0
-            for piece in np.flatnonzero(known[first] == prints.bands[:, band]).tolist():
-                place, value = int(first[piece]), prints.bands[piece, band]
-                last = int(np.searchsorted(known, value, "right"))
-                near = self._order[place : min(last, place + clusters.MOST_NEIGHBOURS), band]
-                pairs.update((piece, int(other)) for other in near)
-        listed = sorted(
-            (piece, other)
-            for piece, other in pairs
-            if found[piece % count] is None and lengths[piece]
-        )
-        left, right = (np.array([pair[side] for pair in listed], np.int64) for side in (0, 1))
+        pairs = [pair for pair in self._near(prints.bands) if found[texts[pair[0]]] is None]
+        left, right = (np.array([pair[side] for pair in pairs], np.int64) for side in (0, 1))
         similar = clusters.jaccard_between(prints, left, self._prints, right)
-        for (piece, other), value in zip(listed, similar):
-            row = piece % count
+        for (piece, other), value in zip(pairs, similar):
+            row = int(texts[piece])
             if value >= clusters.THRESHOLD and found[row] is None:
                 shared = _shown(words.split[row][: lengths[piece]])
-                found[row] = Match(other % len(self), NEAR, shared)
+                found[row] = Match(int(self._texts[other]), NEAR, shared)
+
+    def _near(self, bands: np.ndarray) -> list[tuple[int, int]]:
+        """Return pairs (piece, piece of an evaluation row) that share a band, sorted."""
+        pairs: set[tuple[int, int]] = set()
+        for band, (known, order) in enumerate(zip(self._bands, self._order)):
+            values = bands[:, band]
+            by_value = np.argsort(values)  # searching in order is several times as fast
+            first = np.searchsorted(known, values[by_value])
+            first[first == len(known)] = 0
+            for place in np.flatnonzero(known[first] == values[by_value]).tolist():
+                piece, start = int(by_value[place]), int(first[place])
+                last = int(np.searchsorted(known, values[piece], "right"))
+                last = min(last, start + clusters.MOST_NEIGHBOURS)
+                pairs.update((piece, int(other)) for other in order[start:last])
+        return sorted(pairs)
 
     def _match_long(self, words: _Words, found: list[Match | None]) -> None:
         runs = clusters.grams(words.hashes, words.lengths, LONG)
@@ -226,7 +229,8 @@ def _indexed(runs: Grams, count: int) -> tuple[np.ndarray, _Lookup, np.ndarray, 
     template = np.zeros(len(hashes), bool)
     template[order] = common
     kept = order[~common]
-    return runs.rows[kept], _Lookup(runs.hashes[kept]), runs.starts[kept], template
+    rows, starts = runs.rows[kept].astype(np.int32), runs.starts[kept]
+    return rows, _Lookup(runs.hashes[kept]), starts, template
 
 
 def _sequences(hashes: np.ndarray, lengths: np.ndarray) -> np.ndarray:

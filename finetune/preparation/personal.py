@@ -55,6 +55,7 @@ _ASSIGNED = re.compile(
     r"[\"']?\s{0,3}(?::=|[:=]|\bis\b)\s{0,3}[\"'`]?([^\s\"'`,;<>]{8,200})",
     re.IGNORECASE,
 )
+_WORDS = ("passw", "secret", "token", "key")
 _KEY_SIGNS = (
     "PRIVATE KEY-----", "AKIA", "ASIA", "gh", "github_pat_", "glpat-", "hf_", "sk-", "k_live_",
     "k_test_", "xox", "AIza", "npm_", "pypi-", "SG.", "eyJ",
@@ -101,6 +102,11 @@ def find(text: str, kinds: Sequence[str] = KINDS, regions: Sequence[str] = REGIO
     return sorted(found)
 
 
+def _has_digits(text: str, least: int) -> bool:
+    """Return False where a pattern cannot match: counting is ten times as fast as searching."""
+    return not text.isascii() or sum(map(text.count, "0123456789")) >= least
+
+
 def _emails(text: str, regions: Sequence[str]) -> Iterator[Found]:
     if "@" in text:
         for match in _EMAIL.finditer(text):
@@ -111,7 +117,8 @@ def _keys(text: str, regions: Sequence[str]) -> Iterator[Found]:
     if any(sign in text for sign in _KEY_SIGNS):
         for match in _KEY.finditer(text):
             yield Found(*match.span(), "key", match[0])
-    for match in _ASSIGNED.finditer(text):
+    lower = text.lower()
+    for match in _ASSIGNED.finditer(text) if any(each in lower for each in _WORDS) else ():
         value = match[1].rstrip(".)]}!?")
         classes = sum(bool(re.search(each, value)) for each in ("[a-z]", "[A-Z]", r"\d", r"[^\w]"))
         if classes >= 3 or (classes == 2 and len(value) >= 16 and re.search(r"\d", value)):
@@ -121,7 +128,7 @@ def _keys(text: str, regions: Sequence[str]) -> Iterator[Found]:
 def _ibans(text: str, regions: Sequence[str]) -> Iterator[Found]:
     from stdnum import iban
 
-    for match in _IBAN.finditer(text):
+    for match in _IBAN.finditer(text) if _has_digits(text, 6) else ():
         for end in range(len(match[0]), 14, -1):  # words in capitals may follow
             part = match[0][:end]
             if part[-1] not in " -" and iban.is_valid(part, check_country=False):
@@ -133,7 +140,7 @@ def _ibans(text: str, regions: Sequence[str]) -> Iterator[Found]:
 def _cards(text: str, regions: Sequence[str]) -> Iterator[Found]:
     from stdnum import luhn
 
-    for match in _CARD.finditer(text):
+    for match in _CARD.finditer(text) if _has_digits(text, 12) else ():
         digits = re.sub("[ -]", "", match[0])
         if not (_CARD_ISSUER.match(digits) and luhn.is_valid(digits)):
             continue
@@ -162,7 +169,7 @@ def _phones(text: str, regions: Sequence[str]) -> Iterator[Found]:
     Possible ones with +; in groups, valid ones of `regions`, and of any country near a word such as
     contact; and any number of at least 7 digits right after a word such as call.
     """
-    for match in _NUMBER.finditer(text):
+    for match in _NUMBER.finditer(text) if _has_digits(text, 7) else ():
         (start, end), number = match.span(), match[0]
         digits = re.sub(r"\D", "", number)
         if _NO_PHONE.match(number) or len(set(digits)) <= 2:
