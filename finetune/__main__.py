@@ -33,6 +33,10 @@ COMMANDS = {
         "finetune.forecast.command",
         "forecast the memory of a run, the topologies it fits on, and what to change",
     ),
+    "show": (
+        "finetune.show",
+        "show rows as the model will see them: what is supervised, masked, cut and packed",
+    ),
     "curves": ("finetune.curves", "plot loss, learning rate, gradient norm and speed of runs"),
     "merge": ("finetune.export.merge", "merge an adapter into its base and save full weights"),
     "export": ("finetune.export.merge", "export --merge: the same as merge"),
@@ -43,6 +47,7 @@ OTHERS = {
     "launch": "start train.py as `accelerate launch` does, and pass on signals and exit codes",
     "schema": "JSON schema of the run config, for editors",
 }
+TAKE_SETTINGS = ("plan", "show")  # --section.field VALUE, as train.py
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -114,9 +119,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     for name, text in OTHERS.items():
         commands.add_parser(name, help=text, description=text)
     arguments, settings = parser.parse_known_args(argv)
-    if settings and arguments.command != "plan":
+    if settings and arguments.command not in TAKE_SETTINGS:
         commands.choices[arguments.command].error(f"unrecognized arguments: {' '.join(settings)}")
-    arguments.settings = settings  # --section.field VALUE, as train.py has them
+    arguments.settings = settings
     return arguments
 
 

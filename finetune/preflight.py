@@ -52,6 +52,8 @@ class Data:
     format: str
     num_rows: int
     """All training rows; data.max_rows may select fewer."""
+    options: tokens.Options
+    """What decides the tokens besides rows, tokenizer and template."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     new_ids = tokenizer.convert_tokens_to_ids(config.model.new_tokens)
     return Data(
         tokenizer, template, model_config, kernel, train_batches, eval_batches, num_steps, new_ids,
-        sources, known, identity, format, num_rows,
+        sources, known, identity, format, num_rows, options,
     )  # fmt: skip
 
 

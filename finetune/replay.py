@@ -41,7 +41,7 @@ def main(arguments: argparse.Namespace) -> int:
     """
     run: Path = arguments.run.resolve()
     values, receipt = configs.read_resolved(run / "config.yaml"), _receipt(run)
-    _require_own_code(run, configs.flatten(values), receipt)
+    require_own_code(run, configs.flatten(values), receipt)
     config = configs.from_dict(values, where=str(run / "config.yaml"))
     _require_metrics(run, config.tracking.log_every_steps)
     name = arguments.name or f"{config.run.name}-replay"
@@ -59,7 +59,7 @@ def main(arguments: argparse.Namespace) -> int:
     return code or _compare(run, run.parent / name, tolerance(receipt))
 
 
-def _require_own_code(run: Path, settings: dict[str, Any], receipt: dict[str, Any]) -> None:
+def require_own_code(run: Path, settings: dict[str, Any], receipt: dict[str, Any]) -> None:
     """Raise RunDirectoryError if code of the user's own differs from the receipt's."""
     for key in configs.OWN_CODE:
         name = str(settings.get(key))

@@ -10,7 +10,7 @@ import torch
 from finetune import own_code
 from finetune.config import Config, Lora, accumulation_steps, base, own_codes, quantized, usual_lr
 from finetune.config import fields as config_fields
-from finetune.data import chat_templates, readers, templates
+from finetune.data import chat_templates, readers, templates, xray
 from finetune.engine.topology import Topology
 from finetune.errors import DataError
 from finetune.objectives import chosen
@@ -350,13 +350,8 @@ def _marked_document(examples: Any, tokenizer: Any, number: int) -> str:
     part = examples.input.span(number)
     ids, supervised = np.asarray(examples.input.ids[part]), np.asarray(examples.supervised[part])
     cuts = [0, *(np.flatnonzero(np.diff(supervised)) + 1), len(ids)]
-    # Decode prefixes, not runs: some tokenizers drop a space at the beginning of what they decode.
-    until = [
-        tokenizer.decode(ids[:cut].tolist(), clean_up_tokenization_spaces=False) for cut in cuts
-    ]
     text = ""
-    for start, before, after in zip(cuts, until, until[1:]):
-        piece = after[len(before) :]
+    for start, piece in zip(cuts, xray.decoded(ids, cuts, tokenizer)):
         text += f"[[{piece}]]" if supervised[start] else piece
     if len(text) > SHOWN_CHARACTERS:
         text = f"{text[: SHOWN_CHARACTERS // 2]} ... {text[-SHOWN_CHARACTERS // 2 :]}"

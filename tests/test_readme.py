@@ -66,7 +66,7 @@ def test_every_kind_of_command_is_run_by_a_test_here():
         "make ", "source .venv", "accelerate launch",
         "python train.py my_run.yaml", "python train.py --help",
         "python -m finetune chat", "python -m finetune plan", "python -m finetune evaluate",
-        "python -m finetune merge", "python -m finetune launch",
+        "python -m finetune merge", "python -m finetune launch", "python -m finetune show",
         "pip install --no-build-isolation", "pip install .",
     )  # fmt: skip
     assert [c for c in commands() if not c.startswith(known)] == []
@@ -120,18 +120,19 @@ BRIEF = {
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_commands_of_the_readme_in_order(my_run, monkeypatch):
-    """--check, plan, train, chat, evaluate, merge.
+    """--check, show, plan, train, chat, evaluate, merge.
 
-    Six cold commands would take a minute, so this process runs them; test_launch.py starts as a
+    Seven cold commands would take a minute, so this process runs them; test_launch.py starts as a
     user does.
     """
     runs = ("python train.py my_run", "python -m finetune ")
     chosen = [c for c in commands() if c.startswith(runs) and c != "python -m finetune launch"]
-    assert len(chosen) == 6
+    assert len(chosen) == 7
     for command in chosen:
         script, *arguments = typed(command, my_run)[1:]
         if script == "-m":
             assert main([*arguments[1:], *BRIEF.get(arguments[1], [])]) == 0, command
+            forget_process_state()
             continue
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", [script, *arguments])

@@ -189,6 +189,10 @@ class Batches:
             columns[name] = torch.from_numpy(np.asarray(own, np.float32))
         return replace(batch, columns=columns)
 
+    def of_sequence(self, sequence: int) -> Batch:
+        """Return one sequence alone, as it stands in its micro-batch."""
+        return self._collated(np.array([sequence]))
+
     def filler(self) -> Batch:
         """Return what a process gets that has no sequence left: nothing in it is supervised."""
         return self._collated(np.zeros(0, np.int64))

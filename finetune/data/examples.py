@@ -163,8 +163,11 @@ class Examples:
 
     def place(self, example: int) -> str:
         """Return file:line of the row that an example came from."""
-        source = self.sources[self.source[example]]
-        return str(Place(source, int(self.line[example]), int(self.row[example])))
+        return self.place_of(self.source[example], self.line[example], self.row[example])
+
+    def place_of(self, source: int, line: int, row: int) -> str:
+        """Return file:line of a row; `source` counts the files."""
+        return str(Place(self.sources[source], int(line), int(row)))
 
     def digests(self) -> list[bytes]:
         """Return a hash of the token ids of each example, to compare examples by."""
