@@ -69,7 +69,6 @@ def main(arguments: argparse.Namespace) -> None:
     config, run = _config(arguments)
     topology = Topology(config.train.precision, check_only=True)
     data = preflight.prepare(config, topology, RunDirectory(config, True).template_date())
-    topology.close()
     if run and not arguments.settings:
         _require_same(run, data)
     xray = of_run(config, data)
