@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import json
 import os
+import shlex
 import sys
 import threading
 from collections.abc import Iterator
@@ -12,8 +14,9 @@ from typing import Any
 import torch
 
 from finetune import config as configs
-from finetune import failures, places, preflight
+from finetune import failures, own_code, places, preflight
 from finetune.config import Config, base, differences
+from finetune.data import held_out
 from finetune.data.prefetch import Prefetch
 from finetune.engine import receipt
 from finetune.engine.best import BestCheckpoint
@@ -22,7 +25,7 @@ from finetune.engine.checkpoint.saver import Saver
 from finetune.engine.checkpoint.storage import Storage
 from finetune.engine.gpu import with_compilation
 from finetune.engine.metrics import Metrics, log
-from finetune.engine.rundir import RunDirectory
+from finetune.engine.rundir import HELD_OUT, RunDirectory
 from finetune.engine.state import TrainState
 from finetune.engine.topology import Topology
 from finetune.engine.trackers import Trackers
@@ -151,6 +154,7 @@ class Run:
                 "note: the previous attempt left no outcome: it was killed, or its machine was lost"
             )
         self.directory.create(config)
+        self._write_held_out()
         wanted = config.evaluation.every_steps if data.eval else None
         for note in (
             *self.directory.logs.rewind(step),
@@ -162,6 +166,17 @@ class Run:
             self.log(changed)
         if self.storage:
             self.storage.upload_notes(self.directory.path)
+
+    def _write_held_out(self) -> None:
+        """Write the rows that data.eval_fraction holds out; the same at each start of a run.
+
+        Resuming proves that the rows are the same, so a file that is there stays.
+        """
+        path, data = self.directory.path / HELD_OUT, self.data
+        if data.eval is None or not self.config.data.eval_fraction:
+            return
+        if self.state.progress.step == 0 or not path.exists():
+            held_out.write(path, data.eval.sequences.examples, self.config.data.text_unit)
 
     def _receipt(self) -> dict[str, Any]:
         config, topology, data, facts = self.config, self.topology, self.data, self.state.facts
@@ -283,13 +298,25 @@ class Run:
         command, path, base = places.command(), self.directory.path, self.config.model.path
         lines = [f"  draw        {command} curves {path}"]
         if self.objective.has_turns and base is not None:
-            evaluate = f"{command} evaluate --base {base} --tuned {path} --data HELD_OUT_ROWS"
+            evaluate = f"{command} evaluate --base {base} --tuned {path} --data {self.to_compare()}"
             lines.insert(0, f"  compare     {evaluate}")
         if self.objective.has_turns:
             lines.insert(0, f"  chat        {command} chat {path}")
         if self.config.adapter.kind != "full":
             lines.append(f"  merge       {command} merge {path} --output {path}/merged")
         return "\n".join(lines)
+
+    def to_compare(self) -> str:
+        """Return the rows to evaluate on, and how to read them, for a command line."""
+        wanted = self.config.data
+        if not wanted.eval_fraction:
+            return "HELD_OUT_ROWS"
+        options = [str(self.directory.path / HELD_OUT)]
+        if own_code.is_own(wanted.format):
+            options += ["--format", wanted.format]
+        if wanted.columns:
+            options += ["--columns", json.dumps(wanted.columns, ensure_ascii=False)]
+        return shlex.join(options)
 
     def _metrics(self) -> Metrics:
         config, directory, topology = self.config, self.directory, self.topology

@@ -97,7 +97,11 @@ def test_a_preempted_runs_missed_evaluation_is_made_up(workshop, monkeypatch):
         patch.setattr(loop, "train_step", lambda *a, **k: done.append(1) or one(*a, **k))
         with pytest.raises(Preempted):
             workshop.train("parts", **settings)
+    kept = workshop.run_dir("parts") / "held_out.jsonl"
+    assert kept.read_text() == (whole / "held_out.jsonl").read_text()
+    kept.unlink()  # a resume writes it again
     parts = workshop.train("parts", **settings)
+    assert kept.read_text() == (whole / "held_out.jsonl").read_text()
     assert read_jsonl(parts / "eval.jsonl") == read_jsonl(whole / "eval.jsonl")
     assert (parts / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
     assert torch.equal(

@@ -58,8 +58,11 @@ def test_a_run_leaves_every_promised_file(workshop):
     run = workshop.train(data__eval_fraction=0.2, evaluation__every_steps=2)
     assert {p.name for p in run.iterdir()} == {
         "config.yaml", "receipt.json", "metrics.jsonl", "eval.jsonl", "checkpoints", "outcome.json",
-        "model", ".lock", "saves.jsonl",
+        "model", ".lock", "saves.jsonl", "held_out.jsonl",
     }  # fmt: skip
+    kept = read_jsonl(run / "held_out.jsonl")
+    assert len(kept) == 8
+    assert [row for row in pairs() if row in kept] == kept
     lines = read_jsonl(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4], "32 of 40 rows in steps of 8"
     assert lines[0].keys() == {

@@ -30,9 +30,10 @@ from finetune.places import BEATS, REPLAY_OF, RUN
 
 LOCK = ".lock"
 OUTCOME = "outcome.json"
+HELD_OUT = "held_out.jsonl"
 STATES = ("running", "complete", "preempted", "failed")
 # Files that a killed `files.write_synced` leaves; `.mode-` is the probe of `files.follow_umask`.
-TEMPORARY = re.compile(r"(\.mode-)?\.writing-[a-z]+\.(json|jsonl|yaml)-[a-z0-9_]{8}")
+TEMPORARY = re.compile(r"(\.mode-)?\.writing-[a-z_]+\.(json|jsonl|yaml)-[a-z0-9_]{8}")
 MOST_REASON = 1_000  # letters, if outcome.json must fit into its present block on a full disk
 # After these the directory belongs to another run or process: leave its outcome alone.
 REFUSED = (RunDirectoryError, DirectoryInUse, TakenOver)
@@ -381,7 +382,7 @@ class RunDirectory:
         return [
             *self.logs.all,
             self.starts,
-            *(self.path / name for name in ("config.yaml", "outcome.json", "receipt.json")),
+            *(self.path / n for n in ("config.yaml", OUTCOME, "receipt.json", HELD_OUT)),
         ]
 
     def _read_receipt(self) -> tuple[dict[str, Any], str | None]:
