@@ -8,7 +8,8 @@ from torch import nn
 
 from finetune import preflight
 from finetune import run as runs
-from finetune.config import Config
+from finetune import summary as summaries
+from finetune.config import Check, Config
 from finetune.engine import optim
 from finetune.engine.checkpoint import contents, folder
 from finetune.engine.checkpoint import resume as resumption
@@ -21,23 +22,26 @@ from finetune.errors import Preempted, TrainingDiverged
 from finetune.models import attention_probe, base_identity, head
 from finetune.models import build as models
 from finetune.run import Run
-from finetune.summary import summary
 from finetune.survival.preemption import StopFlag
 
 EVA_STEPS = 8  # steps whose inputs adapter.init: eva looks at
 
 
-def run(config: Config, check_only: bool, stop: StopFlag) -> None:
+def run(config: Config, check: Check, stop: StopFlag) -> None:
     """Make one attempt at a run. Until it opens its directory it writes only the token cache."""
+    check_only = bool(check)
     stop.raises()
     with runs.opened(config, check_only, stop) as run:
         if not check_only and run.is_complete():
             return
         facts = preflight.check_model(run.config, run.data)
         run.settle_compilation(facts.num_parameters)
-        run.log(summary(run.config, run.topology, run.data, facts, check_only))
+        notes = summaries.notes(run.config, run.data, facts, check_only)
+        run.log(summaries.summary(run.config, run.topology, run.data, facts, notes, check_only))
         if check_only:
             run.directory.check(run.config)  # last: what is wrong with the data is of more use
+            if check == "strict":
+                summaries.refuse(notes)
             return
         build(run)
         untrained = run.fingerprints()

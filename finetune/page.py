@@ -39,7 +39,7 @@ small, .soft { color: var(--soft); }
 code, pre { font: 0.9rem/1.5 ui-monospace, monospace; }
 pre { white-space: pre-wrap; margin: 0.3rem 0; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; }
+table { border-collapse: collapse; margin: 0.8rem 0; overflow-wrap: break-word; }
 th, td { padding: 0.2rem 0.8rem 0.2rem 0; text-align: left; vertical-align: top;
   border-bottom: 1px solid var(--line); }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }

@@ -7,6 +7,7 @@ from typing import Any
 from finetune import extras, own_code
 from finetune.config import Config, base, code_identity
 from finetune.config import fields as config_fields
+from finetune.config.choices import OPTIMIZERS
 from finetune.data import batches, examples, order, readers, rows, source_files, templates, tokens
 from finetune.data.chat_templates import load as load_template
 from finetune.data.source_files import Sources
@@ -15,6 +16,7 @@ from finetune.engine.topology import Topology
 from finetune.errors import ConfigError, DataError, ModelError
 from finetune.export.publish import rehearse
 from finetune.export.save import Base
+from finetune.forecast import weights
 from finetune.models import (
     adapters,
     attention_choice,
@@ -30,6 +32,7 @@ from finetune.objectives import Objective, Own, chosen
 
 # Share of the evaluation rows that may also be training rows: common data sets have a few.
 MAX_EVAL_OVERLAP = 0.1
+FLOAT32 = 4  # bytes
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,10 @@ class ModelFacts:
     num_trainable: int
     why_all_logits: str | None
     """Why the head must hold all logits in memory at once; None if it need not."""
+    checkpoint_bytes: float
+    """What one checkpoint takes on the disk, about."""
+    export_bytes: float
+    """What the exported model takes."""
 
 
 def prepare(config: Config, topology: Topology, date: str | None = None) -> Data:
@@ -302,7 +309,14 @@ def check_model(config: Config, data: Data) -> ModelFacts:
     scalar_heads.attach(skeleton, chosen(config.objective).needs)
     trainable, total = parameters.count(adapted)
     _check_rates(config, skeleton, data.num_steps)
-    return ModelFacts(total, trainable, head.probe(skeleton)[1])
+    counted = weights.count(adapted, config, FLOAT32)
+    half = 0.5 if config.trains_in_16_bits else 1.0  # the skeleton is in float32
+    optimizer = counted.optimizer * (half if OPTIMIZERS[config.optimizer.kind].bits is None else 1)
+    averages = FLOAT32 * trainable if config.train.ema_decay else 0
+    return ModelFacts(
+        total, trainable, head.probe(skeleton)[1], half * counted.trained + optimizer + averages,
+        half * counted.stored if config.adapter.kind == "full" else counted.trained,
+    )  # fmt: skip
 
 
 def _check_rates(config: Config, skeleton: Any, num_steps: int) -> None:

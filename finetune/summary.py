@@ -1,6 +1,7 @@
 """Describe a run before it starts: model, data, steps, settings without effect, first example."""
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,12 +11,13 @@ import torch
 from finetune import own_code
 from finetune.config import Config, Lora, accumulation_steps, base, own_codes, quantized, usual_lr
 from finetune.config import fields as config_fields
-from finetune.data import chat_templates, readers, templates, xray
+from finetune.data import chat_templates, readers, repeats, templates, xray
 from finetune.engine.topology import Topology
-from finetune.errors import DataError
+from finetune.errors import ConfigError, DataError
 from finetune.objectives import chosen
 from finetune.preflight import Data, ModelFacts
 
+GB = 1e9
 SHOWN_CHARACTERS = 600
 SHOWN_NAMES = 10
 FEW_STEPS = 20
@@ -23,12 +25,13 @@ WORTH_A_FORECAST = 10_000_000  # parameters; smaller models fit into any machine
 
 
 def summary(
-    config: Config, topology: Topology, data: Data, model: ModelFacts, check_only: bool = False
-) -> str:
+    config: Config, topology: Topology, data: Data, model: ModelFacts, notes: list[str],
+    check_only: bool = False,
+) -> str:  # fmt: skip
     """Describe the run in a dozen lines, its first example, and whether it fits, how fast it is.
 
     The example has [[ ]] around what is supervised. On a CPU only --check forecasts, and only where
-    a model is large.
+    a model is large. `notes`: those of `notes`.
     """
     name = config.model.path or f"{data.model_config.model_type} from random weights"
     total, trainable = model.num_parameters, model.num_trainable
@@ -39,11 +42,8 @@ def summary(
         f"{topology.device.type}, {topology.precision}, attention {data.attention}",
         *_data_lines(config, topology, data),
         *_file_lines(config, data),
+        *([_disk_line(config, data, model)] if check_only else []),
     ]
-    if why := model.why_all_logits:
-        lines.append(f"note        all logits are held in memory at once: {why}")
-    notes = [*data.sources.notes, *_surprises(config, data), *_template_notes(config, data)]
-    notes += [*_stops_without_effect(config, data), *_data_without_effect(config, data)]
     lines += [f"note        {note}" for note in notes]
     train = data.train.sequences
     examples = train.examples
@@ -58,6 +58,63 @@ def summary(
             float(np.median(examples.lengths)),
         )  # fmt: skip
     return "\n".join(lines)
+
+
+def notes(config: Config, data: Data, model: ModelFacts, check_only: bool = False) -> list[str]:
+    """Return what is allowed and may surprise: errors of --check --strict.
+
+    Only --check searches for rows that repeat or resemble evaluation rows, and for room on the
+    disk.
+    """
+    found = [f"all logits are held in memory at once: {model.why_all_logits}"]
+    found = found if model.why_all_logits else []
+    found += [*data.sources.notes, *_surprises(config, data), *_template_notes(config, data)]
+    found += [*_stops_without_effect(config, data), *_data_without_effect(config, data)]
+    if not check_only:
+        return found
+    train = data.train.sequences.examples
+    found += repeats.notes(train)
+    if data.eval:
+        evals = data.eval.sequences.examples
+        found += repeats.overlap_notes(train, evals, list(data.sources.eval), data.options)
+    needed, _, free, where = _disk(config, data, model)
+    if needed > free:
+        found.append(
+            f"checkpoints and the model may take {needed / GB:,.3g} GB, and {where} has "
+            f"{free / GB:,.3g} GB free; lower checkpoint.keep_last, or set run.dir"
+        )
+    return found
+
+
+def refuse(notes: list[str]) -> None:
+    """Raise ConfigError that lists the notes, if there are any: --strict."""
+    if notes:
+        listed = "".join(f"\n  {note}" for note in notes)
+        raise ConfigError(f"--strict: {_counted(len(notes), 'note')}:{listed}")
+
+
+def _disk(config: Config, data: Data, model: ModelFacts) -> tuple[float, int, int, str]:
+    """Return (bytes that the run may take, checkpoints at once, free bytes, of which folder)."""
+    saved, checkpoint = data.num_steps, config.checkpoint
+    if checkpoint.every_minutes is None:  # else there may be one after any step
+        saved = (
+            1 if checkpoint.every_steps is None else -(-data.num_steps // checkpoint.every_steps)
+        )
+    # One more than is kept, while it is written; and the best one.
+    count = min(saved, checkpoint.keep_last + 1 + config.evaluation.export_best)
+    needed = count * model.checkpoint_bytes + model.export_bytes
+    parents = (config.run_dir, *config.run_dir.absolute().parents)
+    where = next(parent for parent in parents if parent.is_dir())
+    return needed, count, shutil.disk_usage(where).free, str(where)
+
+
+def _disk_line(config: Config, data: Data, model: ModelFacts) -> str:
+    needed, count, free, where = _disk(config, data, model)
+    return (
+        f"disk        {needed / GB:,.3g} GB: {_counted(count, 'checkpoint')} at most at once, of "
+        f"{model.checkpoint_bytes / GB:,.3g} GB, and the model; {free / GB:,.0f} GB are free in "
+        f"{where}"
+    )
 
 
 def _data_lines(config: Config, topology: Topology, data: Data) -> list[str]:

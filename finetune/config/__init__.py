@@ -5,7 +5,7 @@ its `--help` and its description in the JSON schema.
 """
 
 from finetune.config import base, paths
-from finetune.config.command_line import note_repeats, parse
+from finetune.config.command_line import Check, note_repeats, parse
 from finetune.config.fields import (
     PADDED_ATTENTION,
     Adapter,
@@ -36,9 +36,9 @@ from finetune.config.rules import conflicts
 from finetune.config.yaml_text import from_yaml, read_yaml
 
 __all__ = [
-    "OWN_CODE", "PADDED_ATTENTION", "PUT_BACK", "Adapter", "Config", "CrossEntropy", "Data", "Full",
-    "Lora", "Model", "Optimizer", "OwnObjective", "QLora", "Schedule", "accumulation_steps", "base",
-    "code_identity", "conflicts", "differences", "flatten", "from_dict", "from_yaml", "json_schema",
-    "note_repeats", "own_codes", "parse", "paths", "read_resolved", "read_yaml", "to_yaml",
-    "usual_lr",
+    "OWN_CODE", "PADDED_ATTENTION", "PUT_BACK", "Adapter", "Check", "Config", "CrossEntropy",
+    "Data", "Full", "Lora", "Model", "Optimizer", "OwnObjective", "QLora", "Schedule",
+    "accumulation_steps", "base", "code_identity", "conflicts", "differences", "flatten",
+    "from_dict", "from_yaml", "json_schema", "note_repeats", "own_codes", "parse", "paths",
+    "read_resolved", "read_yaml", "to_yaml", "usual_lr",
 ]  # fmt: skip

@@ -5,7 +5,7 @@ import functools
 import os
 import sys
 from pathlib import Path
-from typing import Any, NoReturn, get_origin
+from typing import Any, Literal, NoReturn, get_origin
 
 import yaml
 
@@ -36,8 +36,12 @@ BESIDE_CONFIG = (
 )  # fmt: skip
 
 
-def parse(argv: list[str], needs_weights: bool = True) -> tuple[Config, bool]:
-    """Return (the config, whether --check was given). Raises ConfigError with every problem.
+Check = Literal[False, True, "strict"]
+"""Whether to check alone, with --check; strict: with --strict, which makes notes errors."""
+
+
+def parse(argv: list[str], needs_weights: bool = True) -> tuple[Config, Check]:
+    """Return (the config, whether to check alone). Raises ConfigError with every problem.
 
     `needs_weights`: whether a base in a folder must have its weights.
     """
@@ -46,13 +50,14 @@ def parse(argv: list[str], needs_weights: bool = True) -> tuple[Config, bool]:
     if (asked := help.topic(argv)) is not None:
         print(help.text(parser, asked), end="")
         raise SystemExit(0)
-    if not [word for word in argv if word != "--check"]:  # `finetune check` adds it
+    if not set(argv) - {"--check", "--strict"}:  # `finetune check` adds the first
         raise ConfigError(
             "nothing to do: give the path of a config, such as configs/quickstart.yaml; see --help"
         )
     known, unknown = parser.parse_known_args(argv)
     overrides = vars(known)
     path, check = overrides.pop("config", None), overrides.pop("check", False)
+    strict = overrides.pop("strict", False)
     if path is None and unknown and unknown[0].endswith((".yaml", ".yml")):
         path = unknown.pop(0)  # train.py my_run.yaml
     taken = _taken_configs(path, overrides)
@@ -76,7 +81,7 @@ def parse(argv: list[str], needs_weights: bool = True) -> tuple[Config, bool]:
     config = from_dict(
         values, where=where, problems=problems, folder=folder, needs_weights=needs_weights
     )
-    return config, check
+    return config, "strict" if strict else check
 
 
 def _override(values: dict[str, Any], overrides: dict[str, str], sections: Sections) -> list[str]:
@@ -138,7 +143,7 @@ def _parser(sections: Sections) -> "_Parser":
     """Make a parser with an option for each setting of the sections."""
     parser = _Parser(
         prog=places.train_command(),
-        usage="%(prog)s CONFIG [--check] [--section.field VALUE ...]",
+        usage="%(prog)s CONFIG [--check] [--strict] [--section.field VALUE ...]",
         description="Specialise a Hugging Face language model to a task. Write the settings into a "
         "YAML file; those on the command line override it.",
         allow_abbrev=False,
@@ -153,6 +158,7 @@ def _parser(sections: Sections) -> "_Parser":
         action="store_true",
         help="check settings, rows and model without loading weights, and end",
     )
+    parser.add_argument("--strict", action="store_true", help="--check, and notes are errors")
     for section, classes in sections.items():
         about = Config.model_fields[section].description or classes[0].__doc__
         group = parser.add_argument_group(section, about)
@@ -187,7 +193,7 @@ def _help(classes: tuple[type[Section], ...], name: str) -> tuple[str, str]:
 
 def _problems_of_words(path: str | None, unknown: list[str], sections: Sections) -> list[str]:
     """Return what is wrong with words that are not options, and with the environment."""
-    options = {"--config", "--check", *(f"--{key}" for key in keys_of(sections))}
+    options = {"--config", "--check", "--strict", *(f"--{key}" for key in keys_of(sections))}
     after = [word for word in unknown if word.split("=")[0] in options]
     rest = [word for word in unknown if word != "--" and word not in after]
     problems = [

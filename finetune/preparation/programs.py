@@ -23,6 +23,7 @@ PROGRAMS = {
     "scrub": "replace personal data by placeholders",
     "sample": "draw rows at random",
     "mix": "mix sources by weight",
+    "report": "write the card of a set of rows: lengths, duplicates, overlap and more, with plots",
 }
 
 
