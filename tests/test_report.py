@@ -179,6 +179,7 @@ def test_earlier_steps_are_told_with_examples(make, tmp_path):
     assert f"wrote {kept} rows, but these are 24: a step is missing" in again.body
 
 
+@pytest.mark.proof
 def test_output_is_the_same_at_any_number_of_workers(make):
     many = [row(number) for number in range(2_500)]
     one = make(many)
