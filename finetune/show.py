@@ -303,7 +303,7 @@ update();
 def _page(config: Config, data: Data, xray: Xray, items: list[Item]) -> str:
     """Return the page of these sequences."""
     fates = "".join(f"<option>{page.text(fate)}</option>" for fate in xray.counts())
-    shown = f"{len(items):,} sequences"
+    shown = f"{len(items):,} shown: sequences, and rows that are in none"
     if len(items) < len(xray.items):
         shown += f", at even distances, of {len(xray.items):,}"
     form = (
