@@ -20,6 +20,10 @@ COMMANDS = {
         "finetune.replay",
         "repeat a run from its receipt; refuse, and list what differs, if anything changed",
     ),
+    "data": (
+        "finetune.preparation.programs",
+        "prepare rows: clean, remove duplicates, split and more; data --help lists all",
+    ),
     "evaluate": (
         "finetune.evaluation.compare",
         "compare the base and the tuned model on held-out rows",

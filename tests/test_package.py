@@ -26,7 +26,7 @@ def test_every_package_is_installed():
 
 # File of pins -> the extras of `pip install` that name the same packages; "": what every run needs.
 FILES = {
-    "requirements.txt": ["", "gpu", "tracking", "cloud", "eval"],
+    "requirements.txt": ["", "gpu", "tracking", "cloud", "eval", "data"],
     "requirements-cuda.txt": ["flash", "kernels"],
     "requirements-dev.txt": ["dev"],
 }  # fmt: skip

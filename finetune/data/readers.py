@@ -100,7 +100,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def absent(name: str, key: str = "data.train") -> DataError:
-    takes = f"{key} takes" if key.startswith("--") else "data.train and data.eval take"
+    takes = "data.train and data.eval take" if key.startswith("data.") else f"{key} takes"
     what = "files, folders, globs, or Hub names as owner/name[:split]"
     path = os.path.expanduser(name)
     folder, base = os.path.split(path)

@@ -67,7 +67,8 @@ def sources(train: str | list[str], evaluation: str | list[str] | None) -> Sourc
 def expand(name: str, key: str) -> tuple[list[str], list[str]]:
     """Return the files of a file, folder, glob or Hub name, and notes about files not read.
 
-    `key` is data.train, or anything else for rows to evaluate on. Raises DataError.
+    `key` is data.train, INPUT for all files whatever split their names say, or anything else for
+    rows to evaluate on. Raises DataError.
     """
     path = os.path.expanduser(name)
     pattern = not os.path.lexists(path) and glob.has_magic(path) and "\0" not in path
@@ -139,6 +140,8 @@ def _of_split(
     pattern: bool, notes: list[str],
 ) -> list[str]:  # fmt: skip
     """Return the files of a folder or glob whose names fit `key`: training or evaluation."""
+    if key == "INPUT":
+        return files
     splits = {file: _split(file.removeprefix(root)) for file in files}
     held_out = [file for file in files if splits[file] in ("validation", "test")]
     held = f"{some(held_out)} {'is' if len(held_out) == 1 else 'are'}"

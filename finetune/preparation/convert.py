@@ -1,0 +1,122 @@
+"""Convert rows to another format, and files to another type by the ending of --output.
+
+    finetune data convert rows.csv --to messages --output rows.jsonl
+
+Formats are those that training reads, and sharegpt (conversations of from and value). Columns that
+a format does not read stay. What the other format cannot hold, such as a second question in
+prompt_completion, is an error. The input of an instruction joins its question after a blank line.
+"""
+
+import argparse
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from finetune.data import rows as data_rows
+from finetune.data.readers import Row, short
+from finetune.errors import DataError
+from finetune.preparation import frame as frames
+from finetune.preparation.frame import Frame
+
+# Format -> the columns it reads, by all their names, which the new ones replace.
+READ = {
+    "messages": ("messages", "conversations"),
+    "question_answer": ("question", "answer"),
+    "prompt_completion": ("prompt", "completion", "response"),
+    "instruction": ("instruction", "input", "output", "response"),
+    "text": ("text",),
+}
+PAIRS = {
+    "question_answer": ("question", "answer"),
+    "prompt_completion": ("prompt", "completion"),
+    "instruction": ("instruction", "output"),
+}
+SHAREGPT = {"user": "human", "assistant": "gpt"}
+FORMATS = (*READ, "sharegpt")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    frames.add_inputs(parser)
+    frames.add_output(parser)
+    frames.add_rejects(parser)
+    what = f"{', '.join(FORMATS)} (default: as it is, for another type of file)"
+    add("--to", choices=FORMATS, metavar="FORMAT", help=what)
+    frames.add_format(parser)
+    what = "drop rows that the new format cannot hold, and count them"
+    add("--drop", action="store_true", help=what)
+
+
+def main(frame: Frame, arguments: argparse.Namespace) -> None:
+    with frame.writing() as write:
+        for row in frame.rows():
+            try:
+                values = row.values if arguments.to is None else converted(row, arguments)
+            except DataError as exc:
+                if not arguments.drop:
+                    raise
+                frame.drop(row, "does not fit the format", why=str(exc).partition(": ")[2])
+                continue
+            write(values, row.place)
+
+
+def converted(row: Row, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return a row in the format --to. Raise DataError if it does not fit."""
+    format, columns = arguments.format, arguments.columns
+    if format == "auto":
+        format = data_rows.detect(row, columns, for_training=False)
+    if format not in READ:
+        raise DataError(f"{row.place}: rows of format {format} cannot be converted")
+    messages = data_rows.to_conversation(row, format, columns, None, for_training=False).messages
+    read = set(READ[format]) | set(columns.values())
+    kept = {name: value for name, value in row.values.items() if name not in read}
+    turns = [
+        {"role": each.role, "content": f"{each.content}\n\n{each.context}".strip("\n")}
+        if each.context
+        else {"role": each.role, "content": each.content}
+        for each in messages
+    ]
+    made = MAKERS[arguments.to](row, turns)
+    if taken := [name for name in made if name in kept]:
+        what = f"column {short(taken[0])!r} would be replaced; rename or remove it first"
+        raise DataError(f"{row.place}: {what}")
+    return made | kept
+
+
+def _messages(row: Row, turns: list[dict[str, str]]) -> dict[str, Any]:
+    if turns[0]["role"] == "text":
+        raise DataError(f"{row.place}: plain text has no messages; from_text makes rows of it")
+    return {"messages": turns}
+
+
+def _sharegpt(row: Row, turns: list[dict[str, str]]) -> dict[str, Any]:
+    made = _messages(row, turns)["messages"]
+    return {
+        "conversations": [
+            {"from": SHAREGPT.get(turn["role"], turn["role"]), "value": turn["content"]}
+            for turn in made
+        ]
+    }
+
+
+def _text(row: Row, turns: list[dict[str, str]]) -> dict[str, Any]:
+    """Join what is said with blank lines; roles are lost."""
+    return {"text": "\n\n".join(turn["content"] for turn in turns)}
+
+
+def _pair(names: tuple[str, str]) -> Callable[[Row, list[dict[str, str]]], dict[str, Any]]:
+    def make(row: Row, turns: list[dict[str, str]]) -> dict[str, Any]:
+        roles = [turn["role"] for turn in _messages(row, turns)["messages"]]
+        if roles != ["user", "assistant"]:
+            what = f"{', '.join(roles[:6])} are not one question and one answer"
+            raise DataError(f"{row.place}: {what}; convert it --to messages, or --drop such rows")
+        return dict(zip(names, (turns[0]["content"], turns[1]["content"])))
+
+    return make
+
+
+MAKERS: Mapping[str, Callable[[Row, list[dict[str, str]]], dict[str, Any]]] = {
+    "messages": _messages,
+    "sharegpt": _sharegpt,
+    "text": _text,
+    **{name: _pair(names) for name, names in PAIRS.items()},
+}
