@@ -7,8 +7,20 @@ from typing import Any
 from finetune import extras, own_code
 from finetune.config import Config, base, code_identity
 from finetune.config import fields as config_fields
-from finetune.data import batches, examples, order, readers, rows, source_files, templates, tokens
+from finetune.data import (
+    batches,
+    examples,
+    file_types,
+    order,
+    remote,
+    rows,
+    source_files,
+    templates,
+    tokens,
+)
 from finetune.data.chat_templates import load as load_template
+from finetune.data.places import list_columns
+from finetune.data.problems import Skipping
 from finetune.data.source_files import Sources
 from finetune.engine import optim, trackers
 from finetune.engine.topology import Topology
@@ -52,6 +64,8 @@ class Data:
     format: str
     num_rows: int
     """All training rows; data.max_rows may select fewer."""
+    columns: str
+    """Which columns are read, and from which names; empty for a format of the user's own."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +86,7 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     wanted, objective = config.data, chosen(config.objective)
     _require_packages(config)
     topology.on_main(lambda: trackers.check(config.tracking.trackers, config.tracking.wandb_mode))
+    remote.keep_in(config.cache_dir)
     sources, format = _checked_rows(wanted, topology)  # before anything is fetched from the Hub
     model_config = load.load_config(config.model)  # first: transformers reads the tokenizer by it
     tokenizer = load.load_tokenizer(config.model)
@@ -83,7 +98,7 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     options = tokens.Options(
         wanted.format, wanted.columns, wanted.text_unit, wanted.system_prompt,
         objective.supervises(wanted.loss_on), wanted.max_length, wanted.truncation,
-        _positions(model_config),
+        _positions(model_config), wanted.repair_turns, _skipping(wanted),
     )  # fmt: skip
     train, evals, known, num_rows = _examples(config, sources, template, tokenizer, options)
     template = replace(template, learn_opening=train.learn_opening)
@@ -113,6 +128,8 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     return Data(
         tokenizer, template, model_config, kernel, train_batches, eval_batches, num_steps, new_ids,
         sources, known, identity, format, num_rows,
+        rows.columns_read(next(iter(sources.train)), wanted.text_unit, wanted.columns, format)
+        if wanted.format == "auto" or wanted.format == format else "",
     )  # fmt: skip
 
 
@@ -128,18 +145,26 @@ def _checked_rows(wanted: config_fields.Data, topology: Topology) -> tuple[Sourc
     """Return the files to read and the format of their rows. Raise UserError for wrong ones."""
     sources = source_files.sources(wanted.train, wanted.eval)
     files = [*sources.train, *sources.eval]
-    if wanted.text_unit != "line" and not any(map(readers.is_text, files)):
+    if wanted.text_unit != "line" and not any(map(file_types.is_text, files)):
         raise ConfigError("data.text_unit: would be ignored: no source is a .txt file; remove it")
     format: str = wanted.format
     if format == "auto" or own_code.is_own(format):
-        format = rows.detect_format(files, wanted.text_unit, wanted.columns, format=format)
+        format = rows.detect_format(
+            files, wanted.text_unit, wanted.columns, format=format,
+            skips=wanted.on_bad_row == "skip",
+        )  # fmt: skip
     groups = [list(names) for names in (sources.train, sources.eval) if names]
     topology.on_main(
         lambda: rows.check(
-            groups, wanted.format, wanted.columns, wanted.text_unit, wanted.system_prompt
+            groups, wanted.format, wanted.columns, wanted.text_unit, wanted.system_prompt,
+            skipping=_skipping(wanted), repair_turns=wanted.repair_turns,
         )
-    )
+    )  # fmt: skip
     return sources, format
+
+
+def _skipping(wanted: config_fields.Data) -> Skipping:
+    return Skipping(wanted.on_bad_row == "skip", wanted.max_bad_fraction)
 
 
 def _attention(config: Config, model_config: Any, topology: Topology) -> str:
@@ -191,7 +216,7 @@ def _examples(
                 "that no training row has"
             )
         if evals.columns.keys() != train.columns.keys():
-            here, there = (readers.list_columns(sorted(e.columns)) for e in (evals, train))
+            here, there = (list_columns(sorted(e.columns)) for e in (evals, train))
             raise DataError(
                 f"data.eval: data.format gives its rows the fields {here}, and those of data.train "
                 f"{there}; return the same for every row"

@@ -151,6 +151,9 @@ class Run:
                 "note: the previous attempt left no outcome: it was killed, or its machine was lost"
             )
         self.directory.create(config)
+        of_both = (data.train, data.eval) if data.eval else (data.train,)
+        rejects = {batches.sequences.examples.rejects: None for batches in of_both}
+        self.directory.write_rejects(list(rejects))
         wanted = config.evaluation.every_steps if data.eval else None
         for note in (
             *self.directory.logs.rewind(step),

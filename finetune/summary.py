@@ -11,6 +11,7 @@ from finetune import own_code
 from finetune.config import Config, Lora, accumulation_steps, base, own_codes, quantized, usual_lr
 from finetune.config import fields as config_fields
 from finetune.data import chat_templates, readers, templates
+from finetune.data.places import short
 from finetune.engine.topology import Topology
 from finetune.errors import DataError
 from finetune.objectives import chosen
@@ -135,18 +136,42 @@ def _file_lines(config: Config, data: Data) -> list[str]:
         for key, code in own_codes(config).items()
     ]
     lines += [f"files       {_files(list(data.sources.train))}"]
+    if data.columns:
+        how = " (detected)" if config.data.format == "auto" else ""
+        lines.append(f"format      {data.format}{how}, columns {data.columns}")
     if data.sources.eval:
         lines.append(f"eval files  {_files(list(data.sources.eval))}")
     lines += [f"not read    {_unread(examples)}"] if examples.unread else []
+    lines += _bad_rows(examples, "")
+    if data.sources.eval and data.eval:
+        lines += _bad_rows(data.eval.sequences.examples, "in data.eval: ")
     if data.sources.eval and (unread := data.eval and _unread(data.eval.sequences.examples)):
         lines.append(f"not read    in data.eval: {unread}")
     return lines
 
 
+def _bad_rows(examples: Any, where: str) -> Iterator[str]:
+    """List what was repaired in rows, and which wrong rows are skipped, by kind."""
+    if examples.repairs:
+        listed = ", ".join(
+            f"{what} ({_counted(count, 'row')})" for what, count in examples.repairs.items()
+        )
+        yield f"repaired    {where}{listed}"
+    if examples.bad:
+        kinds = list(examples.bad.items())
+        listed = "; ".join(
+            f"{short(kind.partition('; ')[0], 120)} ({_counted(count, 'row')})"
+            for kind, count in kinds[:SHOWN_NAMES]
+        )
+        more = f"; and {len(kinds) - SHOWN_NAMES} more kinds" if len(kinds) > SHOWN_NAMES else ""
+        total = _counted(sum(examples.bad.values()), "row")
+        yield f"bad rows    {where}{total} skipped: {listed}{more}"
+
+
 def _unread(examples: Any) -> str:
     """List columns, and keys of messages, that are not read, and how many rows have them."""
     listed = [
-        f"{readers.short(name)} ({_counted(count, 'row')})"
+        f"{short(name)} ({_counted(count, 'row')})"
         for name, count in sorted(examples.unread.items())
     ]
     more = f" and {len(listed) - SHOWN_NAMES} more" if len(listed) > SHOWN_NAMES else ""

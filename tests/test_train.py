@@ -19,7 +19,7 @@ from conftest import TINY_LLAMA, Workshop, losses, pairs, pretrained, read_jsonl
 from safetensors.torch import load_file, save_file
 
 from finetune import config as configs
-from finetune.data.rows import Message
+from finetune.data.conversations import Message
 from finetune.errors import (
     CheckpointError,
     ConfigError,

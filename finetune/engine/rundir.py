@@ -53,6 +53,7 @@ class RunDirectory:
         self.model = self.path / "model"
         self.logs = Logs(self.path)
         self.starts = self.path / "starts.jsonl"
+        self.rejects = self.path / "rejects.jsonl"
         self.is_open = False
         """Whether this attempt has begun to write in it."""
         self.has_ended = False
@@ -145,6 +146,13 @@ class RunDirectory:
             self.checkpoints.mkdir(exist_ok=True)
             self._sweep()
             self.is_open = True
+
+    def write_rejects(self, sources: Sequence[Path | None]) -> None:
+        """Write the wrong rows that data.on_bad_row skips, from the files of the token cache."""
+        texts = [path.read_text(encoding="utf-8") for path in sources if path]
+        if texts:
+            with self._writing():
+                files.write_synced(self.rejects, "".join(texts))
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -381,6 +389,7 @@ class RunDirectory:
         return [
             *self.logs.all,
             self.starts,
+            self.rejects,
             *(self.path / name for name in ("config.yaml", "outcome.json", "receipt.json")),
         ]
 

@@ -11,8 +11,9 @@ import argparse
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from finetune.data import rows as data_rows
-from finetune.data.readers import Row, short
+from finetune.data.column_names import taken_from
+from finetune.data.formats import detect, to_conversation
+from finetune.data.places import Row, short
 from finetune.errors import DataError
 from finetune.preparation import frame as frames
 from finetune.preparation.frame import Frame
@@ -63,11 +64,14 @@ def converted(row: Row, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return a row in the format --to. Raise DataError if it does not fit."""
     format, columns = arguments.format, arguments.columns
     if format == "auto":
-        format = data_rows.detect(row, columns, for_training=False)
+        format = detect(row, columns, for_training=False)
     if format not in READ:
         raise DataError(f"{row.place}: rows of format {format} cannot be converted")
-    messages = data_rows.to_conversation(row, format, columns, None, for_training=False).messages
-    read = set(READ[format]) | set(columns.values())
+    conversation = to_conversation(row, format, columns, None, for_training=False)
+    messages = conversation.messages
+    if conversation.tools or any(message.parts for message in messages):
+        raise DataError(f"{row.place}: has tool calls, which cannot be converted yet; leave it out")
+    read = set(taken_from(row, format, columns).values())
     kept = {name: value for name, value in row.values.items() if name not in read}
     turns = [
         {"role": each.role, "content": f"{each.content}\n\n{each.context}".strip("\n")}
