@@ -1,5 +1,6 @@
 """Check all that can be checked before weights are loaded, and put the rows into order."""
 
+import math
 import sys
 from dataclasses import dataclass, replace
 from typing import Any
@@ -112,7 +113,7 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     train_batches, eval_batches = _batched(
         config, topology, objective, train, evals, kernel, tokenizer
     )
-    num_steps = train_batches.steps_per_epoch * config.train.epochs
+    num_steps = natural_steps(config, train_batches)
     num_steps = min(num_steps, config.train.max_steps or sys.maxsize)
     check_lengths(train, config, model_config, num_steps)
     topology.on_every(lambda: _rehearse_objective(config, objective, train_batches))
@@ -131,6 +132,11 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
         rows.columns_read(next(iter(sources.train)), wanted.text_unit, wanted.columns, format)
         if wanted.format == "auto" or wanted.format == format else "",
     )  # fmt: skip
+
+
+def natural_steps(config: Config, train: batches.Batches) -> int:
+    """Return the steps of train.epochs; a part of an epoch is rounded up to a step."""
+    return math.ceil(train.steps_per_epoch * config.train.epochs - 1e-9)
 
 
 def _require_packages(config: Config) -> None:
@@ -226,6 +232,7 @@ def _examples(
         train = examples.draw(train, wanted.max_rows, seed)
     if wanted.eval_fraction:
         train, evals = examples.hold_out(train, wanted.eval_fraction, seed)
+    train = _mixed(wanted, sources, train, seed)
     known = examples.num_trained_on(evals, train) if evals else 0
     if evals and known > MAX_EVAL_OVERLAP * len(evals):
         raise DataError(
@@ -233,6 +240,19 @@ def _examples(
             "measure memorisation; remove them from one of the two"
         )
     return train, evals, known, num_rows
+
+
+def _mixed(wanted: config_fields.Data, sources: Sources, train: Any, seed: int) -> Any:
+    """Return the training examples in the shares of data.weights and data.token_budgets."""
+    if not wanted.weights and not wanted.token_budgets:
+        return train
+    files, shares = list(sources.train), []
+    for name, amount in [*wanted.weights.items(), *wanted.token_budgets.items()]:
+        found = source_files.expand(name, "data.train")[0]
+        numbers = [files.index(file) for file in found if file in files]
+        weight = amount if name in wanted.weights else None
+        shares.append(examples.Share(name, numbers, weight, None if weight else int(amount)))
+    return examples.mixed(train, shares, seed)
 
 
 def _batched(
@@ -288,9 +308,10 @@ def check_lengths(examples: Any, config: Config, model_config: Any, num_steps: i
             "positions (max_position_embeddings); "
             + tokens.fitting(longest, config.data.max_length, positions, num_documents)
         )
-    if config.schedule.warmup_steps >= num_steps:
+    if (warmup := optim.warmup_steps(config.schedule, num_steps)) >= num_steps:
+        key = "warmup_steps" if config.schedule.warmup_steps else "warmup_ratio"
         raise ConfigError(
-            f"schedule.warmup_steps: {config.schedule.warmup_steps} of {num_steps} steps: "
+            f"schedule.{key}: {warmup} of {num_steps} steps: "
             "the learning rate would never reach optimizer.lr; lower it"
         )
 

@@ -160,6 +160,14 @@ class Data(Section):
     Files (.jsonl .json .csv .tsv .parquet .arrow .xlsx .txt .md), folders, globs, URLs, or Hub
     names as owner/name[/subset][:split].
     """
+    weights: Annotated[dict[str, PositiveNumber], ExpandedPath] = {}
+    """How many times an epoch has the rows of a source, as {a.jsonl: 2, b.jsonl: 0.5}.
+    A fraction is drawn at random with run.seed; names are those of data.train.
+    """
+    token_budgets: Annotated[dict[str, Positive], ExpandedPath] = {}
+    """How many tokens an epoch has of a source, as {web.jsonl: 2000000}.
+    Whole rows, drawn at random with run.seed and repeated where there are fewer.
+    """
     max_rows: Positive | None = None
     """Train on this many rows, drawn at random with run.seed; null: all rows."""
     eval: Annotated[str | list[str] | None, ExpandedPath] = None
@@ -282,6 +290,8 @@ class Schedule(Section):
     """Shape after the warm-up; wsd (warmup-stable-decay) stays constant and then falls linearly."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps to raise the learning rate from 0 to its peak."""
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """The same as a fraction of all steps, rounded up, in place of warmup_steps."""
     decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
     """wsd: fraction of the run, at its end, in which the learning rate falls."""
     min_lr_fraction: Fraction = 0.0
@@ -291,8 +301,8 @@ class Schedule(Section):
 class Train(Section):
     """Length, batch sizes and precision of the training."""
 
-    epochs: Positive = 1
-    """Passes over the data."""
+    epochs: Positive | PositiveNumber = 1
+    """Passes over the data; 1.5 ends in the middle of the second."""
     max_steps: Positive | None = None
     """Stop after this many optimizer steps, if train.epochs has not ended before."""
     global_batch_size: BatchSize = 8

@@ -62,7 +62,7 @@ _CALLED = {
     "optimizer.eps": "adam_epsilon",
     "optimizer.embedding_lr": "embedding_learning_rate",
     "schedule.kind": "lr_scheduler_type lr_scheduler scheduler",
-    "schedule.warmup_steps": "warmup_ratio warmup num_warmup_steps",
+    "schedule.warmup_steps": "warmup num_warmup_steps",
     "schedule.min_lr_fraction": "lr_min_ratio min_lr min_lr_rate",
     "train.epochs": "num_train_epochs num_epochs n_epochs",
     "train.max_steps": "num_steps iters max_iters",

@@ -119,6 +119,13 @@ def _data_conflicts(config: Config) -> Iterator[str]:
             listed = f"the columns are {', '.join(COLUMNS)}"
             hint = f"did you mean {near[0]}?" if near else listed
             yield f"data.columns: no format has a column {name!r}; {hint}"
+    for key, names in (("weights", data.weights), ("token_budgets", data.token_budgets)):
+        for name in names:
+            if name not in _listed(data.train):
+                listed = ", ".join(_listed(data.train))
+                yield f"data.{key}: {name} is not a name of data.train, which has {listed}"
+    for name in data.weights.keys() & data.token_budgets.keys():
+        yield f"data.token_budgets: {name} has a weight in data.weights, too; remove one of them"
     sources = [*_listed(data.train), *_listed(data.eval)]
     if not any(_may_hold_text(source) for source in sources):
         yield from _ignored(config, "no source is a .txt file", "data.text_unit")
@@ -144,7 +151,9 @@ def _schedule_conflicts(config: Config) -> Iterator[str]:
         yield from _ignored(config, why, "schedule.min_lr_fraction")
     if schedule.kind != "wsd":
         yield from _ignored(config, "it belongs to schedule.kind: wsd", "schedule.decay_fraction")
-    if schedule.kind == "inverse_sqrt" and schedule.warmup_steps == 0:
+    if schedule.warmup_steps and schedule.warmup_ratio:
+        yield "schedule.warmup_ratio: stands beside schedule.warmup_steps; remove one of them"
+    if schedule.kind == "inverse_sqrt" and not (schedule.warmup_steps or schedule.warmup_ratio):
         why = "falls as sqrt(warmup_steps / step), so give at least 1"
         yield f"schedule.warmup_steps: inverse_sqrt {why}"
 

@@ -353,6 +353,45 @@ def draw(examples: Examples, max_rows: int, seed: int) -> Examples:
     return examples.subset(np.flatnonzero(np.isin(row, chosen)))
 
 
+@dataclass(frozen=True)
+class Share:
+    """How much of the rows of some sources, by their numbers, an epoch has: one of the two."""
+
+    name: str
+    sources: Sequence[int]
+    weight: float | None = None
+    tokens: int | None = None
+
+
+def mixed(examples: Examples, shares: Sequence[Share], seed: int) -> Examples:
+    """Return the examples of whole rows in these shares; others stay once. Same for same seed.
+
+    Raises DataError for a share of less than one row.
+    """
+    places = np.stack([examples.source, examples.line, examples.row])
+    row = np.unique(places, axis=1, return_inverse=True)[1]
+    tokens_of = np.bincount(row, examples.lengths).astype(np.int64)
+    times = np.ones(row.max() + 1, np.int64)
+    for number, share in enumerate(shares):
+        own = np.unique(row[np.isin(examples.source, share.sources)])
+        order = np.random.default_rng([seed, 0x317, number]).permutation(own)
+        if share.tokens is None:
+            whole, part = divmod(share.weight or 0, 1)
+            drawn = order[: round(part * len(order))]
+        else:
+            whole, rest = divmod(share.tokens, max(1, int(tokens_of[own].sum())))
+            drawn = order[: np.searchsorted(np.cumsum(tokens_of[order]), rest, side="right")]
+        times[own] = int(whole)
+        times[drawn] += 1
+        if not times[own].any():
+            key = "weights" if share.tokens is None else "token_budgets"
+            raise DataError(
+                f"data.{key}: {share.name}: {share.weight or share.tokens} is less than one of its "
+                f"{len(own):,} rows; raise it, or leave the source out of data.train"
+            )
+    return examples.subset(np.repeat(np.arange(len(examples)), times[row]))
+
+
 def num_trained_on(evals: Examples, train: Examples) -> int:
     """Return how many examples of the evaluation are also in the training data."""
     known = set(train.digests())

@@ -111,7 +111,8 @@ def samples(
             to_conversation(each, own, columns, system_prompt, for_training, repair_turns)
             for each in rows
         )
-        problems.repairs.update({why for each in made for why in each.repairs})
+        # Once a row, and in the same order at each start.
+        problems.repairs.update(dict.fromkeys((w for each in made for w in each.repairs), 1))
         return Sample(made, fields, row)
 
     for source in sources:

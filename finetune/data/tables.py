@@ -1,5 +1,6 @@
 """Read tables: a header that names the columns, and cells that are text."""
 
+import contextlib
 import csv
 import datetime
 import re
@@ -46,7 +47,9 @@ def dialect(source: str, usual: str) -> Dialect:
     lines = [line[:SNIFFED_CHARACTERS] for _, line in first_lines]
     delimiter, skipped = _delimiter(lines, usual)
     first = [line for line in lines[skipped:] if line.strip()][:1]
-    header = next(csv.reader(first, delimiter=delimiter), [])
+    header: list[str] = []
+    with contextlib.suppress(csv.Error):  # reported with its line by `read_csv`
+        header = next(csv.reader(first, delimiter=delimiter), [])
     names = [name for name in header[1:] if name.strip()]
     return Dialect(delimiter, skipped, bool(names) and all(name.startswith(" ") for name in names))
 

@@ -30,6 +30,7 @@ from finetune.places import BEATS, REPLAY_OF, RUN
 
 LOCK = ".lock"
 OUTCOME = "outcome.json"
+LENGTHS = ("train.epochs", "train.max_steps")  # settings of how long a run is
 STATES = ("running", "complete", "preempted", "failed")
 # Files that a killed `files.write_synced` leaves; `.mode-` is the probe of `files.follow_umask`.
 TEMPORARY = re.compile(r"(\.mode-)?\.writing-[a-z]+\.(json|jsonl|yaml)-[a-z0-9_]{8}")
@@ -69,6 +70,13 @@ class RunDirectory:
                     "give this run another run.name, "
                     "go back to those values, or remove the directory to start over"
                 )
+                longer = [line.split(":")[0] in LENGTHS for line in different]
+                if all(longer) and self.outcome().get("state") == "complete":
+                    key = "model.path" if config.adapter.kind == "full" else "adapter.path"
+                    instead = (
+                        "this run is complete; to train on, start a new run from its model: "
+                        f"--run.name {config.run.name}-2 --{key} {self.model}"
+                    )
                 raise refusal(f"{self.path} holds another run", different, instead)
         elif os.path.exists(self.path) and (
             not self.path.is_dir()
