@@ -173,3 +173,30 @@ def test_a_complete_run_with_more_epochs_names_the_way_on(workshop):
         workshop.train(train__epochs=2, train__max_steps=None)
     assert "this run is complete; to train on, start a new run from its model" in str(caught.value)
     assert f"--run.name run-2 --model.path {run / 'model'}" in str(caught.value)
+
+
+PAIRWISE = """
+from torch.nn.functional import logsigmoid
+
+from finetune.objectives import Objective, Term
+
+
+class Pairwise(Objective):
+    def loss(self, policy, batch, settings, prepared):
+        sums = policy.per_document(policy(batch, {"logprobs"}).logprobs, batch)
+        assert batch.columns["label"].tolist() == [1.0, 0.0] * (len(sums) // 2)
+        ahead = 0.05 * (sums[::2] - sums[1::2])
+        return [Term("loss", -logsigmoid(ahead).sum(), per="examples")]
+"""
+
+
+def test_preference_rows_train_an_objective_of_ones_own(workshop):
+    (workshop.folder / "pairwise.py").write_text(PAIRWISE)
+    rows = [{"prompt": f"q{n}", "chosen": f"yes {n}", "rejected": "no"} for n in range(20)]
+    write_jsonl(workshop.rows, rows)
+    kind = f"{workshop.folder}/pairwise.py:Pairwise"
+    run = workshop.train(data__format="preference", objective__kind=kind)
+    found = [line["loss"] for line in read_jsonl(run / "metrics.jsonl")]
+    assert found[-1] < found[0]
+    with pytest.raises(DataError, match=r"for an objective of your own set data\.format: prefer"):
+        workshop.check("other")

@@ -1,6 +1,7 @@
 """Which columns each format reads, and under which other names rows have them."""
 
 import difflib
+import functools
 from collections.abc import Iterator, Mapping, Set
 
 from finetune.data.messages import unread_keys
@@ -78,6 +79,7 @@ def by_other_case(row: Row) -> str | None:
     return None
 
 
+@functools.cache
 def columns_of(format: str) -> tuple[str, ...]:
     """Return the names that data.columns may have for a format."""
     if format in RATED:

@@ -1,5 +1,6 @@
 """What the ending of a file's name says: how to read the file, and how it is compressed."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -21,6 +22,7 @@ OTHER_TYPES = (
 ).split()
 
 
+@functools.lru_cache(10_000)
 def type_of(source: str) -> str:
     """Return the type that decides how to read a file; the ending itself if none is known.
 

@@ -95,7 +95,9 @@ def to_conversation(
         require_supervised(row.place, messages)
     if system_prompt is not None and messages[0].role != "system":
         messages.insert(0, Message("system", system_prompt, from_setting=True))
-    described = read_tools(f"{row.place}: column {taken.get('tools')!r}", tools)
+    if tools in (None, "", []):
+        return Conversation(tuple(messages), row.place, repairs=tuple(repairs))
+    described = read_tools(f"{row.place}: column {taken['tools']!r}", tools)
     return Conversation(tuple(messages), row.place, described, tuple(repairs))
 
 
@@ -208,7 +210,8 @@ def cell(row: Row, column: str, may_be_empty: bool = False) -> str:
             f"{row.place}: column {column!r} should be text, got {short(value)}; write it as a "
             "string"
         )
-    require_unicode(f"{row.place}: column {column!r}", value)
+    if not value.isascii():
+        require_unicode(f"{row.place}: column {column!r}", value)
     if not may_be_empty and not value.strip():
         raise DataError(f"{row.place}: column {column!r} is empty; fill it or remove the row")
     return value

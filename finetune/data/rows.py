@@ -105,14 +105,14 @@ def samples(
             sample, read = preferences.to_sample(row, own, columns, system_prompt)
             _count_unread(unread, row, read, columns)
             return sample
-        for each in rows:
+        for each in rows if unread is not None else ():
             _count_unread(unread, each, set(taken_from(each, own, columns).values()), columns)
         made = tuple(
             to_conversation(each, own, columns, system_prompt, for_training, repair_turns)
             for each in rows
         )
-        # Once a row, and in the same order at each start.
-        problems.repairs.update(dict.fromkeys((w for each in made for w in each.repairs), 1))
+        if repair_turns:  # once a row, and in the same order at each start
+            problems.repairs.update(dict.fromkeys((w for each in made for w in each.repairs), 1))
         return Sample(made, fields, row)
 
     for source in sources:
