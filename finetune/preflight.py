@@ -113,8 +113,7 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     train_batches, eval_batches = _batched(
         config, topology, objective, train, evals, kernel, tokenizer
     )
-    num_steps = natural_steps(config, train_batches)
-    num_steps = min(num_steps, config.train.max_steps or sys.maxsize)
+    num_steps = min(natural_steps(config, train_batches), config.train.max_steps or sys.maxsize)
     check_lengths(train, config, model_config, num_steps)
     topology.on_every(lambda: _rehearse_objective(config, objective, train_batches))
     _check_sample_prompts(config, kept, tokenizer)
@@ -128,10 +127,15 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     new_ids = tokenizer.convert_tokens_to_ids(config.model.new_tokens)
     return Data(
         tokenizer, template, model_config, kernel, train_batches, eval_batches, num_steps, new_ids,
-        sources, known, identity, format, num_rows,
-        rows.columns_read(next(iter(sources.train)), wanted.text_unit, wanted.columns, format)
-        if wanted.format == "auto" or wanted.format == format else "",
+        sources, known, identity, format, num_rows, _columns(wanted, sources, format),
     )  # fmt: skip
+
+
+def _columns(wanted: config_fields.Data, sources: Sources, format: str) -> str:
+    """Return the columns that are read; a user's own function reads its own."""
+    if own_code.is_own(wanted.format):
+        return ""
+    return rows.columns_read(next(iter(sources.train)), wanted.text_unit, wanted.columns, format)
 
 
 def natural_steps(config: Config, train: batches.Batches) -> int:
@@ -152,7 +156,8 @@ def _checked_rows(wanted: config_fields.Data, topology: Topology) -> tuple[Sourc
     sources = source_files.sources(wanted.train, wanted.eval)
     files = [*sources.train, *sources.eval]
     if wanted.text_unit != "line" and not any(map(file_types.is_text, files)):
-        raise ConfigError("data.text_unit: would be ignored: no source is a .txt file; remove it")
+        why = "no source is a .txt or .md file"
+        raise ConfigError(f"data.text_unit: would be ignored: {why}; remove it")
     format: str = wanted.format
     if format == "auto" or own_code.is_own(format):
         format = rows.detect_format(

@@ -73,6 +73,7 @@ def refused(values: dict[str, Any], columns: dict[str, str] | None = None, **how
         ({"dialog": chat(ASKED, ANSWERED)}, (user("q"), assistant("a"))),
         ({"messages": chat(("user", [{"type": "text", "text": "q"}, {"type": "text", "text": "r"}]),
                            ("assistant", ["a"]))}, (user("qr"), assistant("a"))),
+        ({"messages": json.dumps(chat(ASKED, ANSWERED))}, (user("q"), assistant("a"))),  # of a CSV
         # Conversational prompts: earlier answers are the prompt's.
         ({"prompt": chat(ASKED, ANSWERED, ("user", "r")), "completion": chat(("assistant", "b"))},
          (user("q"), assistant("a", supervised=False), user("r"), assistant("b"))),
@@ -107,6 +108,7 @@ def test_rows_of_other_tools_become_conversations(values, messages):
         ({"messages": chat(("user", [{"type": "image_url", "image_url": "x"}]), ANSWERED)},
          "got a part of type 'image_url'"),
         ({"messages": chat(("user", []), ANSWERED)}, "should have text as content, got []"),
+        ({"messages": "[{"}, "column 'messages' should be JSON, but"),
         ({"prompt": chat(ASKED), "completion": []}, "should be a list of messages, got []"),
     ],
 )  # fmt: skip
@@ -364,11 +366,12 @@ GOOD_AND_BAD = ([(user("q"), assistant("c")), (user("q"), assistant("r"))], (1.0
         {"input": {"messages": chat(ASKED), "tools": []},
          "preferred_output": chat(("assistant", "c")),
          "non_preferred_output": chat(("assistant", "r"))},
+        {"chosen": "\n\nHuman: q\n\nAssistant: c", "rejected": "\n\nHuman: q\n\nAssistant: r"},
         {"conversations": sharegpt(("human", "q")), "chosen": {"from": "gpt", "value": "c"},
          "rejected": {"from": "gpt", "value": "r"}},
     ],
     ids=["texts", "question", "instruction", "continued", "whole", "whole beside its prompt",
-         "OpenAI", "ShareGPT"],
+         "OpenAI", "transcripts", "ShareGPT"],
 )  # fmt: skip
 def test_preference_rows_of_all_shapes_are_one_pair(values):
     assert sample(values) == GOOD_AND_BAD

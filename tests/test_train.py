@@ -240,7 +240,7 @@ def test_text_unit_is_for_the_text_files_of_a_folder(workshop):
     write_jsonl(folder / "deep/rows.jsonl", [{"text": "x"}])
     (folder / "deep/a.txt").unlink()
     with pytest.raises(
-        ConfigError, match="data.text_unit: would be ignored: no source is a .txt file"
+        ConfigError, match="data.text_unit: would be ignored: no source is a .txt or .md file"
     ):
         workshop.check(data__train=str(folder), data__text_unit="file", objective__kind="clm")
 

@@ -49,8 +49,13 @@ _CALLED = {
     "data.loss_on": (
         "train_on_inputs train_on_prompt completion_only_loss assistant_only_loss mask_prompt"
     ),
-    "data.columns": "dataset_text_field field_mapping",
+    "data.columns": (
+        "dataset_text_field field_mapping field_messages message_field_role message_field_content "
+        "message_property_mappings"
+    ),
     "data.truncation": "truncation_side",
+    "data.weights": "dataset_weights interleave_probs data_weights mixing_weights",
+    "data.on_bad_row": "skip_invalid skip_bad_rows",
     "data.group_by_length": "group_by_len",
     "data.cache_dir": "dataset_prepared_path",
     "objective.kind": "stage task",

@@ -128,7 +128,7 @@ def _data_conflicts(config: Config) -> Iterator[str]:
         yield f"data.token_budgets: {name} has a weight in data.weights, too; remove one of them"
     sources = [*_listed(data.train), *_listed(data.eval)]
     if not any(_may_hold_text(source) for source in sources):
-        yield from _ignored(config, "no source is a .txt file", "data.text_unit")
+        yield from _ignored(config, "no source is a .txt or .md file", "data.text_unit")
     if data.eval is not None:
         yield from _ignored(config, "data.eval gives the evaluation rows", "data.eval_fraction")
     if data.packing and model.attention in PADDED_ATTENTION:

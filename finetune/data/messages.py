@@ -60,6 +60,8 @@ def read_messages(
 
     `columns`: data.columns, whose role, content, user and assistant are names inside messages.
     """
+    if isinstance(turns, str) and turns.lstrip().startswith("["):  # of a table
+        turns = _parsed(f"{place}: column {column!r}", turns)
     if not isinstance(turns, list) or not turns:
         raise DataError(
             f"{place}: column {column!r} should be a list of messages, got {short(turns)}"

@@ -4,6 +4,7 @@
 own gets it as batch.columns["label"], a number for each document.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
@@ -83,8 +84,8 @@ def _preference(row: Row, columns: Mapping[str, str]) -> Found:
     tools = _tools(row.place, tools_column, row.values.get(tools_column or ""))
     bad: Any = row.values.get(rejected)
     is_several = isinstance(bad, list) and bad and all(isinstance(each, str) for each in bad)
-    answers = [(chosen, row.values.get(chosen))]
-    answers += [(rejected, each) for each in (bad if is_several else [bad])]
+    answers = [(chosen, _transcript(row.values.get(chosen)))]
+    answers += [(rejected, _transcript(each)) for each in (bad if is_several else [bad])]
     whole = [
         formats.with_system(row, system, _answered(row, asked, name, answer, columns))
         for name, answer in answers
@@ -124,6 +125,22 @@ def _asked(row: Row, columns: Mapping[str, str]) -> tuple[list[Message], set[str
             inner = formats.cell(row, context) if context and given else ""
             return [Message("user", text, context=inner)], {name, *([context] if context else [])}
     return [], set()
+
+
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+def _transcript(value: Any) -> Any:
+    """Return the turns of a text that begins with "Human:", as Anthropic's rows do."""
+    if not (isinstance(value, str) and value.lstrip().startswith("Human:")):
+        return value
+    _, *parts = _TURN.split("\n\n" + value.lstrip())
+    roles = {"Human": "user", "Assistant": "assistant"}
+    turns = [
+        {"role": roles[name], "content": text.strip()}
+        for name, text in zip(parts[::2], parts[1::2])
+    ]
+    return turns if len(turns) > 1 else value
 
 
 def _answer(row: Row, column: str, value: Any, columns: Mapping[str, str]) -> list[Message]:

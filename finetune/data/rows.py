@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 from finetune import own_code
 from finetune.data import own_rows, preferences, readers
@@ -100,21 +101,7 @@ def samples(
     """
     missing = {ours: theirs for ours, theirs in columns.items() if ours not in IN_MESSAGES}
 
-    def sample_of(row: Row, rows: Sequence[Row], fields: Fields, own: str) -> Sample:
-        if own in RATED:
-            sample, read = preferences.to_sample(row, own, columns, system_prompt)
-            _count_unread(unread, row, read, columns)
-            return sample
-        for each in rows if unread is not None else ():
-            _count_unread(unread, each, set(taken_from(each, own, columns).values()), columns)
-        made = tuple(
-            to_conversation(each, own, columns, system_prompt, for_training, repair_turns)
-            for each in rows
-        )
-        if repair_turns:  # once a row, and in the same order at each start
-            problems.repairs.update(dict.fromkeys((w for each in made for w in each.repairs), 1))
-        return Sample(made, fields, row)
-
+    reading = _Reading(columns, system_prompt, for_training, repair_turns, problems, unread)
     for source in sources:
         with problems.noted(ends=True):  # stop reading a broken file
             own, before = "auto" if own_code.is_own(format) else format, problems.num_rows
@@ -129,7 +116,7 @@ def samples(
                         del missing[ours]
                 sample = None
                 with problems.noted(row):
-                    sample = sample_of(row, rows, fields, own)
+                    sample = reading.sample(row, rows, fields, own)
                 if sample:
                     yield sample
             if problems.num_rows == before:
@@ -144,11 +131,39 @@ def samples(
         )
 
 
-def _count_unread(
-    unread: "Counter[str] | None", row: Row, read: set[str], columns: Mapping[str, str]
-) -> None:
-    if unread is not None:
-        unread.update(unread_of(row, read, columns))
+@dataclass(frozen=True)
+class _Reading:
+    """Turn rows into samples, each by these settings; see `samples`."""
+
+    columns: Mapping[str, str]
+    system_prompt: str | None
+    for_training: bool
+    repair_turns: bool
+    problems: Problems
+    unread: "Counter[str] | None"
+
+    def sample(self, row: Row, rows: Sequence[Row], fields: Fields, format: str) -> Sample:
+        """Return the sample of a row, which a user's own function may part into several."""
+        if format in RATED:
+            sample, read = preferences.to_sample(row, format, self.columns, self.system_prompt)
+            self._count_unread(row, read)
+            return sample
+        for each in rows if self.unread is not None else ():
+            self._count_unread(each, set(taken_from(each, format, self.columns).values()))
+        made = tuple(
+            to_conversation(
+                each, format, self.columns, self.system_prompt, self.for_training, self.repair_turns
+            )
+            for each in rows
+        )
+        if self.repair_turns:  # once a row, and in the same order at each start
+            repairs = dict.fromkeys((why for each in made for why in each.repairs), 1)
+            self.problems.repairs.update(repairs)
+        return Sample(made, fields, row)
+
+    def _count_unread(self, row: Row, read: set[str]) -> None:
+        if self.unread is not None:
+            self.unread.update(unread_of(row, read, self.columns))
 
 
 def _formatted_rows(

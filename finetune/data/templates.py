@@ -130,12 +130,7 @@ class Template:
         self._require_tools(conversation, text)
         self._require_calls(conversation)
         if loss_on == "all":
-            if any(m.role == "assistant" and not m.supervised for m in messages):
-                raise DataError(
-                    f"{conversation.place}: says of an answer not to train on it, which would be "
-                    "ignored where every token is supervised; remove that, or use objective.kind: "
-                    "sft with data.loss_on: completion"
-                )
+            _require_all_supervised(conversation)
             return [Segment(text, True)]
         segments = _cut(text, spans)
         if self.stop_of(segments) is None:
@@ -468,6 +463,16 @@ def sample_prompt(template: Template | None, prompt: str, system_prompt: str | N
     if system_prompt is not None:
         messages.insert(0, Message("system", system_prompt, from_setting=True))
     return template.prompt(messages, Place("evaluation.sample_prompts", 1))
+
+
+def _require_all_supervised(conversation: Conversation) -> None:
+    """Raise DataError for a row that says of an answer not to train on it."""
+    if any(m.role == "assistant" and not m.supervised for m in conversation.messages):
+        raise DataError(
+            f"{conversation.place}: says of an answer not to train on it, which would be ignored "
+            "where every token is supervised; remove that, or use objective.kind: sft with "
+            "data.loss_on: completion"
+        )
 
 
 def _holds(rendered: str, message: str, may_go: re.Pattern[str] = _THINKING) -> bool:

@@ -99,6 +99,14 @@ class Tokenised:
     rejects: list[dict[str, Any]] = field(default_factory=list)
     """Wrong rows that were skipped, each with its problem."""
 
+    def note(self, problems: Problems, unread: "Counter[str]") -> None:
+        """Take over what was skipped, repaired and not read."""
+        self.rejects = problems.rejects
+        self.counts |= {
+            "num_empty": problems.num_empty, "num_skipped": problems.num_skipped,
+            "unread": unread, "repairs": problems.repairs, "bad": problems.kinds(),
+        }  # fmt: skip
+
     def add(
         self, examples: list[list[Tokens]], sample: Sample, place: tuple[int, int, int]
     ) -> None:
@@ -353,14 +361,7 @@ def tokenise(
     problems.raise_if_any(
         {TOO_LONG: _lengths(lengths, problems.count(TOO_LONG), options, num_documents)}
     )
-    made.counts |= {
-        "num_empty": problems.num_empty,
-        "num_skipped": problems.num_skipped,
-        "unread": unread,
-        "repairs": problems.repairs,
-        "bad": problems.kinds(),
-    }
-    made.rejects = problems.rejects
+    made.note(problems, unread)
     _require_any(made, sources, options)
     return made
 
