@@ -31,6 +31,19 @@ def test_bad_rows_are_skipped_and_kept_in_the_run_directory(workshop, capsys):
     assert workshop.outcome()["state"] == "complete"
 
 
+def test_the_error_for_a_few_bad_rows_names_the_setting(workshop):
+    write_jsonl(workshop.rows, [BAD[0], *pairs(30)])
+    for rows, hint in (
+        ([BAD[0], *pairs(30)], "\n  correct it, or leave it out with data.on_bad_row: skip"),
+        ([*BAD, *pairs(30)], "\n  correct them, or leave them out with data.on_bad_row: skip"),
+        ([BAD[0], *pairs(3)], '; the row: {"question": "q", "answer": ""}'),
+    ):
+        write_jsonl(workshop.rows, rows)
+        with pytest.raises(DataError) as caught:
+            workshop.check()
+        assert str(caught.value).endswith(hint)
+
+
 def test_more_bad_rows_than_allowed_end_a_run(workshop):
     write_jsonl(workshop.rows, [BAD[0], *pairs(9)])
     workshop.check(data__on_bad_row="skip")

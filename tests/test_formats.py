@@ -1,6 +1,7 @@
 """Rows as other tools write them: chats, tool calls, histories, rated answers."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -526,6 +527,18 @@ def test_every_broken_line_is_reported(tmp_path):
     first, *listed = str(caught.value).splitlines()
     assert first == "2 of 4 rows are wrong:"
     assert [line.split("rows.jsonl:")[1][:2] for line in listed] == ["2:", "3:"]
+
+
+def test_new_settings_at_their_defaults_leave_the_keys_of_older_caches():
+    from finetune.data.tokens import Options
+
+    options = Options("auto", {}, "line", None, "completion", 100, "error", 64, False, Skipping())
+    assert list(options.deciding()) == [
+        "format", "columns", "text_unit", "system_prompt", "loss_on", "max_length", "truncation",
+    ]  # fmt: skip
+    skipping = Skipping(True, 0.1)
+    for changed in (replace(options, repair_turns=True), replace(options, skipping=skipping)):
+        assert changed.deciding() != options.deciding()
 
 
 def test_a_bad_row_is_shown_with_its_first_characters(tmp_path):

@@ -41,14 +41,18 @@ class Problems:
         """What data.repair_turns changed -> in how many rows."""
         self.rejects: list[dict[str, Any]] = []
         """Rows that are skipped, each with its problem."""
-        self.must_end = False
-        """Whether a problem was noted that is not skipped."""
+        self._cannot_skip = False
         self._first: list[str] = []
         self._kinds: dict[str, list[str]] = {}  # kind -> its first messages
         self._counts: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return self._counts.total()
+
+    @property
+    def must_end(self) -> bool:
+        """Whether a problem was noted that is not skipped."""
+        return self._cannot_skip or bool(self and not self.skipping.skips)
 
     @contextmanager
     def noted(self, row: Row | None = None, ends: bool = False) -> Iterator[None]:
@@ -69,7 +73,7 @@ class Problems:
         if kind is None:
             what = re.split(r", got |; this row has |: it renders ", message.partition(": ")[2])[0]
             kind = re.sub(r"\d+", "#", what)
-        self.must_end = self.must_end or ends or not self.skipping.skips
+        self._cannot_skip = self._cannot_skip or ends
         if self.skipping.skips and not ends:
             self.rejects.append({"problem": message, "row": row.values if row else None})
         if row is not None:
@@ -93,16 +97,19 @@ class Problems:
         at most the given fraction of all.
         """
         most = self.skipping.max_fraction
-        if not self or (not self.must_end and len(self) <= most * self.num_rows):
+        are_few = len(self) <= most * self.num_rows
+        if not self or (not self.must_end and are_few):
             return
         hint = ""
+        if are_few and not self._cannot_skip:
+            hint = "\n  correct them, or leave them out with data.on_bad_row: skip"
         if not self.must_end:
             hint = (
                 f"\n  data.max_bad_fraction: {most:g} lets at most {int(most * self.num_rows):,} "
                 "be skipped; correct the rows, or raise it"
             )
-        if len(self) == 1 and not hint:
-            raise DataError(self._first[0])
+        if len(self) == 1:
+            raise DataError(self._first[0] + hint.replace("them", "it"))
         lines = self._first
         if len(self) > MOST_PROBLEMS:
             kinds = self._counts.most_common()

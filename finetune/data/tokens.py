@@ -65,11 +65,12 @@ class Options:
 
         A user's own function counts by the content of its file, which may define several.
         """
-        later = {"repair_turns": False, "skipping": asdict(ENDS)}  # caches are older
-        values = {
-            name: value for name, value in asdict(self).items()
-            if name != "positions" and (name not in later or value != later[name])
-        }  # fmt: skip
+        values = {name: value for name, value in asdict(self).items() if name != "positions"}
+        # Caches may be older than these settings.
+        if not self.repair_turns:
+            del values["repair_turns"]
+        if not self.skipping.skips:
+            del values["skipping"]
         if own_code.is_own(self.format):
             code, name = own_code.get(self.format), self.format.rpartition(":")[2]
             values["format"] = f"{code.sha256}:{name}"
