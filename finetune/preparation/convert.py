@@ -18,14 +18,8 @@ from finetune.errors import DataError
 from finetune.preparation import frame as frames
 from finetune.preparation.frame import Frame
 
-# Format -> the columns it reads, by all their names, which the new ones replace.
-READ = {
-    "messages": ("messages", "conversations"),
-    "question_answer": ("question", "answer"),
-    "prompt_completion": ("prompt", "completion", "response"),
-    "instruction": ("instruction", "input", "output", "response"),
-    "text": ("text",),
-}
+# Formats whose columns the new ones replace.
+READ = ("messages", "question_answer", "prompt_completion", "instruction", "text")
 PAIRS = {
     "question_answer": ("question", "answer"),
     "prompt_completion": ("prompt", "completion"),
