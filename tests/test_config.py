@@ -663,7 +663,7 @@ def test_an_option_does_not_hide_a_section_of_the_wrong_kind(refusal):
         ("data.columns", ["a"]), ("data.columns", {"question": 5}), ("data.packing", 1),
         ("data.format", "chat"), ("data.system_prompt", ["a"]), ("optimizer.lr", "fast"),
         ("optimizer.lr", "1e-4"), ("optimizer.betas", 0.9), ("optimizer.betas", [0.9]),
-        ("optimizer.betas", [0.9, 0.99, 0.999]), ("train.epochs", 1.5), ("train.max_steps", "3"),
+        ("optimizer.betas", [0.9, 0.99, 0.999]), ("train.epochs", "many"), ("train.max_steps", "3"),
         ("train.precision", "float16"), ("checkpoint.resume", True),
         ("evaluation.every_steps", "3"),
     ],

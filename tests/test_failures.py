@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from finetune import failures
 from finetune.data import source_files
-from finetune.data.readers import _load_dataset
+from finetune.data.hub import _load
 from finetune.engine.rundir import RunDirectory
 from finetune.errors import (
     DeviceError,
@@ -78,7 +78,7 @@ def test_an_uncached_data_set_in_offline_mode_is_a_user_error():
     from finetune.errors import DataError
 
     with pytest.raises(DataError, match="datasets cannot load it"):
-        _load_dataset("owner/name")
+        _load("owner/name")
 
 
 @pytest.mark.parametrize(

@@ -248,9 +248,10 @@ def test_a_function_that_skips_every_row_is_refused(workshop, own):
         (
             {"data__format": "rows"},
             "data.format: should be 'auto', 'text', 'prompt_completion', 'question_answer', "
-            "'instruction' or 'messages' or FILE.py:NAME, got 'rows'",
+            "'instruction', 'messages', 'preference', 'unpaired' or 'choices' or FILE.py:NAME, "
+            "got 'rows'",
         ),
-        ({"data__format": 3}, "'instruction' or 'messages' or FILE.py:NAME, got 3"),
+        ({"data__format": 3}, "'unpaired' or 'choices' or FILE.py:NAME, got 3"),
         ({"data__format": "own.py:rows\n"}, "or FILE.py:NAME, got 'own.py:rows\\n'"),
     ],
 )  # fmt: skip

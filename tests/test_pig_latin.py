@@ -12,6 +12,7 @@ from conftest import ROOT, read_jsonl
 
 from data_scripts import pig_latin as script
 from data_scripts.pig_latin import pig_latin
+from finetune.data import formats
 
 SIZES = ["--words", "400", "--train", "300", "--held-out", "40"]
 
@@ -162,7 +163,7 @@ def test_the_rows_are_what_the_quickstart_reads(make):
     assert (
         len(
             [
-                rows.to_conversation(row, "question_answer", {})
+                formats.to_conversation(row, "question_answer", {})
                 for row in readers.read(next(iter(train)))
             ]
         )

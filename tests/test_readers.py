@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from conftest import write_jsonl
 
-from finetune.data import readers, rows, source_files
+from finetune.data import formats, readers, rows, source_files
+from finetune.data.conversations import Message
 from finetune.data.problems import Problems
-from finetune.data.rows import Message
 from finetune.errors import DataError
 
 QA = {"question": "q", "answer": "a"}
@@ -170,7 +170,7 @@ IN_EACH_TYPE = {
 def test_parquet_keeps_conversations(parquet):
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     (row,) = readers.read(str(parquet([{"messages": turns}])))
-    assert rows.to_conversation(row, rows.detect(row), {}).messages == (
+    assert formats.to_conversation(row, formats.detect(row), {}).messages == (
         Message("user", "q"),
         Message("assistant", "a", supervised=True),
     )
@@ -204,7 +204,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path, suffix):
 )  # fmt: skip
 def test_a_missing_file_is_refused(tmp_path, reading):
     path = str(tmp_path / "absent.jsonl")
-    takes = "take files, folders, globs, or Hub names"
+    takes = "take files, folders, globs, URLs, or Hub names"
     with refuses(f"{re.escape(path)}: no such file in .*.* {takes}"):
         reading(path)
 
@@ -284,11 +284,11 @@ def test_a_broken_file_is_refused_at_its_line(tmp_path, name, content, place, sa
     assert says in message
 
 
-@pytest.mark.parametrize("name", ["rows.xlsx", "rows", "rows.jsonl.zst", "rows.parquet.gz"])
+@pytest.mark.parametrize("name", ["rows.xls", "rows", "rows.jsonl.lz4", "rows.parquet.gz"])
 def test_the_error_for_an_unknown_file_type_lists_the_known_ones(tmp_path, name):
     says = unreadable(tmp_path / name, b"anything")
     assert "unknown file type" in says
-    assert "use one of .jsonl .json .csv .tsv .parquet .txt" in says
+    assert "use one of .jsonl .json .csv .tsv .parquet .arrow .xlsx .txt .md" in says
 
 
 @pytest.mark.parametrize(
@@ -310,19 +310,23 @@ def test_json_that_python_cannot_hold_is_refused(tmp_path, line, says, ending):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("rows.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n'),
-        ("rows.json", b'[{"text": "a"},\n{"text": "caf\xe9"}]\n'),
-        ("rows.csv", b"text\ncaf\xe9\n"),
-        ("rows.txt", b"a\ncaf\xe9\n"),
+        ("rows.jsonl", '{"text": "ö"}\n{"text": "caf\udce9"}\n'),
+        ("rows.json", '[{"text": "ö"},\n{"text": "caf\udce9"}]\n'),
+        ("rows.csv", "töxt\ncaf\udce9\n"),
+        ("rows.txt", "ö\ncaf\udce9\n"),
     ],
 )
 def test_bytes_that_are_not_utf8_are_refused_at_their_line(tmp_path, name, content):
-    message = unreadable(tmp_path / name, content)
+    message = unreadable(tmp_path / name, content.encode("utf-8", "surrogateescape"))
     assert message.startswith(":2: byte 0xe9 at position ")
-    assert "save the file as UTF-8" in message
+    assert "; everything before it is UTF-8; correct this character, or save the file" in message
+    assert message.endswith("caf\\xe9") or '{"text": "caf\\xe9"}' in message
 
 
-@pytest.mark.parametrize("name", ["owner/no-such-name", "owner/name-2.5", "owner/name-v1.0:test"])
+@pytest.mark.parametrize(
+    "name",
+    ["owner/no-such-name", "owner/name-2.5", "owner/name-v1.0:test", "owner/name/subset:test"],
+)
 def test_a_name_without_a_file_is_looked_up_on_the_hub(name):
     with refuses(re.escape(name) + ": datasets cannot load it"):
         list(readers.read(name))
@@ -396,7 +400,7 @@ def test_every_file_of_a_folder_is_read_or_reported(tmp_path):
         write(tmp_path / name)
     (tmp_path / "d.csv").write_text("question,answer\na,b\n")
     (tmp_path / ".git").mkdir()
-    others = "README.md LICENSE .gitattributes table.xlsx .git/config changelog.txt"
+    others = "README.md LICENSE .gitattributes table.xls .git/config changelog.txt notes.md"
     for name in others.split():
         (tmp_path / name).write_text("words")
     (tmp_path / "_SUCCESS").touch()
@@ -407,7 +411,8 @@ def test_every_file_of_a_folder_is_read_or_reported(tmp_path):
     for names, why in (
         (".git/ .gitattributes", "hidden"),
         ("LICENSE README.md changelog.txt", "describes data"),
-        ("_SUCCESS table.xlsx", "type not known"),
+        ("_SUCCESS table.xls", "type not known"),
+        ("notes.md", "a page beside rows"),
         ("empty.jsonl", "empty"),
     ):
         listed = ", ".join(f"{tmp_path}/{name}" for name in names.split())
@@ -438,8 +443,8 @@ def test_a_glob_that_matches_nothing_is_refused(tmp_path, name):
 
 
 def test_a_folder_without_rows_is_refused_with_what_it_holds(tmp_path):
-    (tmp_path / "table.xlsx").write_text("words")
-    with refuses(r"holds no file with rows; not read: .*/table\.xlsx \(type not known\)"):
+    (tmp_path / "table.xls").write_text("words")
+    with refuses(r"holds no file with rows; not read: .*/table\.xls \(type not known\)"):
         source_files.sources(str(tmp_path), None)
 
 
@@ -519,7 +524,7 @@ def test_a_folder_of_save_to_disk_is_read(tmp_path, datasets_cache):
 @pytest.mark.parametrize(
     "name",
     [
-        "rows", "./folder/rows", "/folder/rows", "a/b/c", "folder/rows.jsonl", "../rows.csv",
+        "rows", "./folder/rows", "/folder/rows", "a/b/c/d", "folder/rows.jsonl", "../rows.csv",
         "data/train.jsonl.gz", "data/rows.tsv", "data/rows.xlsx", "data/ROWS.JSONL", "here/rows",
         "no/rows.zst:train",
     ],
@@ -539,7 +544,6 @@ def test_a_name_like_a_file_is_never_looked_up_on_the_hub(tmp_path, monkeypatch,
         ("nowhere/rows.jsonl", "the folder nowhere does not exist"),
         ("folder/other", "it was not searched on the Hub, because folder is a local folder"),
         ("folder\\rows.jsonl", "write / between folders"),
-        ("https://example.com/rows.jsonl", "URLs are not supported: download the file first"),
     ],
 )
 def test_the_error_for_a_missing_file_suggests_the_nearest(tmp_path, monkeypatch, name, hint):
@@ -640,24 +644,32 @@ def test_gzip_is_read_with_its_lines(tmp_path, name):
         list(readers.read(str(path)))
 
 
+ENCODED = [
+    ("cp1252", "Das heißt «schön», sagt er \u2013 für 5 €"),
+    ("cp1252", "Ça va très bien, merci à tous."),
+    ("cp1252", "He said \u201cyes\u201d, it\u2019s fine."),
+    ("cp1250", "Zażółć gęślą jaźń. Kiedy przyjdzie moja przesyłka?"),
+    ("cp1251", "Съешь же ещё этих мягких французских булок, да выпей чаю."),
+    ("koi8-r", "Съешь же ещё этих мягких французских булок, да выпей чаю."),
+    ("cp932", "パスワードを忘れました。「再設定」ボタンを押してください。"), ("gb18030", "我的包裹什么时候到。请尽快回复。谢谢"),
+    ("utf-16-le", "a b c"), ("utf-16-be", "a b c"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("encoding", "text"), ENCODED)
+def test_an_encoding_is_recognised_and_reported(tmp_path, encoding, text):
+    path = tmp_path / "rows.txt"
+    path.write_bytes(((text + "\n") * 9).encode(encoding))
+    assert [values for _, values in lines_and_values(path)] == [{"text": text}] * 9
+    found = readers.describe(str(path)).upper().replace("_", "-")
+    assert found.endswith(f"({encoding.upper()})")
+    [note] = source_files.sources(str(path), None).notes
+    assert f"rows.txt is not UTF-8, and is read as {encoding.upper()}" in note.replace("_", "-")
+
+
 @pytest.mark.parametrize(
     ("content", "place", "says"),
     [
-        (
-            ("Das heißt «schön», sagt er \u2013 für 5 €\n" * 3).encode("cp1252"), ":1",
-            "probably cp1252; save the file as UTF-8, for example with iconv -f CP1252 -t UTF-8",
-        ),
-        ("Ça va très bien, merci à tous.\n".encode("latin-1"), ":1", "probably cp1252"),
-        (
-            ("Съешь же ещё этих мягких французских булок, да выпей чаю.\n" * 9).encode("cp1251"),
-            ":1", "probably cp1251",
-        ),
-        (
-            ("a b c\n" * 9).encode("utf-16-le"), ":1",
-            "probably UTF-16 without a byte order mark; save it as UTF-8, "
-            "for example with iconv -f UTF-16LE",
-        ),
-        (("a b c\n" * 9).encode("utf-16-be"), ":1", "iconv -f UTF-16BE"),
         (  # one damaged character does not make a file cp1252
             "schön\n".encode() + b"sch\xf6n\n", ":2",
             "byte 0xf6 at position 4 is not UTF-8; everything before it is UTF-8",
@@ -668,7 +680,7 @@ def test_gzip_is_read_with_its_lines(tmp_path, name):
         ),
     ],
 )  # fmt: skip
-def test_an_unsupported_encoding_is_refused(tmp_path, content, place, says):
+def test_a_damaged_character_is_refused_at_its_line(tmp_path, content, place, says):
     message = unreadable(tmp_path / "rows.txt", content)
     assert message.startswith(place)
     assert says in message

@@ -112,7 +112,7 @@ def test_rows_cannot_break_the_card(make):
 
 
 def test_distinct_n_is_that_of_a_count_by_hand():
-    from finetune.data.readers import Place, Row
+    from finetune.data.places import Place, Row
 
     texts = ["a b a b", "a b c", "c"]
     rows = [

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from conftest import write_jsonl
 
-from finetune.data import readers, rows, source_files
+from finetune.data import formats, readers, rows, source_files
+from finetune.data.column_names import FORMATS
+from finetune.data.conversations import Message
+from finetune.data.places import Place, Row
 from finetune.data.problems import Problems
-from finetune.data.rows import Message
 from finetune.errors import ConfigError, DataError
 
 QA = {"question": "q", "answer": "a"}
@@ -64,9 +66,9 @@ def converse(
     columns: dict[str, str] | None = None,
     system_prompt: str | None = None,
 ) -> tuple[Message, ...]:
-    row = rows.Row(rows.Place("rows.jsonl", 7), values)
-    format = rows.detect(row) if format == "auto" else format
-    conversation = rows.to_conversation(row, format, columns or {}, system_prompt)
+    row = Row(Place("rows.jsonl", 7), values)
+    format = formats.detect(row) if format == "auto" else format
+    conversation = formats.to_conversation(row, format, columns or {}, system_prompt)
     assert str(conversation.place) == "rows.jsonl:7"
     return conversation.messages
 
@@ -173,8 +175,7 @@ def test_the_format_of_a_file_is_that_of_its_first_row(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("tool_calls", 0), ("thinking", "hm"), ("tool_call_id", "c1"), ("weight", 0),
-        ("weight", 0.5), ("train", False), ("loss", False), ("loss_mask", [0]), ("mask", True),
+        ("thinking", "hm"), ("weight", 0.5), ("weight", "0"), ("loss_mask", [0]), ("mask", True),
         ("mask", False), ("isMasked", True), ("trainable", "no"), ("learn", 0), ("rating", -1),
         ("rating", 1), ("score", "2/5"), ("label", "bad"), ("is_good", False),
         ("feedback", {"helpful": 1}),
@@ -343,8 +344,8 @@ def test_plain_text_with_a_label_stays_text(column, value):
     ],
 )  # fmt: skip
 def test_chosen_answers_train_once_they_are_mapped(values, columns, messages):
-    row = rows.Row(rows.Place("rows.jsonl", 7), values)
-    assert rows.to_conversation(row, rows.detect(row, columns), columns).messages == messages
+    row = Row(Place("rows.jsonl", 7), values)
+    assert formats.to_conversation(row, formats.detect(row, columns), columns).messages == messages
 
 
 def accepted(folder, values: dict[str, Any], columns: dict[str, str]) -> tuple[Message, ...]:
@@ -382,7 +383,8 @@ PAIR = {"chosen": "c", "rejected": "r"}
 )  # fmt: skip
 def test_the_error_for_preference_rows_shows_a_working_mapping(tmp_path, values, mapping, messages):
     says = refused(values)
-    assert "belongs to preference rows (DPO, reward models), which are not supported yet" in says
+    assert "belongs to preference rows (DPO, reward models), of which sft learns nothing" in says
+    assert "for an objective of your own set data.format: preference" in says
     assert f"write data.columns: {mapping}" in says
     columns = dict(part.split(": ") for part in mapping.strip("{}").split(", "))
     assert accepted(tmp_path, values, columns) == messages
@@ -472,17 +474,17 @@ def test_a_mapped_column_that_no_row_has_is_refused(tmp_path):
     "theirs", ["customer question", "Customer Questions", " Customer Question ", "CustomerQuestion"]
 )
 def test_a_misspelt_mapped_name_gets_the_nearest(theirs):
-    row = rows.Row(rows.Place("rows.csv", 2), {"Customer Question": "q", "answer": "a"})
+    row = Row(Place("rows.csv", 2), {"Customer Question": "q", "answer": "a"})
     says = "data.columns: question: no column .*; did you mean 'Customer Question'"
     with pytest.raises(DataError, match=says):
-        rows.detect(row, {"question": theirs})
+        formats.detect(row, {"question": theirs})
 
 
 def test_sharegpt_is_read():
     turns = [("system", "s"), ("human", "q"), ("gpt", "a"), ("user", "r"), ("assistant", "b")]
     values = {"conversations": [{"from": name, "value": text} for name, text in turns]}
     assert converse(values) == (system("s"), user("q"), assistant("a"), user("r"), assistant("b"))
-    values["conversations"][2]["weight"] = 0
+    values["conversations"][2]["weight"] = 0.5
     assert "message 3 of 'conversations' has 'weight', which would be ignored" in refused(values)
 
 
@@ -490,7 +492,7 @@ def test_a_lone_surrogate_in_a_column_name_can_be_shown(tmp_path):
     for values in ({"question": "q", "\ud83d": "a"}, {**QA, "\ud83d": "a", "answer": None}):
         refused(values, "question_answer").encode()
     with pytest.raises(DataError) as caught:
-        rows.detect(rows.Row(rows.Place("rows.jsonl", 1), {"\ud83d": "a"}))
+        formats.detect(Row(Place("rows.jsonl", 1), {"\ud83d": "a"}))
     str(caught.value).encode()
 
 
@@ -537,10 +539,10 @@ def test_a_table_without_a_header_is_refused(tmp_path):
         rows.detect_format([str(tmp_path / "rows.csv")], "line", {})
 
 
-@pytest.mark.parametrize("format", rows.FORMATS)
+@pytest.mark.parametrize("format", FORMATS)
 def test_the_error_for_a_missing_column_lists_the_columns(format):
     message = refused({"other": "x"}, format)
-    assert f"no column {rows.FORMATS[format][0]!r}; this row has ['other']" in message
+    assert f"no column {FORMATS[format][0]!r}; this row has ['other']" in message
 
 
 def test_a_missing_mapped_column_is_refused():
@@ -599,10 +601,10 @@ def test_a_value_that_is_not_text_is_refused_by_its_column(values, column, got):
         (turns("user", "system", "assistant"), "it can only be the first"),
         (turns("system", "system", "user", "assistant"), "it can only be the first"),
         (
-            turns("human", "gpt"),
-            "message 1 of 'messages' has role 'human'; roles are system, user, assistant",
+            turns("patient", "gpt"),
+            "message 1 of 'messages' has role 'patient'; roles are system, developer, user, human,",
         ),
-        (turns("user", "tool"), "message 2 of 'messages' has role 'tool'; roles are"),
+        (turns("user", "tool"), "the conversation ends with the result of a tool, without"),
         (turns(None), "message 1 of 'messages' has role None"),
         ({"messages": []}, "column 'messages' should be a list of messages, got []"),
         ({"messages": "hello"}, "column 'messages' should be a list of messages, got hello"),
@@ -617,10 +619,10 @@ def test_a_value_that_is_not_text_is_refused_by_its_column(values, column, got):
             "message 1 of 'conversations' (user) should have text as content, got null",
         ),
         (
-            of_sender("observation"),
-            "message 1 of 'conversations' comes from 'observation'; ShareGPT's names are human,",
+            of_sender("moderator"),
+            "message 1 of 'conversations' has role 'moderator'; roles are system, developer,",
         ),
-        *((of_sender(sender), "message 1 of 'conversations' comes from ")
+        *((of_sender(sender), "message 1 of 'conversations' has role ")
           for sender in (["human"], {"a": 1}, None, 7)),
         (
             {"conversations": [{"from": "human"}]},
@@ -635,8 +637,8 @@ def test_a_value_that_is_not_text_is_refused_by_its_column(values, column, got):
             "message 1 of 'messages' (user) should have text as content, got null",
         ),
         (
-            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
-            "(user) should have text as content, got [{",
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "(user) should have text as content, got a part of type 'image_url': {",
         ),
     ],
 )  # fmt: skip
@@ -655,7 +657,7 @@ def test_a_conversation_out_of_order_is_refused_with_the_right_order(values, say
 def test_real_rows_become_conversations(real_data, name, format, count):
     source = str(real_data / name)
     conversations = [
-        rows.to_conversation(row, rows.detect(row), {}) for row in readers.read(source)
+        formats.to_conversation(row, formats.detect(row), {}) for row in readers.read(source)
     ]
     assert rows.detect_format([source], "line", {}) == format
     assert len(conversations) == count or count is None

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from finetune.data import chat_templates, templates
-from finetune.data.rows import Conversation, Message, Place
+from finetune.data.conversations import Conversation, Message
+from finetune.data.places import Place
 from finetune.data.templates import Template
 from finetune.errors import ConfigError, DataError, UserError
 

@@ -23,10 +23,11 @@ from transformers import PreTrainedTokenizerFast
 
 from finetune import files
 from finetune.config import Model
-from finetune.data import chat_templates, rows, source_files, templates, tokens
+from finetune.data import chat_templates, source_files, templates, tokens
 from finetune.data import examples as stored
+from finetune.data.conversations import Conversation, Message
 from finetune.data.examples import Examples
-from finetune.data.rows import Message
+from finetune.data.places import Place
 from finetune.errors import DataError, ModelError, Outage, UserError
 from finetune.models.load import bytes_tokenizer, load_tokenizer
 
@@ -172,7 +173,7 @@ class Tokenizing:
         says = "\n".join(self.refused_all(values, *arguments, **changes))
         place = f"{self.rows}:{len(values)}: "
         assert says.startswith(place)
-        return says.removeprefix(place)
+        return says.removeprefix(place).partition("; the row: ")[0]
 
     def refused_all(self, *arguments: Any, **changes: Any) -> list[str]:
         """The lines that the user reads about several rows."""
@@ -404,7 +405,7 @@ def test_a_prompt_at_inference_has_the_tokens_it_had_in_training(tokenizing, eac
         assert not any(supervised[: len(asked)]), (prompt, answer)
         assert supervised[len(asked)], (prompt, answer)
         messages = (Message("user", prompt), Message("assistant", answer, supervised=True))
-        segments = template.segments(rows.Conversation(messages, rows.Place("r", 1)))
+        segments = template.segments(Conversation(messages, Place("r", 1)))
         whole = each_tokenizer.decode(ids).removeprefix(bos).lstrip(" ")
         assert whole == "".join(segment.text for segment in segments), (prompt, answer)
 
@@ -786,8 +787,9 @@ def test_many_bad_rows_are_counted_by_kind(tokenizing):
     assert says[0] == "40 of 60 rows are wrong:"
     assert len(says) == 3
     assert (
-        "rows.jsonl:1: column 'answer' is empty; fill it or remove the row (19 more like it: 4, 7, "
-        "10, 13, 16, 19, 22, 25, 28, ...)" in says[1]
+        "rows.jsonl:1: column 'answer' is empty; fill it or remove the row; the row: "
+        '{"question": "q", "answer": ""} (19 more like it: 4, 7, 10, 13, 16, 19, 22, 25, 28, ...)'
+        in says[1]
     )
     assert "rows.jsonl:2: the text contains '<|eos|>'" in says[2]
 
@@ -797,7 +799,7 @@ def test_lengths_of_rows_that_are_too_long_are_summed_up(tokenizing):
     says = tokenizing.refused_all(values, max_length=50)
     assert says[0] == "52 of 100 rows are wrong:"  # q, the answer, EOS
     assert says[1:] == [
-        "  52 rows are longer than data.max_length 50; of all 100 the longest has 102 tokens and "
+        "  52 of 100 rows are longer than data.max_length 50; the longest has 102 tokens, and "
         "95% have at most 98: "
         "set data.max_length: 128, or data.truncation to right, left, drop or (clm) split"
     ]

@@ -8,6 +8,8 @@ import os
 import re
 import shutil
 import stat
+import subprocess
+import sys
 import time
 
 import pytest
@@ -17,7 +19,7 @@ from conftest import TINY_LLAMA, Workshop, losses, pairs, pretrained, read_jsonl
 from safetensors.torch import load_file, save_file
 
 from finetune import config as configs
-from finetune.data.rows import Message
+from finetune.data.conversations import Message
 from finetune.errors import (
     CheckpointError,
     ConfigError,
@@ -241,7 +243,7 @@ def test_text_unit_is_for_the_text_files_of_a_folder(workshop):
     write_jsonl(folder / "deep/rows.jsonl", [{"text": "x"}])
     (folder / "deep/a.txt").unlink()
     with pytest.raises(
-        ConfigError, match="data.text_unit: would be ignored: no source is a .txt file"
+        ConfigError, match="data.text_unit: would be ignored: no source is a .txt or .md file"
     ):
         workshop.check(data__train=str(folder), data__text_unit="file", objective__kind="clm")
 
@@ -865,12 +867,37 @@ def test_the_gpus_allocator_grows_its_blocks_unless_the_user_set_it(monkeypatch,
     )
 
 
-def test_threads_of_a_cpu_sleep_while_they_wait_unless_the_user_says_otherwise(monkeypatch):
+@pytest.mark.parametrize(
+    ("given", "worked", "expected"),
+    [
+        ({}, [10.0, 10.0], None),
+        ({}, [10.0, 10.09], "passive"),
+        ({}, [None], None),  # another system than Linux
+        ({"OMP_WAIT_POLICY": "active"}, [10.0, 10.09], "active"),
+        ({"OMP_NUM_THREADS": "1"}, [10.0, 10.09], None),
+    ],
+    ids=["alone", "beside another", "unknown", "the user's own", "one thread"],
+)
+def test_threads_sleep_while_they_wait_beside_busy_processes(monkeypatch, given, worked, expected):
     import train
+    from finetune import cores
 
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    for name in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "")  # so that its value comes back
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    seconds = iter(worked)
+    monkeypatch.setattr(cores, "_worked", lambda: next(seconds))
     train.prepare_libraries()
-    assert os.environ["OMP_WAIT_POLICY"] == "passive"
-    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    train.prepare_libraries()
-    assert os.environ["OMP_WAIT_POLICY"] == "active"
+    assert os.environ.get("OMP_WAIT_POLICY") == expected
+
+
+def test_a_busy_process_is_seen():
+    from finetune import cores
+
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        time.sleep(0.2)
+        found = cores.busy(0.3)
+        other.kill()
+    assert found > 0.5

@@ -33,6 +33,7 @@ from finetune.errors import ConfigError
 # working directory.
 BESIDE_CONFIG = (
     "model.path", "model.tokenizer", "adapter.path", "data.train", "data.eval", "data.template",
+    "data.weights", "data.token_budgets",
 )  # fmt: skip
 
 

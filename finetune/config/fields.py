@@ -28,7 +28,8 @@ BatchSize = Annotated[int, Field(gt=0, le=1_000_000)]
 # The names that formats give to columns; the formats themselves are in data/rows.py.
 COLUMNS = (
     "text", "question", "answer", "prompt", "completion", "instruction", "input", "output",
-    "messages",
+    "messages", "system", "tools", "history", "chosen", "rejected", "label", "choices", "gold",
+    "role", "content", "user", "assistant",
 )  # fmt: skip
 # These train padded rectangles; the others take sequences end to end in one row.
 PADDED_ATTENTION = ("sdpa", "eager")
@@ -156,8 +157,16 @@ class Data(Section):
 
     train: Annotated[str | list[str], ExpandedPath]
     """Training rows.
-    Files (.jsonl .json .csv .tsv .parquet .txt), folders, globs, or Hub names as
-    owner/name[:split].
+    Files (.jsonl .json .csv .tsv .parquet .arrow .xlsx .txt .md), folders, globs, URLs, or Hub
+    names as owner/name[/subset][:split].
+    """
+    weights: Annotated[dict[str, PositiveNumber], ExpandedPath] = {}
+    """How many times an epoch has the rows of a source, as {a.jsonl: 2, b.jsonl: 0.5}.
+    A fraction is drawn at random with run.seed; names are those of data.train.
+    """
+    token_budgets: Annotated[dict[str, Positive], ExpandedPath] = {}
+    """How many tokens an epoch has of a source, as {web.jsonl: 2000000}.
+    Whole rows, drawn at random with run.seed and repeated where there are fewer.
     """
     max_rows: Positive | None = None
     """Train on this many rows, drawn at random with run.seed; null: all rows."""
@@ -166,17 +175,32 @@ class Data(Section):
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Fraction of the training rows to hold out for evaluation, if data.eval is not given."""
     format: (
-        Literal["auto", "text", "prompt_completion", "question_answer", "instruction", "messages"]
+        Literal[
+            "auto", "text", "prompt_completion", "question_answer", "instruction", "messages",
+            "preference", "unpaired", "choices",
+        ]
         | OwnName
-    ) = "auto"
+    ) = "auto"  # fmt: skip
     """Format of the rows.
-    auto: detect it from the columns of the first row; FILE.py:NAME: a function of your own
-    (docs/data.md).
+    auto: detect it from the columns of the first row; preference, unpaired, choices: rated answers,
+    for an objective of your own; FILE.py:NAME: a function of your own (docs/data.md).
     """
     columns: dict[str, str] = {}
-    """Map columns with other names, as {question: Patient, answer: Doctor}."""
+    """Map columns with other names, as {question: Patient, answer: Doctor}.
+    role, content, user and assistant map names inside messages.
+    """
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What to do with a wrong row.
+    skip: leave it out, count it, and write it to rejects.jsonl in the run directory.
+    """
+    max_bad_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """skip: stop with an error if a larger fraction of the rows is wrong."""
+    repair_turns: bool = False
+    """Join turns of one role in a row; drop a first turn of the assistant, a last one of the user.
+    The summary counts what changed.
+    """
     text_unit: Literal["line", "paragraph", "file"] = "line"
-    """Unit of a .txt file that makes a row; blank lines separate paragraphs."""
+    """Unit of a .txt or .md file that makes a row; blank lines separate paragraphs."""
     system_prompt: str | None = None
     """System message for every conversation that has none."""
     template: PathString = "auto"
@@ -266,6 +290,8 @@ class Schedule(Section):
     """Shape after the warm-up; wsd (warmup-stable-decay) stays constant and then falls linearly."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps to raise the learning rate from 0 to its peak."""
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """The same as a fraction of all steps, rounded up, in place of warmup_steps."""
     decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
     """wsd: fraction of the run, at its end, in which the learning rate falls."""
     min_lr_fraction: Fraction = 0.0
@@ -275,8 +301,8 @@ class Schedule(Section):
 class Train(Section):
     """Length, batch sizes and precision of the training."""
 
-    epochs: Positive = 1
-    """Passes over the data."""
+    epochs: Positive | PositiveNumber = 1
+    """Passes over the data; 1.5 ends in the middle of the second."""
     max_steps: Positive | None = None
     """Stop after this many optimizer steps, if train.epochs has not ended before."""
     global_batch_size: BatchSize = 8

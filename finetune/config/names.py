@@ -49,8 +49,13 @@ _CALLED = {
     "data.loss_on": (
         "train_on_inputs train_on_prompt completion_only_loss assistant_only_loss mask_prompt"
     ),
-    "data.columns": "dataset_text_field field_mapping",
+    "data.columns": (
+        "dataset_text_field field_mapping field_messages message_field_role message_field_content "
+        "message_property_mappings"
+    ),
     "data.truncation": "truncation_side",
+    "data.weights": "dataset_weights interleave_probs data_weights mixing_weights",
+    "data.on_bad_row": "skip_invalid skip_bad_rows",
     "data.group_by_length": "group_by_len",
     "data.cache_dir": "dataset_prepared_path",
     "objective.kind": "stage task",
@@ -62,7 +67,7 @@ _CALLED = {
     "optimizer.eps": "adam_epsilon",
     "optimizer.embedding_lr": "embedding_learning_rate",
     "schedule.kind": "lr_scheduler_type lr_scheduler scheduler",
-    "schedule.warmup_steps": "warmup_ratio warmup num_warmup_steps",
+    "schedule.warmup_steps": "warmup num_warmup_steps",
     "schedule.min_lr_fraction": "lr_min_ratio min_lr min_lr_rate",
     "train.epochs": "num_train_epochs num_epochs n_epochs",
     "train.max_steps": "num_steps iters max_iters",

@@ -18,6 +18,8 @@ def expanded(path: Any) -> Any:
     """Replace `~` in a path, or in each of a list. Raises ValueError if home is unknown."""
     if isinstance(path, list):
         return [expanded(each) for each in path]
+    if isinstance(path, dict):  # names of sources -> settings of each
+        return {expanded(name): value for name, value in path.items()}
     if not isinstance(path, str):
         return path
     if "\0" in path:
@@ -48,6 +50,8 @@ def beside_config(value: Any, folder: str) -> Any:
     """
     if isinstance(value, list):
         return [beside_config(each, folder) for each in value]
+    if isinstance(value, dict):
+        return {beside_config(name, folder): each for name, each in value.items()}
     if not isinstance(value, str) or not value or "\0" in value:
         return value
     if "://" in value or value[0] in "/~":

@@ -16,6 +16,8 @@ PLACES = (
 # Defaults that ask for nothing, so that writing them out does no harm.
 NOTHING: tuple[object, ...] = (None, False, 0, [], {}, "none", "auto", "default")
 # Settings that the adapter in adapter.path decides.
+# Formats of rated answers.
+RATED = ("preference", "unpaired", "choices")
 SHAPE = (
     "r", "alpha", "dropout", "target_modules", "rslora", "dora", "init", "modules_to_save",
 )  # fmt: skip
@@ -89,6 +91,12 @@ def _objective_conflicts(config: Config) -> Iterator[str]:
     elif data.truncation == "split":
         why = "would cut answers from their prompts; use it with objective.kind: clm"
         yield f"data.truncation: split {why}"
+    if data.format in RATED and not isinstance(objective, OwnObjective):
+        yield (
+            f"data.format: {data.format} gives answers that are rated, and objective.kind: {name} "
+            "would learn bad ones as good; use an objective of your own (docs/objectives.md), or "
+            "choose the good answers with data.columns, as {completion: chosen}"
+        )
     if data.format == "text" and has_turns:
         why = "needs prompts and answers, but data.format is text; use clm"
         yield f"objective.kind: {name} {why}"
@@ -96,6 +104,8 @@ def _objective_conflicts(config: Config) -> Iterator[str]:
 
 def _data_conflicts(config: Config) -> Iterator[str]:
     data, model = config.data, config.model
+    if data.on_bad_row == "error":
+        yield from _ignored(config, "data.on_bad_row: error takes none", "data.max_bad_fraction")
     if data.format == "text":
         why = "rows of text have no turns"
         yield from _ignored(config, why, "data.template", "data.system_prompt")
@@ -109,9 +119,16 @@ def _data_conflicts(config: Config) -> Iterator[str]:
             listed = f"the columns are {', '.join(COLUMNS)}"
             hint = f"did you mean {near[0]}?" if near else listed
             yield f"data.columns: no format has a column {name!r}; {hint}"
+    for key, names in (("weights", data.weights), ("token_budgets", data.token_budgets)):
+        for name in names:
+            if name not in _listed(data.train):
+                listed = ", ".join(_listed(data.train))
+                yield f"data.{key}: {name} is not a name of data.train, which has {listed}"
+    for name in data.weights.keys() & data.token_budgets.keys():
+        yield f"data.token_budgets: {name} has a weight in data.weights, too; remove one of them"
     sources = [*_listed(data.train), *_listed(data.eval)]
     if not any(_may_hold_text(source) for source in sources):
-        yield from _ignored(config, "no source is a .txt file", "data.text_unit")
+        yield from _ignored(config, "no source is a .txt or .md file", "data.text_unit")
     if data.eval is not None:
         yield from _ignored(config, "data.eval gives the evaluation rows", "data.eval_fraction")
     if data.packing and model.attention in PADDED_ATTENTION:
@@ -134,7 +151,9 @@ def _schedule_conflicts(config: Config) -> Iterator[str]:
         yield from _ignored(config, why, "schedule.min_lr_fraction")
     if schedule.kind != "wsd":
         yield from _ignored(config, "it belongs to schedule.kind: wsd", "schedule.decay_fraction")
-    if schedule.kind == "inverse_sqrt" and schedule.warmup_steps == 0:
+    if schedule.warmup_steps and schedule.warmup_ratio:
+        yield "schedule.warmup_ratio: stands beside schedule.warmup_steps; remove one of them"
+    if schedule.kind == "inverse_sqrt" and not (schedule.warmup_steps or schedule.warmup_ratio):
         why = "falls as sqrt(warmup_steps / step), so give at least 1"
         yield f"schedule.warmup_steps: inverse_sqrt {why}"
 
@@ -241,9 +260,11 @@ def _optimizer_conflicts(config: Config) -> Iterator[str]:
 
 
 def _may_hold_text(source: str) -> bool:
-    """Return whether a source is a .txt file, or a folder or glob, which is read later."""
-    is_many = os.path.isdir(source) or set(source) & set("*?[")
-    return bool(is_many) or source.lower().endswith((".txt", ".txt.gz"))
+    """Return whether a source is text, or a folder or glob, which is read later."""
+    is_many = os.path.isdir(source) or bool(set(source) & set("*?["))
+    name = source.lower().removesuffix(".gz").removesuffix(".zst").removesuffix(".bz2")
+    is_many = is_many or ("://" in source and "." not in os.path.basename(source))
+    return is_many or name.removesuffix(".xz").endswith((".txt", ".text", ".md", ".markdown"))
 
 
 def _listed(value: str | list[str] | None) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from finetune.data.rows import Conversation
+from finetune.data.conversations import Conversation
 from finetune.data.templates import PROMPT, Template
 from finetune.errors import DataError
 
@@ -85,6 +85,7 @@ BUILT_IN = {
 USUAL = {
     "text": "plain", "prompt_completion": "plain", "question_answer": "question_answer",
     "instruction": "alpaca", "messages": "chatml",
+    **dict.fromkeys(("preference", "unpaired", "choices"), "question_answer"),
 }  # fmt: skip
 
 

@@ -24,14 +24,15 @@ import numpy as np
 from tqdm import tqdm
 
 from finetune import failures, files
-from finetune.data import readers, source_files, tokens
-from finetune.data.rows import Place
+from finetune.data import source_files, tokens
+from finetune.data.places import Place, printable
 from finetune.data.templates import Template
 from finetune.data.tokens import Options
 from finetune.errors import DataError, Outage
 
 CACHE_VERSION = 5  # increase it when the same input gives other tokens than before
 META = "meta.json"
+REJECTS = "rejects.jsonl"
 ARRAYS = ("input_ids", "supervised", "ends", "places")
 # Only where rows of several documents, or with fields, have them.
 EXAMPLE_ENDS, COLUMNS = "example_ends", "columns"
@@ -81,6 +82,12 @@ class Examples:
     """Empty rows of tables, which are skipped."""
     num_skipped: int = 0
     """Rows that the user's own data.format skips; `num_rows` does not count them."""
+    repairs: dict[str, int] = field(default_factory=dict)
+    """What data.repair_turns changed -> in how many rows."""
+    bad: dict[str, int] = field(default_factory=dict)
+    """Kinds of wrong rows, which data.on_bad_row skips -> how many; `num_rows` leaves them out."""
+    rejects: Path | None = None
+    """A .jsonl file of these rows, each with its problem."""
     example_ends: np.ndarray | None = None
     columns: dict[str, np.ndarray] = field(default_factory=dict)
     learn_opening: bool = False
@@ -243,8 +250,7 @@ def _make(
         _build(build, names, template, tokenizer, options, cache_dir)
         if changed := [name for name in names if source_files.fingerprint(name) != sources[name]]:
             raise DataError(
-                f"{readers.printable(changed[0])}: changed while being read; start again once it "
-                "is whole"
+                f"{printable(changed[0])}: changed while being read; start again once it is whole"
             )
         with _writable(cache_dir):
             if os.path.lexists(folder):  # a rename does not replace a folder that is not empty
@@ -350,6 +356,45 @@ def draw(examples: Examples, max_rows: int, seed: int) -> Examples:
     return examples.subset(np.flatnonzero(np.isin(row, chosen)))
 
 
+@dataclass(frozen=True)
+class Share:
+    """How much of the rows of some sources, by their numbers, an epoch has: one of the two."""
+
+    name: str
+    sources: Sequence[int]
+    weight: float | None = None
+    tokens: int | None = None
+
+
+def mixed(examples: Examples, shares: Sequence[Share], seed: int) -> Examples:
+    """Return the examples of whole rows in these shares; others stay once. Same for same seed.
+
+    Raises DataError for a share of less than one row.
+    """
+    places = np.stack([examples.source, examples.line, examples.row])
+    row = np.unique(places, axis=1, return_inverse=True)[1]
+    tokens_of = np.bincount(row, examples.lengths).astype(np.int64)
+    times = np.ones(row.max() + 1, np.int64)
+    for number, share in enumerate(shares):
+        own = np.unique(row[np.isin(examples.source, share.sources)])
+        order = np.random.default_rng([seed, 0x317, number]).permutation(own)
+        if share.tokens is None:
+            whole, part = divmod(share.weight or 0, 1)
+            drawn = order[: round(part * len(order))]
+        else:
+            whole, rest = divmod(share.tokens, max(1, int(tokens_of[own].sum())))
+            drawn = order[: np.searchsorted(np.cumsum(tokens_of[order]), rest, side="right")]
+        times[own] = int(whole)
+        times[drawn] += 1
+        if not times[own].any():
+            key = "weights" if share.tokens is None else "token_budgets"
+            raise DataError(
+                f"data.{key}: {share.name}: {share.weight or share.tokens} is less than one of its "
+                f"{len(own):,} rows; raise it, or leave the source out of data.train"
+            )
+    return examples.subset(np.repeat(np.arange(len(examples)), times[row]))
+
+
 def num_trained_on(evals: Examples, train: Examples) -> int:
     """Return how many examples of the evaluation are also in the training data."""
     known = set(train.digests())
@@ -373,11 +418,17 @@ def _build(
         arrays[COLUMNS] = np.array(list(made.columns.values()), np.float32)
         made.counts["columns"] = list(made.columns)
     with _writable(cache_dir):
-        _store(folder, arrays, made.counts)
+        _store(folder, arrays, made.counts, made.rejects)
 
 
-def _store(folder: Path, arrays: dict[str, np.ndarray], counts: dict[str, Any]) -> None:
-    """Write the arrays, and META with their hashes."""
+def _store(
+    folder: Path, arrays: dict[str, np.ndarray], counts: dict[str, Any],
+    rejects: list[dict[str, Any]],
+) -> None:  # fmt: skip
+    """Write the arrays and the rejected rows, and META with the hashes of the arrays."""
+    if rejects:
+        lines = (json.dumps(reject, default=str) + "\n" for reject in rejects)
+        _write(folder / REJECTS, "".join(lines).encode())
     for name, array in arrays.items():
         _write(folder / f"{name}.npy", array)
     meta: dict[str, Any] = {"fingerprint": folder.name.split("-")[1], "counts": counts}
@@ -426,10 +477,13 @@ def _open(
         ends, places = np.asarray(arrays["ends"]), np.asarray(arrays["places"])
         stream = Ragged(arrays["input_ids"], np.concatenate([[0], ends[:-1]]), ends)
         source, line, row = places.T
+        rejects = folder / REJECTS if counts.get("bad") else None
+        if rejects and not rejects.is_file():
+            raise ValueError(f"{REJECTS} is missing")
         counts["columns"] = dict(zip(counts.get("columns", ()), arrays.get(COLUMNS, ())))
         return Examples(
             {"input": stream}, arrays["supervised"], source, line, row, sources, fingerprint,
-            example_ends=arrays.get(EXAMPLE_ENDS), **counts,
+            example_ends=arrays.get(EXAMPLE_ENDS), rejects=rejects, **counts,
         )  # fmt: skip
     except Exception as exc:  # any damage: the entry can be built again
         if note:

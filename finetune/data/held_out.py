@@ -6,6 +6,7 @@ from pathlib import Path
 from finetune import failures, files
 from finetune.data import readers
 from finetune.data.examples import Examples
+from finetune.data.places import Row
 
 
 def write(path: Path, held_out: Examples, text_unit: str) -> None:
@@ -23,7 +24,7 @@ def write(path: Path, held_out: Examples, text_unit: str) -> None:
                     file.write(_line(given))
 
 
-def _line(row: readers.Row) -> bytes:
+def _line(row: Row) -> bytes:
     # Columns that are not read may hold dates and the like, which become text.
     text = json.dumps(row.values, ensure_ascii=False, default=str) + "\n"
     try:

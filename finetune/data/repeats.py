@@ -6,10 +6,10 @@ from itertools import islice
 
 import numpy as np
 
+from finetune.data.conversations import Sample
 from finetune.data.examples import Examples
 from finetune.data.overlap import Overlap, Text
 from finetune.data.problems import Problems
-from finetune.data.rows import Sample
 from finetune.data.tokens import Options
 
 # Rows of training that are compared with evaluation rows: reading and comparing takes 0.2 ms each.

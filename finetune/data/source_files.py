@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from finetune import places
-from finetune.data import readers
-from finetune.data.readers import printable, some, wrong
+from finetune.data import encodings, hub, readers, remote
+from finetune.data.file_types import TEXTS, TYPES, has_lines, type_of
+from finetune.data.places import printable, some, wrong
 from finetune.errors import DataError
 from finetune.files import sha256
 
@@ -55,6 +56,7 @@ def sources(train: str | list[str], evaluation: str | list[str] | None) -> Sourc
             found.notes.extend(note for note in notes if note not in found.notes)
             for file in files:
                 content = fingerprint(file)
+                found.notes.extend(_guessed(file))
                 if content in known:
                     what = f"{printable(file)} holds the same rows as {known[content]}"
                     remedy = "do not evaluate on training rows, and list each file once"
@@ -65,21 +67,23 @@ def sources(train: str | list[str], evaluation: str | list[str] | None) -> Sourc
 
 
 def expand(name: str, key: str) -> tuple[list[str], list[str]]:
-    """Return the files of a file, folder, glob or Hub name, and notes about files not read.
+    """Return the files of a file, folder, glob, URL or Hub name, and notes about files not read.
 
     `key` is data.train, INPUT for all files whatever split their names say, or anything else for
     rows to evaluate on. Raises DataError.
     """
-    path = os.path.expanduser(name)
+    path = os.path.expanduser(name.removeprefix("file://"))
+    if remote.is_url(path):
+        return _expand_url(path, key)
     pattern = not os.path.lexists(path) and glob.has_magic(path) and "\0" not in path
-    if readers.is_hub_name(path):
+    if hub.is_name(path):
         return [path], []
     if not os.path.exists(path) and not pattern:
         raise readers.absent(name, key)
     if not pattern and not os.path.isfile(path) and not os.path.isdir(path):
         why = "which cannot be read twice; write its rows into a file"
         raise DataError(f"{key}: {printable(name)} is a device or a pipe, {why}")
-    if not pattern and (not os.path.isdir(path) or readers.is_saved(path)):
+    if not pattern and (not os.path.isdir(path) or hub.is_saved(path)):
         return [path], []
     files: list[str] = []
     left_out: list[tuple[str, str]] = []
@@ -87,6 +91,10 @@ def expand(name: str, key: str) -> tuple[list[str], list[str]]:
         seen: set[str] = set()
         for match in sorted(glob.glob(path, recursive=True)) if pattern else [path]:
             _collect(match, seen, files, left_out)
+    if any(type_of(file) not in TEXTS for file in files):  # pages about the rows
+        pages = [file for file in files if type_of(file) == ".md"]
+        left_out += [(file, "a page beside rows") for file in pages]
+        files = [file for file in files if file not in pages]
     if pattern and not files and not left_out:
         searched = printable(places.looked_in())
         raise DataError(f"{key}: {printable(name)} matches no file; searched in {searched}")
@@ -102,16 +110,43 @@ def expand(name: str, key: str) -> tuple[list[str], list[str]]:
     return wanted, notes
 
 
+def _expand_url(url: str, key: str) -> tuple[list[str], list[str]]:
+    """Return the files of a URL, and notes about those that are not read."""
+    found, notes = remote.expand(url), list[str]()
+    if found == [url]:
+        return found, notes
+    left_out = [
+        (file, "describes data" if _describes(file) else "type not known")
+        for file in found
+        if _describes(file) or type_of(file) not in TYPES
+    ]
+    without = {file for file, _ in left_out}
+    files = [file for file in found if file not in without]
+    is_glob = any(letter in url for letter in "*?[")
+    root = re.split(r"[*?[]", url)[0] if is_glob else url.rstrip("/") + "/"
+    wanted = _of_split(url, root, files, left_out, key, is_glob, notes)
+    if not wanted:
+        why = f"; not read: {_listed_reasons(left_out)}" if left_out else ""
+        raise DataError(f"{key}: {printable(url)} holds no file with rows{why}")
+    if left_out:
+        notes.append(f"{key} does not read {_listed_reasons(left_out)}")
+    return wanted, notes
+
+
+def _describes(path: str) -> bool:
+    name, _, ending = os.path.basename(path.rstrip("/")).lower().partition(".")
+    return ending in DESCRIPTIONS.get(name, ())
+
+
 def _collect(path: str, seen: set[str], files: list[str], left_out: list[tuple[str, str]]) -> None:
     """Add a file, or a folder's files in order of name. A file with several links counts once."""
     real = os.path.realpath(path)
     if real in seen:
         return
-    name, _, ending = os.path.basename(path.rstrip("/")).lower().partition(".")
     # A link with another ending does not stand for its file.
-    if os.path.isdir(path) or readers.type_of(path) in readers.READERS:
+    if os.path.isdir(path) or type_of(path) in TYPES:
         seen.add(real)
-    if os.path.isdir(path) and not readers.is_saved(path):
+    if os.path.isdir(path) and not hub.is_saved(path):
         for entry in sorted(os.listdir(path)):
             inside = os.path.join(path, entry)
             if entry.startswith("."):
@@ -123,11 +158,11 @@ def _collect(path: str, seen: set[str], files: list[str], left_out: list[tuple[s
         raise wrong(path, f"links to {printable(real)}, which does not exist; {remedy}")
     elif os.path.isdir(path):
         files.append(path)
-    elif ending in DESCRIPTIONS.get(name, ()):
+    elif _describes(path):
         left_out.append((path, "describes data"))
     elif not os.path.isfile(path):
         left_out.append((path, "a device or a pipe"))
-    elif readers.type_of(path) not in readers.READERS:
+    elif type_of(path) not in TYPES:
         left_out.append((path, "type not known"))
     elif os.path.getsize(path) == 0:
         left_out.append((path, "empty"))
@@ -183,17 +218,32 @@ def _listed_reasons(left_out: list[tuple[str, str]]) -> str:
     return "; ".join(f"{some(paths)} ({why})" for why, paths in reasons.items())
 
 
+def _guessed(file: str) -> list[str]:
+    """Note an encoding that was guessed."""
+    if not has_lines(file) or (not remote.is_url(file) and not os.path.isfile(file)):
+        return []
+    with readers.readable(file):
+        encoding = encodings.encoding_of(file)
+    if encoding == "utf-8" or encoding in encodings.MARKS.values():
+        return []
+    name = printable(file)
+    return [
+        f"{name} is not UTF-8, and is read as {encoding.upper()}, its probable encoding; if "
+        "letters of the first example are wrong, save it as UTF-8"
+    ]
+
+
 def fingerprint(source: str) -> str:
     """Return a hash of what a source holds; it changes when any byte does."""
     with readers.readable(source):
-        if os.path.isfile(source):
-            return sha256(Path(source))
+        if remote.is_url(source) or os.path.isfile(source):
+            return sha256(Path(remote.local(source)))
         if os.path.isdir(source):
             digest = hashlib.sha256()
             for path in sorted(p for p in Path(source).rglob("*") if p.is_file()):
                 digest.update(os.fsencode(path.relative_to(source)))
                 digest.update(f" {fingerprint(str(path))}\n".encode())
             return digest.hexdigest()
-    if readers.is_hub_name(source):
-        return readers.hub_fingerprint(source)
+    if hub.is_name(source):
+        return hub.fingerprint(source)
     raise readers.absent(source)

@@ -14,7 +14,8 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any
 
-from finetune.data.rows import Conversation, Message, Place
+from finetune.data.conversations import Conversation, Message
+from finetune.data.places import Place
 from finetune.errors import ConfigError, DataError
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -126,7 +127,10 @@ class Template:
             for turn, mark in zip(answers, marked, strict=True)
         ]
         self._require_all(conversation, text)
+        self._require_tools(conversation, text)
+        self._require_calls(conversation)
         if loss_on == "all":
+            _require_all_supervised(conversation)
             return [Segment(text, True)]
         segments = _cut(text, spans)
         if self.stop_of(segments) is None:
@@ -150,9 +154,13 @@ class Template:
             before = segment.text
         return False
 
-    def prompt(self, messages: Sequence[Message], place: Place = PROMPT) -> str:
+    def prompt(
+        self, messages: Sequence[Message], place: Place = PROMPT,
+        tools: tuple[Mapping[str, Any], ...] = (),
+    ) -> str:  # fmt: skip
         """Return the text up to the point where the model should begin to answer."""
-        asked = self._render(Conversation(tuple(messages), place), add_generation_prompt=True)
+        asking = Conversation(tuple(messages), place, tools)
+        asked = self._render(asking, add_generation_prompt=True)
         return asked if self.learn_opening or asked.endswith(self.opening) else asked + self.opening
 
     def stop_token(self, conversation: Conversation | None = None) -> str | None:
@@ -179,7 +187,10 @@ class Template:
         until = replace(conversation, messages=messages[: turn + 1])
         alone = text if len(until.messages) == len(messages) else self._render(until)
         start = len(self._prompt_of(conversation, text, alone, turn))
-        end = self._end(conversation, text, start, turn)  # raises errors in any case
+        if messages[turn].has_calls:
+            end = self._end_of_calls(alone, start)
+        else:
+            end = self._end(conversation, text, start, turn)  # raises errors in any case
         if mark is not None:
             start = mark[0] if text[start : mark[0]].strip() else start
             end = self._with_turn_end(text, mark[1])
@@ -241,6 +252,54 @@ class Template:
             raise self._wrong(conversation, f"{what}; {remedy}")
         return self._with_turn_end(text, end)
 
+    def _end_of_calls(self, alone: str, start: int) -> int:
+        """Return where tool calls end: behind the token that ends the turn, if there is one.
+
+        `alone`: the rendered text up to this turn.
+        """
+        found = [(alone.rfind(token, start), token) for token in self.turn_ends]
+        ends = [at + len(token) for at, token in found if at >= 0]
+        return max(ends) if ends else start + len(alone[start:].rstrip())
+
+    def _require_calls(self, conversation: Conversation) -> None:
+        """Raise DataError if the template leaves out a tool call or its arguments."""
+        marks: dict[str, str] = {}
+
+        def marked(call: Mapping[str, Any], what: str) -> dict[str, Any]:
+            name, arguments = (f"{_MARK}{len(marks) + n}{_MARK}" for n in (0, 1))
+            marks[name], marks[arguments] = f"the name of {what}", f"the arguments of {what}"
+            function = call["function"]
+            return {**call, "function": {
+                "name": function["name"] + name, "arguments": {arguments: arguments},
+            }}  # fmt: skip
+
+        turns = []
+        for number, message in enumerate(conversation.messages, 1):
+            if message.has_calls:
+                where = f"in message {number}"
+                calls = [
+                    marked(call, f"tool call {n} {where}")
+                    for n, call in enumerate(message.parts["tool_calls"], 1)
+                ]
+                message = replace(message, parts={**message.parts, "tool_calls": calls})
+            turns.append(message)
+        if not marks:
+            return
+        text = self._render(replace(conversation, messages=tuple(turns)))
+        for mark, what in marks.items():
+            if mark not in text:
+                remedy = "use the model's own template (data.template: chat), or another model"
+                raise self._wrong(conversation, f"drops {what}; {remedy}")
+
+    def _require_tools(self, conversation: Conversation, text: str) -> None:
+        """Raise DataError if the template ignores the descriptions of tools."""
+        if conversation.tools and self._render(replace(conversation, tools=())) == text:
+            raise self._wrong(
+                conversation,
+                "ignores the descriptions of tools, so the model would not see them; use the "
+                "model's own template (data.template: chat), or remove the column",
+            )
+
     def _with_turn_end(self, text: str, end: int) -> int:
         """Move the end of an answer past the token that ends its turn, if that follows."""
         if not self.turn_ends or text[:end].rstrip().endswith(tuple(self.turn_ends)):
@@ -280,7 +339,7 @@ class Template:
         turns = zip(conversation.messages, self._plain(conversation))
         for number, (message, turn) in enumerate(turns, 1):
             content, context = turn["content"], turn.get("context", "")
-            if message.supervised:  # `_span` checks that its thoughts are there, too
+            if message.role == "assistant":  # `_span` checks that its thoughts are there, too
                 content = _END_OF_THINKING.split(content)[-1]
             if all(_holds(text, part, self._may_go) for part in (content, context)):
                 continue
@@ -292,7 +351,7 @@ class Template:
             what = f"drops or changes the {message.role} message {number} ({_short(content)})"
             raise self._wrong(conversation, f"{what}; use another data.template")
 
-    def _plain(self, conversation: Conversation) -> list[dict[str, str]]:
+    def _plain(self, conversation: Conversation) -> list[dict[str, Any]]:
         """Return messages as the template sees them.
 
         The input of an instruction row joins its content, unless the template has a place for it.
@@ -300,7 +359,7 @@ class Template:
         own = "message.context" in self.source
         plain = []
         for message in conversation.messages:
-            turn = {"role": message.role, "content": message.content}
+            turn = {"role": message.role, "content": message.content, **message.parts}
             if message.context and own:
                 turn["context"] = message.context
             elif message.context:
@@ -354,7 +413,7 @@ class Template:
         given: dict[str, Any] = {
             **self.special_tokens,
             "messages": self._plain(conversation),
-            "tools": None,
+            "tools": list(conversation.tools) or None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
@@ -404,6 +463,16 @@ def sample_prompt(template: Template | None, prompt: str, system_prompt: str | N
     if system_prompt is not None:
         messages.insert(0, Message("system", system_prompt, from_setting=True))
     return template.prompt(messages, Place("evaluation.sample_prompts", 1))
+
+
+def _require_all_supervised(conversation: Conversation) -> None:
+    """Raise DataError for a row that says of an answer not to train on it."""
+    if any(m.role == "assistant" and not m.supervised for m in conversation.messages):
+        raise DataError(
+            f"{conversation.place}: says of an answer not to train on it, which would be ignored "
+            "where every token is supervised; remove that, or use objective.kind: sft with "
+            "data.loss_on: completion"
+        )
 
 
 def _holds(rendered: str, message: str, may_go: re.Pattern[str] = _THINKING) -> bool:

@@ -18,9 +18,10 @@ import numpy as np
 from tqdm import tqdm
 
 from finetune import own_code
-from finetune.data import readers, rows
-from finetune.data.problems import Problems
-from finetune.data.rows import Conversation, Place, Sample
+from finetune.data import rows
+from finetune.data.conversations import Conversation, Sample
+from finetune.data.places import Place, list_columns, some
+from finetune.data.problems import ENDS, Problems, Skipping
 from finetune.data.templates import Segment, Template
 from finetune.errors import DataError, ModelError
 
@@ -47,14 +48,17 @@ class Options:
     truncation: str
     positions: int | None = None
     """How many tokens a sequence may have in the model; None: any number. For messages only."""
+    repair_turns: bool = False
+    skipping: Skipping = ENDS
 
     def samples(
         self, sources: Sequence[str], problems: Problems, unread: "Counter[str] | None" = None
     ) -> Iterator[Sample]:
         """Yield the rows of all sources as samples; see `rows.samples`."""
         return rows.samples(
-            sources, self.format, self.columns, self.text_unit, self.system_prompt, problems, unread
-        )
+            sources, self.format, self.columns, self.text_unit, self.system_prompt, problems,
+            unread, repair_turns=self.repair_turns,
+        )  # fmt: skip
 
     def deciding(self) -> dict[str, Any]:
         """Return what the tokens depend on, for the key of the cache.
@@ -62,6 +66,11 @@ class Options:
         A user's own function counts by the content of its file, which may define several.
         """
         values = {name: value for name, value in asdict(self).items() if name != "positions"}
+        # Caches may be older than these settings.
+        if not self.repair_turns:
+            del values["repair_turns"]
+        if not self.skipping.skips:
+            del values["skipping"]
         if own_code.is_own(self.format):
             code, name = own_code.get(self.format), self.format.rpartition(":")[2]
             values["format"] = f"{code.sha256}:{name}"
@@ -88,13 +97,23 @@ class Tokenised:
     """Documents of all examples up to each."""
     counts: dict[str, Any] = field(default_factory=dict)
     """The fields of `Examples` that count rows."""
+    rejects: list[dict[str, Any]] = field(default_factory=list)
+    """Wrong rows that were skipped, each with its problem."""
+
+    def note(self, problems: Problems, unread: "Counter[str]") -> None:
+        """Take over what was skipped, repaired and not read."""
+        self.rejects = problems.rejects
+        self.counts |= {
+            "num_empty": problems.num_empty, "num_skipped": problems.num_skipped,
+            "unread": unread, "repairs": problems.repairs, "bad": problems.kinds(),
+        }  # fmt: skip
 
     def add(
         self, examples: list[list[Tokens]], sample: Sample, place: tuple[int, int, int]
     ) -> None:
         """Add the examples of a row. Raise DataError if it has other fields than those before."""
         if self.ids and sample.fields.keys() != self.columns.keys():
-            names, before = (readers.list_columns(sorted(f)) for f in (sample.fields, self.columns))
+            names, before = (list_columns(sorted(f)) for f in (sample.fields, self.columns))
             raise DataError(
                 f"{sample.conversations[0].place}: data.format: the fields {names} differ from "
                 f"those of the rows before, {before}; return the same for every row"
@@ -113,7 +132,7 @@ def first_that_fits(
     sources: Mapping[str, str], template: Template, options: Options
 ) -> Conversation | None:
     """Return the first row that the template takes; None for rows of text."""
-    for sample in options.samples(list(sources), Problems()):
+    for sample in options.samples(list(sources), Problems(options.skipping)):
         for conversation in sample.conversations:
             if conversation.messages[0].role == "text":
                 return None
@@ -292,7 +311,12 @@ def _batches(stream: Iterator[Sample]) -> Iterator[list[Sample]]:
 
 def _characters(sample: Sample) -> int:
     messages = (message for each in sample.conversations for message in each.messages)
-    return sum(len(message.content) + len(message.context) for message in messages)
+    return sum(
+        len(message.content)
+        + len(message.context)
+        + (len(str(message.parts)) * bool(message.parts))
+        for message in messages
+    )
 
 
 def tokenise(
@@ -305,7 +329,7 @@ def tokenise(
     finish, control = _Finisher(template, tokenizer), ControlTokens(tokenizer, template.turn_ends)
     index = {source: number for number, source in enumerate(sources)}
     bar = tqdm(desc="tokenising", unit=" rows", disable=None, leave=False)
-    problems, unread = Problems(), Counter[str]()
+    problems, unread = Problems(options.skipping), Counter[str]()
     lengths, num_documents = list[int](), 1
     stream = options.samples(sources, problems, unread)
     # A longer row always has more than max_length tokens, so it is not tokenised, which would take
@@ -314,7 +338,7 @@ def tokenise(
     for batch in _batches(stream):
         num_documents = max(num_documents, *(len(each.conversations) for each in batch))
         rendered = _rendered(batch, template, control, options, most, problems, made.counts)
-        if len(problems) > problems.count(TOO_LONG):
+        if problems.must_end and len(problems) > problems.count(TOO_LONG):
             continue  # read the rest only to count wrong rows
         texts = [segments for _, parts in rendered for segments in parts]
         if not template.learn_opening and any(map(template.opens_itself, texts)):
@@ -324,7 +348,7 @@ def tokenise(
         for sample, parts in rendered:
             made.counts["num_rows"] += 1
             plain = list(islice(encoded, len(parts)))
-            with problems.noted():
+            with problems.noted(sample.row):
                 documents = [
                     finish(conversation, segments, *each)
                     for conversation, segments, each in zip(sample.conversations, parts, plain)
@@ -338,11 +362,7 @@ def tokenise(
     problems.raise_if_any(
         {TOO_LONG: _lengths(lengths, problems.count(TOO_LONG), options, num_documents)}
     )
-    made.counts |= {
-        "num_empty": problems.num_empty,
-        "num_skipped": problems.num_skipped,
-        "unread": unread,
-    }
+    made.note(problems, unread)
     _require_any(made, sources, options)
     return made
 
@@ -353,11 +373,11 @@ def _require_any(made: Tokenised, sources: Sequence[str], options: Options) -> N
         return
     if not made.counts["num_rows"]:
         raise DataError(
-            f"{readers.some(list(sources), most=1)}: data.format skips all "
+            f"{some(list(sources), most=1)}: data.format skips all "
             f"{made.counts['num_skipped']:,} rows; correct the function"
         )
     raise DataError(
-        f"{readers.some(list(sources), most=1)}: all {made.counts['num_rows']} rows are over "
+        f"{some(list(sources), most=1)}: all {made.counts['num_rows']} rows are over "
         f"data.max_length {options.max_length} and dropped; raise it"
     )
 
@@ -385,9 +405,10 @@ def _rendered(
         if characters > most and options.truncation == "error":
             size = f"{characters:,} characters"
             place, count = sample.conversations[0].place, len(sample.conversations)
-            problems.note(_over(place, size, options, None, count), TOO_LONG)
+            over = _over(place, size, options, None, count)
+            problems.note(over, TOO_LONG, ends=True)
             continue
-        with problems.noted():
+        with problems.noted(sample.row):
             for conversation in sample.conversations:
                 control.refuse(conversation)
             parts = [template.segments(each, options.loss_on) for each in sample.conversations]
@@ -408,7 +429,8 @@ def _pieces(
     is_long = length > options.max_length
     if is_long and options.truncation != "drop" and (options.truncation == "error" or not is_one):
         size = f"{length} tokens" + ("" if is_one else f" in {len(documents)} documents")
-        problems.note(_over(place, size, options, length, len(documents)), TOO_LONG)
+        over = _over(place, size, options, length, len(documents))
+        problems.note(over, TOO_LONG, ends=True)
         return []
     pieces = [documents]
     if is_long:
@@ -445,7 +467,8 @@ class ControlTokens:
             # Text has no turns to forge, and code is full of tokens that some vocabularies call
             # special, such as <filename>.
             control = self._of_text if message.role == "text" else self._of_turns
-            if found := control.search(message.content + message.context):
+            hidden = json.dumps(dict(message.parts), ensure_ascii=False) if message.parts else ""
+            if found := control.search(message.content + message.context + hidden):
                 what = "a control token of the tokenizer"
                 if found[0] == self._bos:
                     what = "a BOS that the tokenizer adds itself"
@@ -535,8 +558,8 @@ def _lengths(lengths: list[int], too_long: int, options: Options, num_documents:
         )
     longest, usual = max(lengths), int(np.percentile(lengths, 95, method="higher"))
     return (
-        f"{too_long:,} rows are longer than data.max_length {limit}; of all {len(lengths):,} the "
-        f"longest has {longest:,} tokens and 95% have at most {usual:,}: "
+        f"{too_long:,} of {len(lengths):,} rows are longer than data.max_length {limit}; the "
+        f"longest has {longest:,} tokens, and 95% have at most {usual:,}: "
         f"{fitting(longest, limit, options.positions, num_documents)}"
     )
 

@@ -130,13 +130,18 @@ class Muon(torch.optim.Optimizer):
             part.step()
 
 
+def warmup_steps(schedule: Schedule, num_steps: int) -> int:
+    """Return the steps of the warm-up in a run of `num_steps`."""
+    return schedule.warmup_steps or math.ceil(schedule.warmup_ratio * num_steps)
+
+
 def lr_at(step: int, num_steps: int, peak: float, schedule: Schedule) -> float:
     """Return the learning rate of step `step` (from 0) of `num_steps`.
 
-    Warm-up rises linearly to the peak at step warmup_steps. Then linear, cosine and wsd fall to
+    Warm-up rises linearly to the peak at step `warmup`. Then linear, cosine and wsd fall to
     min_lr_fraction x peak after the last step; inverse_sqrt is peak x sqrt(warmup / step).
     """
-    warmup, floor = schedule.warmup_steps, schedule.min_lr_fraction
+    warmup, floor = warmup_steps(schedule, num_steps), schedule.min_lr_fraction
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     if schedule.kind == "constant":

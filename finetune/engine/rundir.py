@@ -31,6 +31,7 @@ from finetune.places import BEATS, REPLAY_OF, RUN
 LOCK = ".lock"
 OUTCOME = "outcome.json"
 HELD_OUT = "held_out.jsonl"
+LENGTHS = ("train.epochs", "train.max_steps")  # settings of how long a run is
 STATES = ("running", "complete", "preempted", "failed")
 # Files that a killed `files.write_synced` leaves; `.mode-` is the probe of `files.follow_umask`.
 TEMPORARY = re.compile(r"(\.mode-)?\.writing-[a-z_]+\.(json|jsonl|yaml)-[a-z0-9_]{8}")
@@ -54,6 +55,7 @@ class RunDirectory:
         self.model = self.path / "model"
         self.logs = Logs(self.path)
         self.starts = self.path / "starts.jsonl"
+        self.rejects = self.path / "rejects.jsonl"
         self.is_open = False
         """Whether this attempt has begun to write in it."""
         self.has_ended = False
@@ -69,6 +71,13 @@ class RunDirectory:
                     "give this run another run.name, "
                     "go back to those values, or remove the directory to start over"
                 )
+                longer = [line.split(":")[0] in LENGTHS for line in different]
+                if all(longer) and self.outcome().get("state") == "complete":
+                    key = "model.path" if config.adapter.kind == "full" else "adapter.path"
+                    instead = (
+                        "this run is complete; to train on, start a new run from its model: "
+                        f"--run.name {config.run.name}-2 --{key} {self.model}"
+                    )
                 raise refusal(f"{self.path} holds another run", different, instead)
         elif os.path.exists(self.path) and (
             not self.path.is_dir()
@@ -146,6 +155,13 @@ class RunDirectory:
             self.checkpoints.mkdir(exist_ok=True)
             self._sweep()
             self.is_open = True
+
+    def write_rejects(self, sources: Sequence[Path | None]) -> None:
+        """Write the wrong rows that data.on_bad_row skips, from the files of the token cache."""
+        texts = [path.read_text(encoding="utf-8") for path in sources if path]
+        if texts:
+            with self._writing():
+                files.write_synced(self.rejects, "".join(texts))
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -382,6 +398,7 @@ class RunDirectory:
         return [
             *self.logs.all,
             self.starts,
+            self.rejects,
             *(self.path / n for n in ("config.yaml", OUTCOME, "receipt.json", HELD_OUT)),
         ]
 

@@ -19,9 +19,11 @@ from finetune import failures, files, own_code
 from finetune.config import paths
 from finetune.config.base import model_argument, require_model
 from finetune.config.own import own_format
-from finetune.data import readers, rows, source_files
+from finetune.data import rows, source_files
+from finetune.data.column_names import FORMATS
+from finetune.data.conversations import Conversation
+from finetune.data.places import list_columns
 from finetune.data.problems import Problems
-from finetune.data.rows import Conversation
 from finetune.errors import ConfigError, DataError, Outage, UserError
 from finetune.evaluation import scores
 from finetune.export.load import (
@@ -52,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "format of the rows; auto: from the columns of the first; FILE.py:NAME: a function of your "
         "own, as data.format"
     )
-    shown = "|".join(["auto", *rows.FORMATS, own_code.EXPECTED])
+    shown = "|".join(["auto", *FORMATS, own_code.EXPECTED])
     add("--format", default="auto", type=_format, metavar=shown, help=what)
     what = "map columns with other names, as data.columns does"
     add("--columns", type=_mapping, default={}, help=what)
@@ -116,7 +118,9 @@ def _answers(
     moved_base: str | None = None,
 ) -> list[Answer]:  # fmt: skip
     """Return the answers of one of the two models, --base or --tuned."""
-    prompts = [generate.chat_prompt(tokenizer, c.messages[:-1], c.place) for c in conversations]
+    prompts = [
+        generate.chat_prompt(tokenizer, c.messages[:-1], c.place, c.tools) for c in conversations
+    ]
     trusted = arguments.trust_remote_code
     model = load(getattr(arguments, name), trust_remote_code=trusted, base=moved_base)
     if name == "base" and (note := other_base(arguments.tuned, model)):
@@ -184,7 +188,7 @@ def _mapping(text: str) -> dict[str, str]:
 
 def _format(text: str) -> str:
     """Parse a format of rows, or load a function of the user's own."""
-    known = ("auto", *rows.FORMATS)
+    known = ("auto", *FORMATS)
     if text in known:
         return text
     if not own_code.is_own(text):
@@ -230,7 +234,7 @@ def read(
     if problems.num_skipped:
         _note(f"--format skips {problems.num_skipped:,} of {problems.num_rows:,} rows")
     if unread:
-        listed = readers.list_columns(sorted(unread))
+        listed = list_columns(sorted(unread))
         _note(f"not read: columns {listed}; every answer counts as correct")
     read = [conversation for sample in samples for conversation in sample.conversations]
     if len(read) > len(samples):
@@ -241,6 +245,11 @@ def read(
         )
     if without := next((c for c in read if c.messages[-1].role != "assistant"), None):
         raise DataError(f"{without.place}: has no answer to compare with")
+    if calling := next((c for c in read if c.messages[-1].has_calls), None):
+        raise DataError(
+            f"{calling.place}: ends with tool calls, and evaluate compares the text of answers; "
+            "leave out rows that end so"
+        )
     return read
 
 

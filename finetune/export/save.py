@@ -15,7 +15,7 @@ from transformers.utils import cached_file
 
 from finetune import files
 from finetune.config.base import is_model_or_adapter
-from finetune.data.rows import Message
+from finetune.data.conversations import Message
 from finetune.data.templates import QUESTION, Template
 from finetune.data.tokens import uses_bos
 from finetune.errors import ModelError

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from finetune import failures
-from finetune.data.rows import Message
+from finetune.data.conversations import Message
 from finetune.data.templates import QUESTION, Template
 from finetune.data.tokens import encode_prompt, tokenizer_fingerprint
 from finetune.errors import ExportError, ModelError, OutOfMemory

@@ -14,8 +14,9 @@ from tqdm import tqdm
 from transformers import GenerationConfig, TextStreamer
 
 from finetune.data import chat_templates, templates
+from finetune.data.conversations import Conversation, Message
+from finetune.data.places import Place
 from finetune.data.problems import Problems
-from finetune.data.rows import Conversation, Message, Place
 from finetune.data.templates import Template
 from finetune.data.tokens import ControlTokens, encode_prompt
 from finetune.models.attention_choice import own_attention
@@ -164,10 +165,11 @@ def while_training(
 
 
 def chat_prompt(
-    tokenizer: Any, messages: Sequence[Message], place: Place = templates.PROMPT
-) -> str:
+    tokenizer: Any, messages: Sequence[Message], place: Place = templates.PROMPT,
+    tools: tuple[Mapping[str, Any], ...] = (),
+) -> str:  # fmt: skip
     """Return a conversation up to the next answer, as the tokenizer's chat template renders it."""
-    return replace(_own_template(tokenizer), learn_opening=True).prompt(messages, place)
+    return replace(_own_template(tokenizer), learn_opening=True).prompt(messages, place, tools)
 
 
 def refuse_control_tokens(tokenizer: Any, conversations: Sequence[Conversation]) -> None:

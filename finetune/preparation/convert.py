@@ -11,20 +11,15 @@ import argparse
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from finetune.data import rows as data_rows
-from finetune.data.readers import Row, short
+from finetune.data.column_names import taken_from
+from finetune.data.formats import detect, to_conversation
+from finetune.data.places import Row, short
 from finetune.errors import DataError
 from finetune.preparation import frame as frames
 from finetune.preparation.frame import Frame
 
-# Format -> the columns it reads, by all their names, which the new ones replace.
-READ = {
-    "messages": ("messages", "conversations"),
-    "question_answer": ("question", "answer"),
-    "prompt_completion": ("prompt", "completion", "response"),
-    "instruction": ("instruction", "input", "output", "response"),
-    "text": ("text",),
-}
+# Formats whose columns the new ones replace.
+READ = ("messages", "question_answer", "prompt_completion", "instruction", "text")
 PAIRS = {
     "question_answer": ("question", "answer"),
     "prompt_completion": ("prompt", "completion"),
@@ -63,11 +58,14 @@ def converted(row: Row, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return a row in the format --to. Raise DataError if it does not fit."""
     format, columns = arguments.format, arguments.columns
     if format == "auto":
-        format = data_rows.detect(row, columns, for_training=False)
+        format = detect(row, columns, for_training=False)
     if format not in READ:
         raise DataError(f"{row.place}: rows of format {format} cannot be converted")
-    messages = data_rows.to_conversation(row, format, columns, None, for_training=False).messages
-    read = set(READ[format]) | set(columns.values())
+    conversation = to_conversation(row, format, columns, None, for_training=False)
+    messages = conversation.messages
+    if conversation.tools or any(message.parts for message in messages):
+        raise DataError(f"{row.place}: has tool calls, which cannot be converted yet; leave it out")
+    read = set(taken_from(row, format, columns).values())
     kept = {name: value for name, value in row.values.items() if name not in read}
     turns = [
         {"role": each.role, "content": f"{each.content}\n\n{each.context}".strip("\n")}

@@ -14,7 +14,7 @@ import argparse
 from collections.abc import Callable
 
 from finetune.data.overlap import Match, Overlap, Text
-from finetune.data.readers import Place
+from finetune.data.places import Place
 from finetune.errors import DataError
 from finetune.preparation import frame as frames
 from finetune.preparation import texts, workers

@@ -14,7 +14,7 @@ from hashlib import blake2b
 
 from finetune.data import clusters
 from finetune.data.clusters import Fingerprints
-from finetune.data.readers import Place, Row, short
+from finetune.data.places import Place, Row, short
 from finetune.errors import DataError
 from finetune.preparation import frame as frames
 from finetune.preparation import texts, workers

@@ -11,7 +11,7 @@ from typing import Any
 
 from finetune import extras
 from finetune.data import readers
-from finetune.data.readers import printable
+from finetune.data.places import printable
 from finetune.errors import DataError
 
 HTML, PDF, MARKDOWN = (".html", ".htm", ".xhtml"), (".pdf",), (".md", ".markdown")

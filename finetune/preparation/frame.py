@@ -18,8 +18,8 @@ from tqdm import tqdm
 from finetune import config, failures, files
 from finetune.config import paths
 from finetune.data import readers, source_files
-from finetune.data import rows as data_rows
-from finetune.data.readers import Row, printable, short
+from finetune.data.column_names import FORMATS
+from finetune.data.places import Row, printable, short
 from finetune.errors import FinetuneError, UserError
 from finetune.preparation import output, workers
 from finetune.preparation.output import PIPE, Write
@@ -75,7 +75,7 @@ def add_columns(parser: argparse.ArgumentParser, what: str) -> None:
 def add_format(parser: argparse.ArgumentParser) -> None:
     """Add how columns are read, as training reads them."""
     what = "format of the rows (default: by the columns of the first row of each file)"
-    known = ["auto", *data_rows.FORMATS]
+    known = ["auto", *FORMATS]
     parser.add_argument("--format", choices=known, default="auto", help=what)
     what = "other names of columns, as 'question: Patient, answer: Doctor'"
     parser.add_argument("--columns", type=mapping, default={}, metavar="MAP", help=what)

@@ -9,7 +9,7 @@ import argparse
 import re
 from collections.abc import Iterator
 
-from finetune.data.readers import printable
+from finetune.data.places import printable
 from finetune.preparation import documents
 from finetune.preparation import frame as frames
 from finetune.preparation.clean import clean

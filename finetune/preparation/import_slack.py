@@ -19,7 +19,7 @@ from typing import Any
 from finetune import failures
 from finetune.config import paths
 from finetune.data import readers
-from finetune.data.readers import printable
+from finetune.data.places import printable
 from finetune.errors import DataError, UserError
 from finetune.preparation import frame as frames
 from finetune.preparation.frame import Frame

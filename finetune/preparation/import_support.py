@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from finetune.data.readers import Row, short
+from finetune.data.places import Row, short
 from finetune.errors import DataError, UserError
 from finetune.preparation import frame as frames
 from finetune.preparation.clean import without_markup

@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator, Sequence
 from itertools import chain, repeat
 
-from finetune.data.readers import Row
+from finetune.data.places import Row
 from finetune.errors import UserError
 from finetune.preparation import frame as frames
 from finetune.preparation.frame import Frame

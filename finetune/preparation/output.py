@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from finetune import failures, files
-from finetune.data.readers import printable, short
+from finetune.data.places import printable, short
 from finetune.errors import DataError, UserError
 
 PIPE = "-"

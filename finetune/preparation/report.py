@@ -19,7 +19,7 @@ import numpy as np
 from finetune import failures, files
 from finetune.config import paths
 from finetune.data.overlap import Overlap
-from finetune.data.readers import Place
+from finetune.data.places import Place
 from finetune.errors import DataError, UserError
 from finetune.preparation import card, croissant, survey, texts
 from finetune.preparation import frame as frames

@@ -5,7 +5,7 @@ import random
 from collections import defaultdict
 from typing import Any
 
-from finetune.data.readers import short
+from finetune.data.places import short
 from finetune.errors import DataError, UserError
 from finetune.preparation import frame as frames
 from finetune.preparation.frame import Frame

@@ -17,7 +17,7 @@ import numpy as np
 
 from finetune.config import paths
 from finetune.data import clusters
-from finetune.data.readers import Row, short
+from finetune.data.places import Row, short
 from finetune.errors import DataError, UserError
 from finetune.preparation import frame as frames
 from finetune.preparation import texts

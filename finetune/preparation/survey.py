@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from finetune.data import clusters, readers
+from finetune.data import clusters
 from finetune.data.clusters import Fingerprints
 from finetune.data.overlap import Match, Overlap, without_template
-from finetune.data.readers import Place, Row
+from finetune.data.places import Place, Row, short
 from finetune.preparation import texts, workers
 
 # Of answers, for distinct n-grams: 8 bytes each are kept until the end.
@@ -172,7 +172,7 @@ def origin_of(value: Any) -> str:
         return "generated" if value else "real"
     if value in (None, ""):
         return NOT_SAID
-    return readers.short(value, 40)
+    return short(value, 40)
 
 
 def pattern(values: Mapping[str, Any]) -> str:
@@ -260,4 +260,4 @@ def masked(text: str) -> str:
 def excerpt(values: Mapping[str, Any], columns: Sequence[str], most: int = 120) -> str:
     """Return the beginning of a row's text in one line, without template and personal data."""
     text = " ".join(masked(without_template(texts.text_of(values, columns))).split())
-    return readers.short(text or json.dumps(values, default=str), most)
+    return short(text or json.dumps(values, default=str), most)

@@ -8,9 +8,9 @@ import argparse
 from collections.abc import Callable
 
 from finetune.config import paths
-from finetune.data import rows as data_rows
+from finetune.data.formats import detect, to_conversation
+from finetune.data.places import Row
 from finetune.data.problems import Problems
-from finetune.data.readers import Row
 from finetune.errors import DataError, UserError
 from finetune.preparation import frame as frames
 from finetune.preparation.frame import Frame
@@ -48,7 +48,7 @@ def _check(
     for row in frame.rows(title="checking"):
         try:
             format = _format(row, arguments, formats)
-            data_rows.to_conversation(row, format, arguments.columns)
+            to_conversation(row, format, arguments.columns)
         except DataError as exc:
             problems.note(str(exc))
             if drop:
@@ -63,5 +63,5 @@ def _format(row: Row, arguments: argparse.Namespace, formats: dict[str, str]) ->
     if arguments.format != "auto":
         return str(arguments.format)
     if row.place.source not in formats:
-        formats[row.place.source] = data_rows.detect(row, arguments.columns)
+        formats[row.place.source] = detect(row, arguments.columns)
     return formats[row.place.source]

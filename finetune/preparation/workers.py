@@ -11,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from typing import Any
 
-from finetune.data.readers import Row
+from finetune.data.places import Row
 from finetune.errors import OutOfMemory
 
 CHUNK = 1_000  # items: sending a list costs 1 ms, working on it 20 and more
