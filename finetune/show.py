@@ -123,7 +123,8 @@ def of_run(config: Config, data: Data) -> Xray:
     """Return the view of everything that a run makes of data.train."""
     train, wanted = data.train.sequences.examples, config.data
     whole = None
-    if train.num_truncated or train.num_dropped or wanted.max_rows is not None:
+    leaves_out = wanted.max_rows is not None or wanted.weights or wanted.token_budgets
+    if train.num_truncated or train.num_dropped or leaves_out:
         options = replace(data.options, max_length=NO_LIMIT, truncation="error", positions=None)
         whole = examples.prepare(
             data.sources.train, data.template, data.tokenizer, options, config.cache_dir

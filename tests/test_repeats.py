@@ -49,6 +49,12 @@ def test_duplicates_and_contradictions_are_noted(workshop, capsys):
     ]
 
 
+def test_rows_that_weights_repeat_are_no_duplicates(workshop, capsys):
+    weights = {str(workshop.rows): 2}
+    notes, _ = checked(workshop, capsys, ROWS, data__weights=weights)
+    assert notes == []
+
+
 def test_the_same_first_question_of_other_conversations_is_no_contradiction(workshop, capsys):
     def turns(*contents):
         roles = ["user", "assistant"] * 2

@@ -33,6 +33,7 @@ SETTINGS = {
     "left, packed": {"data__max_length": 70, "data__truncation": "left", "data__packing": True},
     "dropped": {"data__max_length": 70, "data__truncation": "drop", "data__eval_fraction": 0.2},
     "split": {"data__max_length": 32, "data__truncation": "split", "objective__kind": "clm"},
+    "weights": {},
     "last turn": {"data__loss_on": "last_turn"},
 }
 
@@ -80,6 +81,8 @@ SEEN = (xray.SUPERVISED, xray.MASKED)
 @pytest.mark.parametrize("name", short([*SETTINGS], "padded", "left, packed"))
 def test_what_it_shows_is_what_the_batches_teach(workshop, name):
     changes = SETTINGS[name]
+    if name == "weights":
+        changes = {"data__weights": {str(workshop.rows): 1.5}}
     data, view = made(workshop, **changes)
     shown = Counter(
         (text(document, *SEEN), mask(document), document.padding)

@@ -24,6 +24,7 @@ def notes(train: Examples) -> Iterator[str]:
         (first[digest], number)
         for number, digest in enumerate(train.digests())
         if first.setdefault(digest, number) != number
+        and train.place(first[digest]) != train.place(number)  # else data.weights repeats it
     ]
     if twice:
         one, other = twice[0]

@@ -167,7 +167,7 @@ class Xray:
         """Put back what was cut off a document, and say what happened to it."""
         key = self._keys[fate][example]
         part, num_parts = self._parts[fate][example]
-        if num_parts > 1:
+        if num_parts > 1 and self._truncation == "split":
             return ids, kinds, f"part {part} of {num_parts} of its row"
         if key not in self._whole_of:
             return ids, kinds, ""
@@ -200,7 +200,7 @@ class Xray:
         ids = np.concatenate([np.asarray(self._whole.input.ids[part]) for part in parts])
         why = f"over data.max_length {self._max_length}: dropped"
         if fate == LEFT_OUT:
-            why = "left out by data.max_rows"
+            why = "left out by data.max_rows, data.weights or data.token_budgets"
         spans = self._spans(ids, np.full(len(ids), CUT))
         return ShownDocument(row, self._place(key), spans, len(ids), 0, why)
 

@@ -81,7 +81,14 @@ def by_config(path: str, sources: list[str]) -> TokenLengths:
     """Tokenise rows as the run of a config would, whole. Raise UserError for wrong ones."""
     config = configs.parse(["--config", path])[0]
     config = config.changed(
-        "data", train=sources, eval=None, eval_fraction=0.0, max_rows=None, truncation="drop"
+        "data",
+        train=sources,
+        eval=None,
+        eval_fraction=0.0,
+        max_rows=None,
+        truncation="drop",
+        weights={},
+        token_budgets={},
     )
     micro = config.train.micro_batch_size
     if micro == "auto":
