@@ -159,6 +159,10 @@ def test_an_error_in_the_last_row_leaves_no_file(bench):
     )
     assert f"{rows}:3: broken JSON" in bench.stderr
     assert os.listdir(bench.folder) == ["in.jsonl"]
+    bench.out.write_text("mine")
+    assert bench.run("clean", rows, "--output", bench.out, "--force") == 2
+    assert bench.out.read_text() == "mine"
+    assert sorted(os.listdir(bench.folder)) == ["in.jsonl", "out.jsonl"]
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "json", "csv", "tsv", "csv.gz", "parquet"])
