@@ -594,6 +594,21 @@ def test_columns_with_other_names_are_mapped(bench):
     ]
 
 
+def test_tool_calls_are_converted_whole_or_refused(bench):
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "1"},
+        {"role": "assistant", "content": "b"},
+    ]
+    rows = [{"messages": turns, "tools": [{"type": "function", "function": {"name": "f"}}]}]
+    assert bench.made("convert", rows, "--to", "messages") == rows
+    target = ["--output", bench.folder / "x.jsonl"]
+    assert bench.run("convert", bench.rows(rows), "--to", "sharegpt", *target) == 2
+    assert "tools and their calls, which sharegpt cannot hold" in bench.stderr
+
+
 def test_validate_lists_what_is_wrong(bench):
     rows = [qa("a", "b"), qa("", "b"), {"question": "x"}, qa("a", 5), {"text": "plain"}]
     source = bench.rows(rows[:4])
@@ -605,6 +620,13 @@ def test_validate_lists_what_is_wrong(bench):
     assert bench.run("validate", source, "--output", bench.out, "--rejects", rejects) == 0
     assert read_jsonl(bench.out) == rows[:1]
     assert [row["row"] for row in read_jsonl(rejects)] == rows[1:4]
+    with source.open("a") as file:
+        file.write("{\n")
+    assert bench.run("validate", source) == 2
+    assert "4 of 5 rows are wrong" in bench.stderr
+    assert f"{source}:5: broken JSON" in bench.stderr
+    assert bench.run("validate", source, "--output", bench.out, "--force") == 0
+    assert "1 dropped (broken line); 3 dropped (wrong)" in bench.stderr
     assert bench.run("validate", bench.rows(rows[:1])) == 0
     assert "validate: 1 rows read; 1 of format question_answer" in bench.stderr
     assert bench.run("validate", source, "--rejects", bench.folder / "r2.jsonl") == 2
