@@ -9,12 +9,13 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, read_jsonl, write_jsonl
+from conftest import ROOT, read_jsonl, short, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -239,16 +240,49 @@ def test_texts_of_conversations_are_compared_without_roles(bench):
     assert bench.made("dedup", rows) == rows[:1]
 
 
-def test_the_output_is_the_same_with_any_number_of_workers(bench):
-    rows = bench.rows([{"text": story(n % 2_400, 8)} for n in range(2_500)])
+PARALLEL = {
+    "dedup": [], "decontaminate": ["--against", "test.jsonl"], "scrub": [],
+    "clean": ["--language", "en", "--certainty", "0.2"], "split": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("program", short(list(PARALLEL), "dedup"))
+def test_the_output_is_the_same_with_any_number_of_workers(bench, monkeypatch, program):
+    monkeypatch.chdir(bench.folder)
+    texts = [story(n % 2_400, 8) + f"  a{n % 7}@b.org" * (n % 3) for n in range(2_500)]
+    bench.rows([{"text": text} for text in texts])
+    bench.rows([{"text": text} for text in texts[::100]], "test.jsonl")
     outputs = []
-    for workers in (1, 2):
-        rejects = bench.folder / f"rejects{workers}.jsonl"
-        options = ["--workers", workers, "--rejects", rejects]
-        assert bench.run("dedup", rows, "--output", bench.out, "--force", *options) == 0
-        outputs.append((bench.out.read_bytes(), rejects.read_bytes(), bench.stderr))
+    for workers in (1, 3):
+        folder = Path(f"{workers}.jsonl" if program != "split" else str(workers))
+        options = [*PARALLEL[program], "--workers", workers, "--output", folder]
+        assert bench.run(program, "in.jsonl", *options) == 0, bench.stderr
+        files = sorted(folder.iterdir()) if program == "split" else [folder]
+        outputs.append(([file.read_bytes() for file in files], bench.stderr))
     assert outputs[0] == outputs[1]
-    assert len(read_jsonl(bench.out)) == 2_400
+    assert all(outputs[0][0])
+
+
+@pytest.mark.proof
+def test_a_kill_while_writing_leaves_the_old_file_and_no_worker(bench):
+    """SIGKILL, as the kernel sends without memory; a new file gets its name once it is whole."""
+    rows = bench.rows([{"text": story(n, 200)} for n in range(20_000)])
+    bench.out.write_text("mine")
+    command = [sys.executable, "-m", "finetune", "data", "scrub", str(rows), "--force"]
+    process = subprocess.Popen([*command, "--workers", "2", "--output", str(bench.out)], cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while not any(path.stat().st_size for path in bench.folder.glob(".writing-*")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    process.wait()
+    assert bench.out.read_text() == "mine"
+    assert len(children) >= 2
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 # -------------------------------------------------------------------------------- decontaminate
@@ -546,9 +580,9 @@ def test_conversations_convert_between_both_kinds_of_messages(bench):
 
 
 def test_what_another_format_cannot_hold_is_an_error_or_dropped(bench):
-    short, long = qa("a", "b"), {"messages": [{"role": r, "content": r} for r in (
+    one, long = qa("a", "b"), {"messages": [{"role": r, "content": r} for r in (
         "user", "assistant", "user", "assistant")]}  # fmt: skip
-    source = bench.rows([short, long])
+    source = bench.rows([one, long])
     options = ["--to", "prompt_completion", "--output", bench.out, "--format", "auto"]
     assert bench.run("convert", source, *options) == 2
     assert f"{source}:2: user, assistant, user, assistant are not one question" in bench.stderr
