@@ -60,8 +60,8 @@ class Processes:
         """Add up each value over all processes, in float64. Wait for the device once."""
         on_host = [0.0 if isinstance(value, torch.Tensor) else float(value) for value in values]
         total = torch.tensor(on_host, dtype=torch.float64).to(self.device, non_blocking=True)
-        # Scalars of the device join those of the host in one tensor, which is sent and read at once.
-        # One by one: a list of their places would be sent first, for which the host would wait.
+        # Scalars of the device join those of the host in one tensor, which is read at once. One by
+        # one: PyTorch would send a list of their places first, and wait for that.
         for number, value in enumerate(values):
             if isinstance(value, torch.Tensor):
                 total[number] = value
