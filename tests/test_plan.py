@@ -453,6 +453,23 @@ def test_a_layer_that_holds_more_than_its_like_is_traced_with_all(monkeypatch):
     assert made._rows == []
 
 
+def test_a_layer_that_needs_one_that_is_left_out_is_traced_with_all(monkeypatch):
+    made = rehearsal(config_of(SEVEN, train={"gradient_checkpointing": False}), "documents")
+    fifth, last = (made.base.model.layers[number] for number in (4, 6))
+    shared, plain, plain_last = {}, fifth.forward, last.forward
+
+    def giving(*arguments, **keywords):
+        shared["states"] = plain(*arguments, **keywords)
+        return shared["states"]
+
+    monkeypatch.setattr(fifth, "forward", giving)
+    monkeypatch.setattr(
+        last, "forward", lambda states, **keywords: plain_last(shared.pop("states"), **keywords)
+    )
+    assert made.trace(Shape(1, 64, 64)) == made._trace(Shape(1, 64, 64), True, [])
+    assert made._rows == []
+
+
 def test_an_untraceable_model_is_an_error_with_advice(monkeypatch):
     from transformers import LlamaForCausalLM
 

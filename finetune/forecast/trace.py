@@ -202,9 +202,11 @@ class Rehearsal:
     def trace(self, shape: Shape, backward: bool = True) -> Trace:
         """Trace forward and, unless it is False, backward. Raises ModelError if that fails."""
         try:
-            with contextlib.suppress(layers.NotAlike):
-                return self._trace(shape, backward, self._rows)
-            self._rows = []
+            if self._rows:
+                # NotAlike, or whatever a layer raises that needs what one left out would have made.
+                with contextlib.suppress(Exception):
+                    return self._trace(shape, backward, self._rows)
+                self._rows = []
             return self._trace(shape, backward, [])
         except Exception as exc:  # code of any author, on tensors without values
             failures.reraise(exc)
