@@ -637,11 +637,19 @@ def test_a_folder_without_weights_can_be_planned_but_not_trained(workshop, capsy
         (["--train.gradient_checkpoint", "true"], "did you mean train.gradient_checkpointing"),
         (["--num-proceses", "2"], "--num-proceses"),
         (["--topology", file_of("single"), "--num-processes", "4"], "starts one"),
+        (["--train.float8", "true"], "train.float8: the layers of this model have no product"),
     ],
 )
 def test_what_cannot_be_planned_is_an_error(workshop, capsys, more, output):
     assert plan(workshop, "--gpu-memory", "24", *more) == 2
     assert output in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("setting", ["--train.float8=true", "--model.attention=cudnn"])
+def test_what_needs_a_gpu_is_not_planned_for_a_cpu(workshop, capsys, setting):
+    assert plan(workshop, setting) == 2
+    assert f"{setting[2:].partition('=')[0]}: " in capsys.readouterr().err
 
 
 def test_auto_picks_what_fits_and_trains_as_if_given(workshop, monkeypatch, capsys):

@@ -213,7 +213,8 @@ class Rehearsal:
             kind = self.base.config.model_type
             raise ModelError(
                 f"the memory of {kind} cannot be forecast: {type(exc).__name__}: "
-                f"{' '.join(str(exc).split())[:200]}; set train.micro_batch_size to a number"
+                f"{' '.join(str(exc).split())[:200]}; set train.micro_batch_size to a number, and "
+                "train.gradient_checkpointing to true or false"
             ) from exc
 
     def _trace(self, shape: Shape, backward: bool, rows_of_layers: Sequence[Row]) -> Trace:
