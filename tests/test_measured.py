@@ -209,7 +209,7 @@ def test_what_cannot_be_forecast_ends_no_run(file, monkeypatch):
     monkeypatch.undo()
     file.write_text("{")
     monkeypatch.setattr(measured, "PATH", file)
-    assert "measured.json" in lines(monkeypatch, 80)[1]
+    assert "speed       unknown: " in lines(monkeypatch, 80)[1]
 
 
 def test_check_of_a_large_model_ends_with_its_memory(workshop, capsys, monkeypatch):
