@@ -16,6 +16,8 @@ everything is right, 1 if anything is wrong, 2 if it cannot start.
 """
 
 import argparse
+import math
+import re
 import shutil
 import signal
 import sys
@@ -66,6 +68,12 @@ def main() -> int:
     )
     parser.add_argument("--cpu", action="store_true", help="rehearse on tiny models without a GPU")
     arguments = parser.parse_args()
+    try:
+        re.compile(arguments.only)
+    except re.error as exc:
+        parser.error(f"--only {arguments.only!r} is not a regular expression: {exc}")
+    if arguments.minutes is not None and not 0 < arguments.minutes < math.inf:
+        parser.error(f"--minutes {arguments.minutes:g}: must be a number above 0")
     for number in (signal.SIGTERM, signal.SIGHUP):  # so that what runs is killed
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, lambda *_: sys.exit(1))
@@ -107,6 +115,9 @@ def run_part(part: str, arguments: argparse.Namespace, clock: Clock) -> int:
         rows: list[Row] = []
         for row in start(part, work, logs, env, facts, helper, clock, jobs, arguments, log):
             rows.append(row)
+        if not rows:  # the results of the run before stay
+            log(f"no case of {part} has a name that matches --only {arguments.only!r}")
+            return 2
         log("\n" + report.write(out, part, rows, facts, clock.used()))
         if part == "speed":
             picture.write(out / "speed.svg", rows, report.about(facts))

@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
-from finetune import extras, own_code
+from finetune import extras, kernels, own_code
 from finetune.config import Config, base, code_identity
 from finetune.config import fields as config_fields
 from finetune.config.choices import OPTIMIZERS
@@ -94,6 +94,7 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     `date`: day of the run's first start, as 2026-11-26, for templates that write it; None: today.
     """
     wanted, objective = config.data, chosen(config.objective)
+    kernels.require_known()
     _require_packages(config)
     topology.on_main(lambda: trackers.check(config.tracking.trackers, config.tracking.wandb_mode))
     remote.keep_in(config.cache_dir)

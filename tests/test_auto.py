@@ -12,18 +12,21 @@ from finetune import run as runs
 from finetune.__main__ import main as command
 from finetune.engine import gpu
 from finetune.engine.topology.launch import ParallelConfig
-from finetune.forecast import choice
-from finetune.models import recompute
+from finetune.errors import ModelError
+from finetune.forecast import choice, trace
+from finetune.models import attention_choice, recompute
 
 SINGLE = ParallelConfig("single", 1)
 GPU = torch.device("cuda", 0)
 SHAPE = {**TINY_LLAMA, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
 
 
-def config_of(**train):
+def config_of(attention="auto", **train):
     return configs.from_dict({
         "run": {"name": "a"},
-        "model": {"init": "random", "tokenizer": "bytes", "config": SHAPE},
+        "model": {
+            "init": "random", "tokenizer": "bytes", "config": SHAPE, "attention": attention,
+        },
         "data": {"train": "rows.jsonl", "max_length": 4096},
         "train": {"global_batch_size": 2, "precision": "bf16", **train},
     })  # fmt: skip
@@ -105,6 +108,28 @@ def test_plan_says_what_a_run_takes(monkeypatch, tmp_path, capsys, limit, given,
     if given == "auto":  # else the column has the largest that fits
         assert row[6] == str(taken[0])
     assert float(row[3]) == pytest.approx(peak(int(taken[1]), size=taken[0]) / 1e9, abs=0.05)
+
+
+@pytest.mark.parametrize("kernel", ["flash_attention_2", *attention_choice.BY_SETTING])
+def test_a_kernel_that_only_a_gpu_has_is_forecast_as_ours(monkeypatch, kernel):
+    found = sized(1e12, monkeypatch, micro_batch_size=1, attention=kernel)
+    assert found == (1, False, None)
+    chooser = choice.Chooser(config_of(attention=kernel), precision="bf16", on_gpu=True)
+    assert chooser.attention == attention_choice.DOCUMENTS
+    with pytest.raises(ModelError, match=f"{kernel} needs a CUDA device"):
+        choice.Chooser(config_of(attention=kernel), precision="fp32", on_gpu=False)
+
+
+def test_a_model_that_cannot_be_forecast_trains_without_recomputation(monkeypatch, capsys):
+    def fails(*_):
+        raise ValueError("no shapes")
+
+    monkeypatch.setattr(trace, "_loss", fails)
+    assert sized(1e12, monkeypatch, micro_batch_size=1) == (1, False, None)
+    said = "gradient_checkpointing: auto recomputes no layer: the memory of llama cannot be"
+    assert said in capsys.readouterr().out
+    with pytest.raises(ModelError, match="set train.micro_batch_size to a number"):
+        sized(1e12, monkeypatch, micro_batch_size="auto")
 
 
 @pytest.mark.parametrize("on_gpu", [True, False])

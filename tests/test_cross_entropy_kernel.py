@@ -1,5 +1,6 @@
 """The kernel of the loss computes what PyTorch's operations do; a wrong one is refused."""
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from finetune import kernels
+from finetune.errors import ConfigError
 from finetune.models import logits
 from finetune.models.logits import LogitTransform
 
@@ -87,6 +89,23 @@ def test_kernels_can_be_left_out_by_name(monkeypatch):
     monkeypatch.setenv(kernels.WITHOUT, "adamw_kernel,cross_entropy_kernel")
     found = kernels.load("finetune.models.cross_entropy_kernel", lambda made: "never asked")
     assert found == (None, "FINETUNE_WITHOUT_KERNELS names it")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("rmsnorm", "did you mean rms_norm?"), ("CUDNN", "did you mean cudnn?"), ("x", "kernels are")],
+)
+def test_an_unknown_kernel_cannot_be_left_out(monkeypatch, name, hint):
+    monkeypatch.setenv(kernels.WITHOUT, f"adamw_kernel, swiglu,{name}")
+    assert kernels.is_left_out("swiglu"), "after a space, too"
+    with pytest.raises(ConfigError, match=f"no kernel has the name '{name}'; .*{re.escape(hint)}"):
+        kernels.require_known()
+
+
+def test_a_run_refuses_to_leave_out_an_unknown_kernel(workshop, monkeypatch):
+    monkeypatch.setenv(kernels.WITHOUT, "adamw")
+    with pytest.raises(ConfigError, match="FINETUNE_WITHOUT_KERNELS: no kernel"):
+        workshop.check()
 
 
 def test_a_cpu_takes_the_plain_operations():

@@ -257,6 +257,7 @@ def test_machine_failures_are_separated_from_other_library_errors(monkeypatch, t
         from finetune.forecast import trace
 
         made = trace.Rehearsal.__new__(trace.Rehearsal)
+        made._rows = []
         monkeypatch.setattr(trace.Rehearsal, "_trace", fail)
         act = partial(made.trace, trace.Shape(1, 1, 1))
     elif place == "best":

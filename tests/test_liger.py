@@ -236,6 +236,20 @@ def test_a_kernel_with_another_result_is_refused(what, why):
     assert bool(found) == bool(why)
 
 
+@dataclass(frozen=True)
+class WrongForMany(Norm):
+    def fused(self, states, weight):
+        return self.plain(states, weight) * (2 if len(states) > 32_768 else 1)
+
+
+def test_a_small_norm_is_checked_with_many_rows_too(monkeypatch):
+    """There Liger runs another kernel, as for the heads of Qwen 3."""
+    monkeypatch.setattr(liger, "has_package", lambda name: True)
+    of_heads, of_states = (WrongForMany(size, 1e-6, 0.0, rounds_first=True) for size in (64, 512))
+    assert liger.problem(of_heads, CPU, FLOAT).startswith("in float32 its output is 1.0e+00")
+    assert liger.problem(of_states, CPU, FLOAT) == ""
+
+
 def test_what_is_not_used_is_one_line_that_says_why(fused, monkeypatch):
     monkeypatch.setenv(kernels.WITHOUT, "adapter_casts,rms_norm")
     assert install(llama()) == [

@@ -843,6 +843,23 @@ def test_what_cannot_start_fails_at_once_with_a_reason(tmp_path, at_once, capsys
     assert "missing: torch: ImportError: half of it is there" in done.stdout
 
 
+@pytest.mark.slow
+def test_a_wrong_choice_of_cases_ends_with_a_reason_and_keeps_the_results_before(
+    tmp_path, at_once, capsys
+):
+    for arguments, said in (
+        (("--only", "["), "--only '[' is not a regular expression"),
+        (("--minutes", "-1"), "--minutes -1: must be a number above 0"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            at_once("memory", "--cpu", *arguments)
+        assert said in capsys.readouterr().err
+    (tmp_path / "memory.json").write_text("before")
+    assert at_once("memory", "--cpu", "--only", "loar", "--out", str(tmp_path)) == 2
+    assert "no case of memory has a name that matches --only 'loar'" in capsys.readouterr().out
+    assert (tmp_path / "memory.json").read_text() == "before"
+
+
 def test_plugins_of_other_projects_do_not_end_the_tests(tmp_path):
     """Their warnings while pytest starts pass; a library's warning is still an error."""
     plugin = (

@@ -88,8 +88,16 @@ def test_what_is_measured_again_replaces_the_old_and_the_newest_stands_first(fil
     assert measured.read()["NVIDIA L40S"] == [old]
 
 
+ZERO = (
+    '{"x": [{"date": "", "command": "", "versions": {}, "memory_gb": 80, '
+    '"peaks": {"a": {"forecast_gb": 1, "measured_gb": 0}}}]}'
+)
+
+
 @pytest.mark.parametrize(
-    "text", ["", "[]", '{"x": 1}', '{"x": [{"date": 1}]}', '{"x": [{"unknown": 1}]}']
+    "text",
+    ["", "[]", '{"x": 1}', '{"x": [{"date": 1}]}', '{"x": [{"unknown": 1}]}', ZERO, "[" * 100_000],
+    ids=["empty", "list", "number", "incomplete", "unknown key", "zero", "deep"],
 )
 def test_a_damaged_file_is_an_error_that_names_it(file, text):
     file.write_text(text)
@@ -201,7 +209,7 @@ def test_what_cannot_be_forecast_ends_no_run(file, monkeypatch):
     monkeypatch.undo()
     file.write_text("{")
     monkeypatch.setattr(measured, "PATH", file)
-    assert "measured.json" in lines(monkeypatch, 80)[1]
+    assert "speed       unknown: " in lines(monkeypatch, 80)[1]
 
 
 def test_check_of_a_large_model_ends_with_its_memory(workshop, capsys, monkeypatch):

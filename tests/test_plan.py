@@ -453,6 +453,23 @@ def test_a_layer_that_holds_more_than_its_like_is_traced_with_all(monkeypatch):
     assert made._rows == []
 
 
+def test_a_layer_that_needs_one_that_is_left_out_is_traced_with_all(monkeypatch):
+    made = rehearsal(config_of(SEVEN, train={"gradient_checkpointing": False}), "documents")
+    fifth, last = (made.base.model.layers[number] for number in (4, 6))
+    shared, plain, plain_last = {}, fifth.forward, last.forward
+
+    def giving(*arguments, **keywords):
+        shared["states"] = plain(*arguments, **keywords)
+        return shared["states"]
+
+    monkeypatch.setattr(fifth, "forward", giving)
+    monkeypatch.setattr(
+        last, "forward", lambda states, **keywords: plain_last(shared.pop("states"), **keywords)
+    )
+    assert made.trace(Shape(1, 64, 64)) == made._trace(Shape(1, 64, 64), True, [])
+    assert made._rows == []
+
+
 def test_an_untraceable_model_is_an_error_with_advice(monkeypatch):
     from transformers import LlamaForCausalLM
 
@@ -620,11 +637,19 @@ def test_a_folder_without_weights_can_be_planned_but_not_trained(workshop, capsy
         (["--train.gradient_checkpoint", "true"], "did you mean train.gradient_checkpointing"),
         (["--num-proceses", "2"], "--num-proceses"),
         (["--topology", file_of("single"), "--num-processes", "4"], "starts one"),
+        (["--train.float8", "true"], "train.float8: the layers of this model have no product"),
     ],
 )
 def test_what_cannot_be_planned_is_an_error(workshop, capsys, more, output):
     assert plan(workshop, "--gpu-memory", "24", *more) == 2
     assert output in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("setting", ["--train.float8=true", "--model.attention=cudnn"])
+def test_what_needs_a_gpu_is_not_planned_for_a_cpu(workshop, capsys, setting):
+    assert plan(workshop, setting) == 2
+    assert f"{setting[2:].partition('=')[0]}: " in capsys.readouterr().err
 
 
 def test_auto_picks_what_fits_and_trains_as_if_given(workshop, monkeypatch, capsys):

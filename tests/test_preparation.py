@@ -9,12 +9,13 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, read_jsonl, write_jsonl
+from conftest import ROOT, read_jsonl, short, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -159,6 +160,10 @@ def test_an_error_in_the_last_row_leaves_no_file(bench):
     )
     assert f"{rows}:3: broken JSON" in bench.stderr
     assert os.listdir(bench.folder) == ["in.jsonl"]
+    bench.out.write_text("mine")
+    assert bench.run("clean", rows, "--output", bench.out, "--force") == 2
+    assert bench.out.read_text() == "mine"
+    assert sorted(os.listdir(bench.folder)) == ["in.jsonl", "out.jsonl"]
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "json", "csv", "tsv", "csv.gz", "parquet"])
@@ -235,16 +240,49 @@ def test_texts_of_conversations_are_compared_without_roles(bench):
     assert bench.made("dedup", rows) == rows[:1]
 
 
-def test_the_output_is_the_same_with_any_number_of_workers(bench):
-    rows = bench.rows([{"text": story(n % 2_400, 8)} for n in range(2_500)])
+PARALLEL = {
+    "dedup": [], "decontaminate": ["--against", "test.jsonl"], "scrub": [],
+    "clean": ["--language", "en", "--certainty", "0.2"], "split": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("program", short(list(PARALLEL), "dedup"))
+def test_the_output_is_the_same_with_any_number_of_workers(bench, monkeypatch, program):
+    monkeypatch.chdir(bench.folder)
+    texts = [story(n % 2_400, 8) + f"  a{n % 7}@b.org" * (n % 3) for n in range(2_500)]
+    bench.rows([{"text": text} for text in texts])
+    bench.rows([{"text": text} for text in texts[::100]], "test.jsonl")
     outputs = []
-    for workers in (1, 2):
-        rejects = bench.folder / f"rejects{workers}.jsonl"
-        options = ["--workers", workers, "--rejects", rejects]
-        assert bench.run("dedup", rows, "--output", bench.out, "--force", *options) == 0
-        outputs.append((bench.out.read_bytes(), rejects.read_bytes(), bench.stderr))
+    for workers in (1, 3):
+        folder = Path(f"{workers}.jsonl" if program != "split" else str(workers))
+        options = [*PARALLEL[program], "--workers", workers, "--output", folder]
+        assert bench.run(program, "in.jsonl", *options) == 0, bench.stderr
+        files = sorted(folder.iterdir()) if program == "split" else [folder]
+        outputs.append(([file.read_bytes() for file in files], bench.stderr))
     assert outputs[0] == outputs[1]
-    assert len(read_jsonl(bench.out)) == 2_400
+    assert all(outputs[0][0])
+
+
+@pytest.mark.proof
+def test_a_kill_while_writing_leaves_the_old_file_and_no_worker(bench):
+    """SIGKILL, as the kernel sends without memory; a new file gets its name once it is whole."""
+    rows = bench.rows([{"text": story(n, 200)} for n in range(20_000)])
+    bench.out.write_text("mine")
+    command = [sys.executable, "-m", "finetune", "data", "scrub", str(rows), "--force"]
+    process = subprocess.Popen([*command, "--workers", "2", "--output", str(bench.out)], cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while not any(path.stat().st_size for path in bench.folder.glob(".writing-*")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    process.wait()
+    assert bench.out.read_text() == "mine"
+    assert len(children) >= 2
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 # -------------------------------------------------------------------------------- decontaminate
@@ -542,9 +580,9 @@ def test_conversations_convert_between_both_kinds_of_messages(bench):
 
 
 def test_what_another_format_cannot_hold_is_an_error_or_dropped(bench):
-    short, long = qa("a", "b"), {"messages": [{"role": r, "content": r} for r in (
+    one, long = qa("a", "b"), {"messages": [{"role": r, "content": r} for r in (
         "user", "assistant", "user", "assistant")]}  # fmt: skip
-    source = bench.rows([short, long])
+    source = bench.rows([one, long])
     options = ["--to", "prompt_completion", "--output", bench.out, "--format", "auto"]
     assert bench.run("convert", source, *options) == 2
     assert f"{source}:2: user, assistant, user, assistant are not one question" in bench.stderr
@@ -590,6 +628,21 @@ def test_columns_with_other_names_are_mapped(bench):
     ]
 
 
+def test_tool_calls_are_converted_whole_or_refused(bench):
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "1"},
+        {"role": "assistant", "content": "b"},
+    ]
+    rows = [{"messages": turns, "tools": [{"type": "function", "function": {"name": "f"}}]}]
+    assert bench.made("convert", rows, "--to", "messages") == rows
+    target = ["--output", bench.folder / "x.jsonl"]
+    assert bench.run("convert", bench.rows(rows), "--to", "sharegpt", *target) == 2
+    assert "tools and their calls, which sharegpt cannot hold" in bench.stderr
+
+
 def test_validate_lists_what_is_wrong(bench):
     rows = [qa("a", "b"), qa("", "b"), {"question": "x"}, qa("a", 5), {"text": "plain"}]
     source = bench.rows(rows[:4])
@@ -601,6 +654,13 @@ def test_validate_lists_what_is_wrong(bench):
     assert bench.run("validate", source, "--output", bench.out, "--rejects", rejects) == 0
     assert read_jsonl(bench.out) == rows[:1]
     assert [row["row"] for row in read_jsonl(rejects)] == rows[1:4]
+    with source.open("a") as file:
+        file.write("{\n")
+    assert bench.run("validate", source) == 2
+    assert "4 of 5 rows are wrong" in bench.stderr
+    assert f"{source}:5: broken JSON" in bench.stderr
+    assert bench.run("validate", source, "--output", bench.out, "--force") == 0
+    assert "1 dropped (broken line); 3 dropped (wrong)" in bench.stderr
     assert bench.run("validate", bench.rows(rows[:1])) == 0
     assert "validate: 1 rows read; 1 of format question_answer" in bench.stderr
     assert bench.run("validate", source, "--rejects", bench.folder / "r2.jsonl") == 2

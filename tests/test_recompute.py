@@ -3,10 +3,11 @@
 import pytest
 import torch
 from conftest import short, tiny_llama
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from finetune.errors import ModelError
-from finetune.models import attention, attention_probe, head, offload, recompute
+from finetune.models import attention, attention_probe, head, lora_products, offload, recompute
 
 
 def build(**changes):
@@ -70,6 +71,34 @@ def test_one_compilation_serves_all_layers_and_every_pack(monkeypatch, recompute
         torch.testing.assert_close(loss, wanted_loss, rtol=1e-5, atol=1e-5)
         for name, grad in wanted_grads.items():
             torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # the compiler's own
+@pytest.mark.slow
+def test_layers_with_adapters_share_a_compilation(monkeypatch):
+    """One for the first layer, whose input has no gradient, and one for all others.
+
+    After eight the compiler gives up, and further layers run uncompiled.
+    """
+    base, counted, compile_ = build(), [], torch.compile
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
+    lora_products.install(model)
+
+    def count(graph, inputs):
+        counted.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(
+        torch, "compile", lambda forward, **options: compile_(forward, backend=count, **options)
+    )
+    torch._dynamo.reset()
+    recompute.wrap(base, compiled=True, num_recomputed=0)
+    ids = torch.ones(1, 8, dtype=torch.long)
+    for lengths in ([8], [3, 5]):
+        nll(model, ids, attention_probe.inputs_of(ids, lengths, base)).backward()
+    assert len(counted) == 2
 
 
 def test_recomputed_layers_keep_their_inputs_only():

@@ -7,7 +7,10 @@ from finetune import loop
 
 
 class ScalarReads(TorchDispatchMode):
-    """Counts what reads a tensor's value on the host: `item`, `float`, `if tensor`."""
+    """Counts what waits for a GPU: `item`, `float`, `if tensor`, and a list as the index of sums.
+
+    PyTorch would send the list, and wait until it is there.
+    """
 
     def __init__(self):
         super().__init__()
@@ -15,6 +18,8 @@ class ScalarReads(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += func is torch.ops.aten._local_scalar_dense.default
+        is_indexed = func is torch.ops.aten.index_put_.default
+        self.count += is_indexed and args[0].dtype == torch.float64
         return func(*args, **(kwargs or {}))
 
 

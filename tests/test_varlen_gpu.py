@@ -262,6 +262,32 @@ def test_flash_attention_4_is_one_operator_of_a_compiled_layer(flash_4):
     assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(*results))
 
 
+@pytest.mark.slow
+def test_cudnn_is_not_compiled_anew_for_each_number_of_documents(monkeypatch):
+    """After eight compilations the compiler gives up, and layers run uncompiled."""
+    monkeypatch.setattr(varlen_gpu, "_in_use", CUDNN)
+    monkeypatch.setattr(varlen_gpu, "_cudnn_document", lambda q, k, v, scale: q[0].transpose(0, 1))
+    compiled = []
+
+    def count(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    def layer(states, bounds, longest, lengths):
+        return 2 * varlen_gpu.attend(2 * states, states, states, bounds, longest, lengths, 1, None)
+
+    torch._dynamo.reset()
+    layer, found = torch.compile(layer, backend=count, dynamic=True), []
+    for documents in ((9,), (12,), (5, 4), (3, 3, 3), (2, 3, 4, 5)):
+        bounds, lengths = torch.tensor([0, *documents]), types.SimpleNamespace(values=documents)
+        states = torch.randn(sum(documents), 4, 8)
+        out = layer(states, bounds.cumsum(0).int(), max(documents), lengths)
+        assert torch.equal(out, 4 * states)
+        found.append(len(compiled))
+    assert found[0] == found[1] == 1
+    assert found[2] == found[-1]
+
+
 @pytest.mark.parametrize(
     ("config", "num_context", "found"),
     [

@@ -218,7 +218,7 @@ class Overlap:
 
 def _indexed(runs: Grams, count: int) -> tuple[np.ndarray, _Lookup, np.ndarray, np.ndarray]:
     """Return (rows, hashes, starts of runs outside templates, sorted; which are in one)."""
-    order = np.lexsort((runs.starts, runs.rows, runs.hashes))
+    order = np.argsort(runs.hashes, kind="stable")  # the runs are in the order of rows already
     hashes, rows = runs.hashes[order], runs.rows[order]
     new = np.concatenate([[True], hashes[1:] != hashes[:-1]])[: len(hashes)]
     new_row = new | np.concatenate([[True], rows[1:] != rows[:-1]])[: len(hashes)]

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
+from finetune import kernels
 from finetune.config import Config, Full, Lora, QLora
 from finetune.engine.topology import support
 from finetune.engine.topology.launch import ParallelConfig
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, ModelError
 from finetune.forecast.memory import Forecast, Forecaster
 from finetune.forecast.trace import Shape
-from finetune.models import attention_choice, load
+from finetune.models import attention_choice, float8, load
 
 # Share of memory to leave free: on a GPU for fragmentation, on a machine for other processes.
 SLACK = 0.05
@@ -80,14 +81,28 @@ class Chooser:
         self.config, self.precision, self.on_gpu = config, precision, on_gpu
         self.model_config = load.load_config(config.model)
         self.tokenizer = load.load_tokenizer(config.model)
-        wanted: str = config.model.attention
-        if wanted == "flash_attention_2":  # holds as much, and runs only on a GPU
-            wanted = attention_choice.DOCUMENTS
-        kind = load.model_class(self.model_config)
-        self.attention = attention_choice.choose(
-            wanted, kind, self.model_config, torch.device("cpu"), precision
-        )
+        wanted, kind = config.model.attention, load.model_class(self.model_config)
+        if wanted == attention_choice.FLASH_2 and on_gpu:
+            # Holds as much, also for models that ours does not support; its package may be missing.
+            self.attention = attention_choice.DOCUMENTS
+        else:
+            device = torch.device("cuda" if on_gpu else "cpu")
+            self.attention = attention_choice.choose(
+                wanted, kind, self.model_config, device, precision
+            )
         self._forecasters: dict[str, Forecaster] = {}
+
+    def require_possible(self) -> None:
+        """Raise UserError for what every run would refuse, and a forecast would not."""
+        kernels.require_known()
+        if not self.config.train.float8:
+            return
+        if not self.on_gpu:
+            raise ConfigError(
+                "train.float8: needs a GPU, and this plan is for a CPU; give --gpu-memory, or "
+                "remove it"
+            )
+        float8.large_products(self.forecaster().model)
 
     def forecaster(self, config: Config | None = None) -> Forecaster:
         """Return the forecaster of the config, or of another of the same model and attention.
@@ -266,8 +281,15 @@ def settle(
     `limit`: bytes that the process with the least memory may use. The bytes are None if the
     micro-batch was given. Raises ConfigError if auto finds none that fits.
     """
-    chooser = Chooser(config, precision=precision, on_gpu=device.type == "cuda")
-    settled, reserved, messages = chooser.settle(parallel, limit), None, []
+    size = config.train.micro_batch_size
+    try:
+        chooser = Chooser(config, precision=precision, on_gpu=device.type == "cuda")
+        settled, reserved, messages = chooser.settle(parallel, limit), None, []
+    except ModelError as exc:  # a run without auto would not ask for a forecast
+        if size == "auto":
+            raise
+        no_layer = f"note: train.gradient_checkpointing: auto recomputes no layer: {exc}"
+        return size, False, None, [no_layer]
     if config.train.micro_batch_size == "auto":
         found = settled.found
         needs = f"{found.peak / 1e9:.1f} of {limit / 1e9:.1f} GB by forecast"

@@ -50,6 +50,7 @@ def main(arguments: argparse.Namespace) -> None:
         )
     topologies = _topologies(arguments.topology, arguments.num_processes)
     chooser = Chooser(config, precision=precision, on_gpu=on_gpu)
+    chooser.require_possible()
     print(_about(config, chooser), flush=True)
     sizes = ["fewest", "GPU GB"] if on_gpu else ["GB"]
     rows = [["", "processes", *sizes, "host GB", "left", "micro-batch", "to make it fit"]]

@@ -8,7 +8,7 @@ the case. `make gpu` writes it when it runs on a GPU; without the file nothing c
 import json
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveFloat, ValidationError
 
 from finetune import files
 from finetune.errors import ConfigError
@@ -24,15 +24,15 @@ class _Part(BaseModel):
 class Peak(_Part):
     """Peak memory of PyTorch's allocator in GB (10^9 bytes), and the forecast of it."""
 
-    forecast_gb: float
-    measured_gb: float
+    forecast_gb: PositiveFloat
+    measured_gb: PositiveFloat
 
 
 class Rate(_Part):
     """Speed of one GPU in training."""
 
-    tokens_per_second: float
-    tflops: float
+    tokens_per_second: PositiveFloat
+    tflops: PositiveFloat
     """10^12 FLOPs a second, as `speed.Work` counts them: with recomputed layers."""
     adapter: str
     """adapter.kind"""
@@ -47,7 +47,7 @@ class Measurement(_Part):
     """As 2026-11-27."""
     command: str
     versions: dict[str, str]
-    memory_gb: float
+    memory_gb: PositiveFloat
     """Of the GPU."""
     peaks: dict[str, Peak] = {}
     rates: dict[str, Rate] = {}
@@ -72,7 +72,7 @@ def read(path: Path | None = None) -> dict[str, list[Measurement]]:
         }
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, AttributeError, TypeError) as exc:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as exc:
         problem = exc.errors()[0]["msg"] if isinstance(exc, ValidationError) else str(exc)
         raise ConfigError(
             f"{path}: cannot be read: {problem}; `make gpu` on a GPU writes it: remove it"

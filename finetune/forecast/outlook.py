@@ -26,13 +26,18 @@ def lines(
     try:
         chooser = Chooser(config, precision=precision, on_gpu=device.type == "cuda")
         yield f"memory      {fits(chooser, parallel, capacity_here(device))}"
-        if device.type == "cuda":
-            gpu = torch.cuda.get_device_name(device)
-            measurements = measured.read().get(gpu, [])
-            found = speed_of(chooser, parallel, measurements, length, num_tokens)
-            yield f"speed       {found or f'not measured on {gpu} (make gpu PART=speed)'}"
     except FinetuneError as exc:
         yield f"memory      not forecast: {exc}"
+        return
+    if device.type != "cuda":
+        return
+    try:
+        gpu = torch.cuda.get_device_name(device)
+        measurements = measured.read().get(gpu, [])
+        found = speed_of(chooser, parallel, measurements, length, num_tokens)
+        yield f"speed       {found or f'not measured on {gpu} (make gpu PART=speed)'}"
+    except FinetuneError as exc:
+        yield f"speed       unknown: {exc}"
 
 
 def fits(chooser: Chooser, parallel: ParallelConfig, limit: float) -> str:

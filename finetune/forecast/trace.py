@@ -202,16 +202,19 @@ class Rehearsal:
     def trace(self, shape: Shape, backward: bool = True) -> Trace:
         """Trace forward and, unless it is False, backward. Raises ModelError if that fails."""
         try:
-            with contextlib.suppress(layers.NotAlike):
-                return self._trace(shape, backward, self._rows)
-            self._rows = []
+            if self._rows:
+                # NotAlike, or whatever a layer raises that needs what one left out would have made.
+                with contextlib.suppress(Exception):
+                    return self._trace(shape, backward, self._rows)
+                self._rows = []
             return self._trace(shape, backward, [])
         except Exception as exc:  # code of any author, on tensors without values
             failures.reraise(exc)
             kind = self.base.config.model_type
             raise ModelError(
                 f"the memory of {kind} cannot be forecast: {type(exc).__name__}: "
-                f"{' '.join(str(exc).split())[:200]}; set train.micro_batch_size to a number"
+                f"{' '.join(str(exc).split())[:200]}; set train.micro_batch_size to a number, and "
+                "train.gradient_checkpointing to true or false"
             ) from exc
 
     def _trace(self, shape: Shape, backward: bool, rows_of_layers: Sequence[Row]) -> Trace:

@@ -37,6 +37,8 @@ def _cross_entropy(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     raw += row * row_stride
     label = tl.load(labels + row)
+    # Before the reductions, where all warps meet: later one of them might find its gradient here.
+    of_label = _finished(tl.load(raw + label).to(tl.float32), scale, cap, HAS_CAP)
     highest = -float("inf")
     total = 0.0
     summed = 0.0  # of the logits, for label smoothing
@@ -49,7 +51,6 @@ def _cross_entropy(  # type: ignore[no-untyped-def]
         higher = tl.maximum(highest, tl.max(logits))
         total = total * tl.exp(highest - higher) + tl.sum(tl.exp(logits - higher))
         highest = higher
-    of_label = _finished(tl.load(raw + label).to(tl.float32), scale, cap, HAS_CAP)
     weight = 1.0
     if HAS_WEIGHTS:
         weight = tl.load(weights + row)

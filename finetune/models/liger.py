@@ -38,6 +38,8 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "GeGLU": lambda states: F.gelu(states, approximate="tanh"),
 }
 ROWS = 301  # more than the multiprocessors of a GPU, which share them in backward
+# Liger has another kernel for norms of at most 256 numbers (of heads) from 32,768 rows on.
+SMALL, MANY_ROWS = 256, 32_768 + 301
 # How far a kernel may be from PyTorch in float32 (seen: 1e-6, by the order of sums): a kernel in
 # float32 itself, and in 16 bits as far as PyTorch's operations are, or two roundings of bfloat16
 # (each 2^-9 at most, 2^-10 by root mean square).
@@ -179,7 +181,9 @@ def problem(part: Part, device: torch.device, dtypes: Sequence[torch.dtype]) -> 
         return f"{kernels.WITHOUT} names {part.name}"
     if not has_package("liger-kernel"):
         return "liger-kernel is not installed (pip install 'finetune[kernels]')"
-    return wrong(part, device, dtypes)
+    is_small = isinstance(part, Norm) and part.size <= SMALL
+    each = (wrong(part, device, dtypes, rows) for rows in (ROWS, MANY_ROWS)[: 1 + is_small])
+    return next(filter(None, each), "")
 
 
 def _norm_forward(module: Any, norm: Norm) -> Callable[..., torch.Tensor]:

@@ -7,7 +7,7 @@ uncompiled step of 8,192 tokens in 8 layers of an 8B Llama moves 66 GB less, 16 
 TB/s. Compiled layers keep peft's: the compiler fuses most of it (benchmarks/LOG.md).
 """
 
-from collections.abc import Callable
+import types
 from typing import Any
 
 import torch
@@ -22,26 +22,25 @@ def install(model: nn.Module) -> None:
     """Give the LoRA layers of a peft model this forward; what it cannot do stays peft's."""
     for layer in model.modules() if not kernels.is_left_out("lora_products") else ():
         if hasattr(layer, "lora_A") and isinstance(layer.get_base_layer(), nn.Linear):
-            layer.forward = _Forward(layer, layer.forward)
+            layer.forward = types.MethodType(_forward, layer)
 
 
-class _Forward:
-    def __init__(self, layer: Any, peft: Callable[..., Any]) -> None:
-        self.layer, self.peft = layer, peft
-
-    def __call__(self, states: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
-        if arguments or keywords or torch.compiler.is_compiling() or not on_gpu(states):
-            return self.peft(states, *arguments, **keywords)
-        dtype = _arithmetic(states)
-        if not fits(self.layer, dtype):
-            return self.peft(states)
-        layer, name = self.layer, self.layer.active_adapters[0]
-        base, down, up = layer.base_layer, layer.lora_A[name], layer.lora_B[name]
-        out = _Products.apply(
-            states.to(dtype).flatten(0, -2), base.weight, base.bias, down.weight.to(dtype),
-            up.weight.to(dtype), layer.scaling[name],
-        )  # fmt: skip
-        return out.unflatten(0, states.shape[:-1])
+# A method, not an object for each layer: the compiler would compile each layer anew, and give up
+# after eight.
+def _forward(layer: Any, states: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
+    peft = type(layer).forward
+    if arguments or keywords or torch.compiler.is_compiling() or not on_gpu(states):
+        return peft(layer, states, *arguments, **keywords)
+    dtype = _arithmetic(states)
+    if not fits(layer, dtype):
+        return peft(layer, states)
+    name = layer.active_adapters[0]
+    base, down, up = layer.base_layer, layer.lora_A[name], layer.lora_B[name]
+    out = _Products.apply(
+        states.to(dtype).flatten(0, -2), base.weight, base.bias, down.weight.to(dtype),
+        up.weight.to(dtype), layer.scaling[name],
+    )  # fmt: skip
+    return out.unflatten(0, states.shape[:-1])
 
 
 def on_gpu(states: torch.Tensor) -> bool:

@@ -43,7 +43,7 @@ INLINE = frozenset(
     "thead time title tr tt u var video wbr".split()
 )
 HIDDEN = frozenset({"script", "style", "template"})
-SEEN = 200  # characters of a text by which its language is recognised: 0.1 ms
+SEEN = 120  # characters of a text by which its language is recognised: 0.05 ms
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -62,17 +62,18 @@ def converted(row: Row, arguments: argparse.Namespace) -> dict[str, Any]:
     if format not in READ:
         raise DataError(f"{row.place}: rows of format {format} cannot be converted")
     conversation = to_conversation(row, format, columns, None, for_training=False)
-    messages = conversation.messages
-    if conversation.tools or any(message.parts for message in messages):
-        raise DataError(f"{row.place}: has tool calls, which cannot be converted yet; leave it out")
     read = set(taken_from(row, format, columns).values())
     kept = {name: value for name, value in row.values.items() if name not in read}
-    turns = [
-        {"role": each.role, "content": f"{each.content}\n\n{each.context}".strip("\n")}
-        if each.context
-        else {"role": each.role, "content": each.content}
-        for each in messages
+    turns: list[dict[str, Any]] = [
+        {"role": each.role, "content": "\n\n".join(filter(None, (each.content, each.context)))}
+        | dict(each.parts)
+        for each in conversation.messages
     ]
+    if conversation.tools or any(each.parts for each in conversation.messages):
+        if arguments.to != "messages":
+            what = f"this row has tools and their calls, which {arguments.to} cannot hold"
+            raise DataError(f"{row.place}: {what}; convert it --to messages")
+        kept |= {"tools": list(conversation.tools)} if conversation.tools else {}
     made = MAKERS[arguments.to](row, turns)
     if taken := [name for name in made if name in kept]:
         what = f"column {short(taken[0])!r} would be replaced; rename or remove it first"
@@ -80,13 +81,13 @@ def converted(row: Row, arguments: argparse.Namespace) -> dict[str, Any]:
     return made | kept
 
 
-def _messages(row: Row, turns: list[dict[str, str]]) -> dict[str, Any]:
+def _messages(row: Row, turns: list[dict[str, Any]]) -> dict[str, Any]:
     if turns[0]["role"] == "text":
         raise DataError(f"{row.place}: plain text has no messages; from_text makes rows of it")
     return {"messages": turns}
 
 
-def _sharegpt(row: Row, turns: list[dict[str, str]]) -> dict[str, Any]:
+def _sharegpt(row: Row, turns: list[dict[str, Any]]) -> dict[str, Any]:
     made = _messages(row, turns)["messages"]
     return {
         "conversations": [
@@ -96,13 +97,13 @@ def _sharegpt(row: Row, turns: list[dict[str, str]]) -> dict[str, Any]:
     }
 
 
-def _text(row: Row, turns: list[dict[str, str]]) -> dict[str, Any]:
+def _text(row: Row, turns: list[dict[str, Any]]) -> dict[str, Any]:
     """Join what is said with blank lines; roles are lost."""
     return {"text": "\n\n".join(turn["content"] for turn in turns)}
 
 
-def _pair(names: tuple[str, str]) -> Callable[[Row, list[dict[str, str]]], dict[str, Any]]:
-    def make(row: Row, turns: list[dict[str, str]]) -> dict[str, Any]:
+def _pair(names: tuple[str, str]) -> Callable[[Row, list[dict[str, Any]]], dict[str, Any]]:
+    def make(row: Row, turns: list[dict[str, Any]]) -> dict[str, Any]:
         roles = [turn["role"] for turn in _messages(row, turns)["messages"]]
         if roles != ["user", "assistant"]:
             what = f"{', '.join(roles[:6])} are not one question and one answer"
@@ -112,7 +113,7 @@ def _pair(names: tuple[str, str]) -> Callable[[Row, list[dict[str, str]]], dict[
     return make
 
 
-MAKERS: Mapping[str, Callable[[Row, list[dict[str, str]]], dict[str, Any]]] = {
+MAKERS: Mapping[str, Callable[[Row, list[dict[str, Any]]], dict[str, Any]]] = {
     "messages": _messages,
     "sharegpt": _sharegpt,
     "text": _text,

@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from finetune.config import paths
 from finetune.data import readers, source_files
 from finetune.data.column_names import FORMATS
 from finetune.data.places import Row, printable, short
-from finetune.errors import FinetuneError, UserError
+from finetune.errors import DataError, FinetuneError, UserError
 from finetune.preparation import output, workers
 from finetune.preparation.output import PIPE, Write
 
@@ -163,17 +163,26 @@ class Frame:
 
     # ---------------------------------------------------------------------------------- input
 
-    def rows(self, sources: Iterable[str] | None = None, title: str = "reading") -> Iterator[Row]:
+    def rows(
+        self, sources: Iterable[str] | None = None, title: str = "reading",
+        broken: Callable[[DataError], None] | None = None,
+    ) -> Iterator[Row]:  # fmt: skip
         """Yield the rows of all sources, or of some, in order, without empty rows of tables.
 
-        Counts what it reads, once: a program may read its rows twice.
+        Counts what it reads, once: a program may read its rows twice. `broken` takes the errors of
+        lines that hold no row; without it, the first raises.
         """
         count = 0
         unit = self.arguments.text_unit if "text_unit" in self.arguments else "line"
         with tqdm(desc=title, unit=" rows", disable=None, leave=False, delay=1) as bar:
             for source in self.sources if sources is None else sources:
-                for row in readers.read(source, unit):
-                    if not readers.is_empty(row):
+                for row in readers.records(source, unit):
+                    if isinstance(row, DataError):
+                        if broken is None:
+                            raise row
+                        count += 1
+                        broken(row)
+                    elif not readers.is_empty(row):
                         count += 1
                         bar.update()
                         yield row

@@ -86,7 +86,7 @@ _LABEL = re.compile(r"[\s,(-]{1,3}(?:fax|mobile|cell|office|home|work|phone|tel)
 _NO_PHONE = re.compile(
     r"(?:(?:19|20)\d\d[-./ ]\d{1,2}[-./ ]\d{1,2}|\d{1,2}[-./]\d{1,2}[-./](?:19|20)?\d\d)(?= |$)"
     r"|\d{4} ?[-/\u2013] ?\d{4}$|\d{3}-\d\d-\d{4}$"  # dates, years, social security numbers
-    r"|.* [-/\u2013] "  # subtractions, divisions
+    r"|.*(?:19|20)\d\d ?[-\u2013] ?(?:19|20)\d\d\b|.* [-/\u2013] "  # subtractions, divisions
 )
 _SEPARATED = re.compile(r"\d[ ().\-/\u2013]+\d")
 
@@ -141,7 +141,10 @@ def _cards(text: str, regions: Sequence[str]) -> Iterator[Found]:
     from stdnum import luhn
 
     for match in _CARD.finditer(text) if _has_digits(text, 12) else ():
-        digits = re.sub("[ -]", "", match[0])
+        groups = re.split("[ -]", match[0])
+        digits = "".join(groups)
+        if len(groups) > 1 and (max(map(len, groups)) > 6 or {" ", "-"} <= set(match[0])):
+            continue  # a calculation, a list
         if not (_CARD_ISSUER.match(digits) and luhn.is_valid(digits)):
             continue
         if len(digits) >= 14 or _CARD_WORD.search(text, max(0, match.start() - 40), match.start()):

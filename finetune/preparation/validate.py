@@ -45,7 +45,12 @@ def _check(
 ) -> None:  # fmt: skip
     """Write the rows that are right; note the others, or drop them."""
     formats: dict[str, str] = {}
-    for row in frame.rows(title="checking"):
+
+    def broken(exc: DataError) -> None:
+        problems.note(str(exc))
+        frame.dropped["broken line"] += drop is not None
+
+    for row in frame.rows(title="checking", broken=broken):
         try:
             format = _format(row, arguments, formats)
             to_conversation(row, format, arguments.columns)

@@ -60,11 +60,11 @@ class Processes:
         """Add up each value over all processes, in float64. Wait for the device once."""
         on_host = [0.0 if isinstance(value, torch.Tensor) else float(value) for value in values]
         total = torch.tensor(on_host, dtype=torch.float64).to(self.device, non_blocking=True)
-        there = [number for number, value in enumerate(values) if isinstance(value, torch.Tensor)]
-        # Scalars of the device join those of the host in one tensor, which is sent and read at once
-        if there:
-            on_device = [values[number].double() for number in there]  # type: ignore[union-attr]
-            total[there] = torch.stack(on_device)
+        # Scalars of the device join those of the host in one tensor, which is read at once. One by
+        # one: PyTorch would send a list of their places first, and wait for that.
+        for number, value in enumerate(values):
+            if isinstance(value, torch.Tensor):
+                total[number] = value
         if self.number > 1:
             with self._waits():
                 torch.distributed.all_reduce(total, group=self.group)
