@@ -109,7 +109,7 @@ def test_half_a_character_in_a_column_that_is_not_read_is_kept(workshop):
         ({}, "HELD_OUT_ROWS"),
         (
             {"data__eval_fraction": 0.2, "data__columns": {"answer": "Reply, short"}},
-            "{run}/held_out.jsonl --columns '{{\"answer\": \"Reply, short\"}}'",
+            '{run}/held_out.jsonl --columns \'{{"answer": "Reply, short"}}\'',
         ),
     ],
     ids=["held out", "none", "columns"],
