@@ -1,4 +1,4 @@
-"""The same as `finetune data convert`: convert rows to another format, and files to another type."""
+"""The same as `finetune data convert`: change the format of rows, or the type of a file."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The same as `finetune data split`: split rows into train, dev and test; near-duplicates never part."""
+"""The same as `finetune data split`: make train, dev and test; near-duplicates never part."""
 
 import sys
 from pathlib import Path

@@ -210,6 +210,8 @@ def test_folders_and_globs_of_urls_are_expanded(store):
     assert list(source_files.sources("memory://bucket/t*.jsonl", None).train) == [
         "memory://bucket/train.jsonl"
     ]
+    [note] = source_files.sources("memory://bucket/de*.jsonl", None).notes
+    assert "dev.jsonl is trained on, though named as rows to hold out" in note
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-CODE = [ROOT / "train.py", *sorted(ROOT.glob("finetune/**/*.py"))]
+SCRIPTS = [ROOT / "train.py", *sorted(ROOT.glob("data_scripts/*.py"))]
+CODE = [*SCRIPTS, *sorted(ROOT.glob("finetune/**/*.py"))]
 TESTS = [*sorted(ROOT.glob("tests/**/*.py")), *sorted(ROOT.glob("benchmarks/**/*.py"))]
 PAGES = [*sorted(ROOT.glob("docs/*.md")), *ROOT.glob("*.md"), ROOT / "benchmarks/LOG.md"]
 # The words of docs/architecture.md and of PyTorch and Hugging Face stand for these.

@@ -98,23 +98,14 @@ def expand(name: str, key: str) -> tuple[list[str], list[str]]:
     if pattern and not files and not left_out:
         searched = printable(places.looked_in())
         raise DataError(f"{key}: {printable(name)} matches no file; searched in {searched}")
-    literal = re.split(r"[*?[]", path)[0] if pattern else path + "/"
-    notes: list[str] = []
-    root = literal[: literal.rfind("/") + 1]
-    wanted = _of_split(name, root, files, left_out, key, pattern, notes)
-    if not wanted:
-        why = f"; not read: {_listed_reasons(left_out)}" if left_out else ""
-        raise DataError(f"{key}: {printable(name)} holds no file with rows{why}")
-    if left_out:
-        notes.append(f"{key} does not read {_listed_reasons(left_out)}")
-    return wanted, notes
+    return _wanted(name, path, files, left_out, key, pattern)
 
 
 def _expand_url(url: str, key: str) -> tuple[list[str], list[str]]:
     """Return the files of a URL, and notes about those that are not read."""
-    found, notes = remote.expand(url), list[str]()
+    found = remote.expand(url)
     if found == [url]:
-        return found, notes
+        return found, []
     left_out = [
         (file, "describes data" if _describes(file) else "type not known")
         for file in found
@@ -123,11 +114,19 @@ def _expand_url(url: str, key: str) -> tuple[list[str], list[str]]:
     without = {file for file, _ in left_out}
     files = [file for file in found if file not in without]
     is_glob = any(letter in url for letter in "*?[")
-    root = re.split(r"[*?[]", url)[0] if is_glob else url.rstrip("/") + "/"
-    wanted = _of_split(url, root, files, left_out, key, is_glob, notes)
+    return _wanted(url, url.rstrip("/"), files, left_out, key, is_glob)
+
+
+def _wanted(
+    name: str, path: str, files: list[str], left_out: list[tuple[str, str]], key: str, is_glob: bool
+) -> tuple[list[str], list[str]]:
+    """Return the files that belong to the split of `key`, and notes about those not read."""
+    literal, notes = re.split(r"[*?[]", path)[0] if is_glob else f"{path}/", list[str]()
+    root = literal[: literal.rfind("/") + 1]
+    wanted = _of_split(name, root, files, left_out, key, is_glob, notes)
     if not wanted:
         why = f"; not read: {_listed_reasons(left_out)}" if left_out else ""
-        raise DataError(f"{key}: {printable(url)} holds no file with rows{why}")
+        raise DataError(f"{key}: {printable(name)} holds no file with rows{why}")
     if left_out:
         notes.append(f"{key} does not read {_listed_reasons(left_out)}")
     return wanted, notes

@@ -44,11 +44,18 @@ def add_documents(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("documents", nargs="+", metavar="INPUT", type=paths.argument, help=what)
 
 
-def add_output(parser: argparse.ArgumentParser, what: str = "") -> None:
+def add_output(parser: argparse.ArgumentParser) -> None:
     """Add the output, the counts, and whether files may be replaced."""
     add = parser.add_argument
-    what = what or "file to write, .jsonl, .json, .csv, .tsv or .parquet; - for a pipe"
+    what = "file to write, .jsonl, .json, .csv, .tsv or .parquet; - for a pipe"
     add("--output", required=True, type=paths.argument, metavar="FILE", help=what)
+    add_counts(parser)
+
+
+def add_folder(parser: argparse.ArgumentParser, files: str) -> None:
+    """Add an output that is a folder for these `files`, the counts, and whether to replace them."""
+    add, what = parser.add_argument, f"folder to write {files} to"
+    add("--output", dest="folder", required=True, type=paths.argument, metavar="FOLDER", help=what)
     add_counts(parser)
 
 

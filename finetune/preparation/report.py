@@ -36,9 +36,7 @@ INSTALL = "was not searched for: pip install 'finetune[data]'"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     frames.add_inputs(parser)
-    what = "folder to write README.md, report.html and croissant.json to"
-    add("--output", dest="folder", required=True, type=paths.argument, metavar="FOLDER", help=what)
-    frames.add_counts(parser)
+    frames.add_folder(parser, "README.md, report.html and croissant.json")
     add("--name", help="name of the set (default: that of the folder)")
     add("--source", metavar="TEXT", help="where the rows come from: a sentence, or a URL")
     add("--licence", metavar="ID", help="licence, such as apache-2.0 or cc-by-sa-4.0")

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from finetune.config import paths
 from finetune.data import clusters
 from finetune.data.places import Row, short
 from finetune.errors import DataError, UserError
@@ -31,9 +30,7 @@ SPLITS = ("train", "dev", "test")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     frames.add_inputs(parser)
-    what = "folder to write train.jsonl, dev.jsonl and test.jsonl to"
-    add("--output", dest="folder", required=True, type=paths.argument, metavar="FOLDER", help=what)
-    frames.add_counts(parser)
+    frames.add_folder(parser, "train.jsonl, dev.jsonl and test.jsonl")
     for name in HELD_OUT:
         what = f"rows of {name}: a share below 1, or a number; 0 for no {name}.jsonl"
         add(f"--{name}", type=_size, default=0.1, metavar="SIZE", help=what)
