@@ -381,6 +381,8 @@ def test_advised_adapters_keep_the_shape_that_was_given():
 
 
 MIXTRAL = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+# Of these transformers does not say what the layers are, so auto recomputes none.
+GPT = {"model_type": "openai-gpt", "n_layer": 1, "n_embd": 32, "n_head": 2}
 
 
 @pytest.mark.parametrize(
@@ -390,8 +392,10 @@ MIXTRAL = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok
             {**MIXTRAL, "model_type": "gpt_oss", "head_dim": 8},
             {"model_type": "gemma2", "head_dim": 8},
             {"model_type": "mamba", "num_hidden_layers": 2},
+            GPT,
             MIXTRAL,
         ],
+        GPT,
         MIXTRAL,
     ),
     ids=lambda architecture: architecture["model_type"],

@@ -73,7 +73,8 @@ class Chooser:
     def __init__(self, config: Config, *, precision: str, on_gpu: bool) -> None:
         """Raises ModelError if the model cannot be built.
 
-        train.gradient_checkpointing: auto counts as what it may come to: on a GPU all layers.
+        train.gradient_checkpointing: auto counts as what it may come to: on a GPU all layers, or
+        none where transformers does not name them.
         """
         self._given = config
         if config.train.gradient_checkpointing == "auto":
@@ -91,6 +92,8 @@ class Chooser:
                 wanted, kind, self.model_config, device, precision
             )
         self._forecasters: dict[str, Forecaster] = {}
+        if self.may_recompute and not self.num_layers:
+            self._given = self.config = self._not_recomputed
 
     def require_possible(self) -> None:
         """Raise UserError for what every run would refuse, and a forecast would not."""

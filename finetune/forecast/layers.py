@@ -101,8 +101,8 @@ def _in_config(config: Any, number: int) -> list[Any]:
 @contextlib.contextmanager
 def shortened(model: Any, chosen: Sequence[Row], ledger: Any) -> Iterator[None]:
     """Inside, let layers that are left out hand on their input, and mark where the others begin."""
-    layers, undo = recompute.layers(model), contextlib.ExitStack()
-    with undo:
+    layers = recompute.layers(model) if chosen else []
+    with contextlib.ExitStack() as undo:
         for row in chosen:
             for number in row.left_out:
                 own = vars(layers[number]).get("forward")
