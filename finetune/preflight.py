@@ -208,14 +208,15 @@ def _attention(config: Config, model_config: Any, topology: Topology) -> str:
 def _template(
     wanted: config_fields.Data, format: str, tokenizer: Any, date: str | None
 ) -> templates.Template:
-    if format == "text" and (wanted.template != "auto" or wanted.system_prompt is not None):
+    is_given = wanted.template != "auto" or wanted.template_arguments
+    if format == "text" and (is_given or wanted.system_prompt is not None):
         raise ConfigError(
-            "data.template, data.system_prompt: would be ignored: rows of text have no turns; "
-            "remove them"
+            "data.template, data.template_arguments, data.system_prompt: would be ignored: rows of "
+            "text have no turns; remove them"
         )
     return load_template(
         wanted.template, format, tokenizer.chat_template, tokenizer.special_tokens_map,
-        tokenizer.get_added_vocab(), date,
+        tokenizer.get_added_vocab(), date, wanted.template_arguments,
     )  # fmt: skip
 
 

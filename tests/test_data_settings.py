@@ -147,8 +147,19 @@ def test_a_mix_is_the_same_each_time_and_has_whole_rows(workshop, sources, bytes
         ({"data__format": "preference"}, "data.format: preference gives answers that are rated"),
         ({"schedule__warmup_steps": 2, "schedule__warmup_ratio": 0.1}, "remove one of them"),
         ({"schedule__warmup_ratio": 1}, "schedule.warmup_ratio: should be"),
+        (
+            {"data__template_arguments": {"a": [float("nan")]}},
+            "data.template_arguments: holds a value that JSON has not",
+        ),
+        (
+            {
+                "data__format": "text", "objective__kind": "clm",
+                "data__template_arguments": {"enable_thinking": False},
+            },
+            "data.template_arguments: would be ignored: rows of text have no turns",
+        ),
     ],
-)
+)  # fmt: skip
 def test_settings_that_cannot_work_are_refused(workshop, changes, says):
     rows = str(workshop.rows)
     replaced = {

@@ -14,11 +14,13 @@ from conftest import TINY_LLAMA, Workshop, short
 from safetensors.torch import load_file, save_file
 
 from finetune.__main__ import main
-from finetune.errors import ExportError, ModelError, Outage
+from finetune.data.conversations import Message
+from finetune.errors import DataError, ExportError, ModelError, Outage
 from finetune.export.load import load, load_tokenizer
 from finetune.export.merge import _relative_difference, merge
 from finetune.export.save import NOT_TO_FETCH, TO_FETCH, Base, _copy_files_of, save
 from finetune.export.verify import TOLERANCE, disagreement, probe_logits, verify
+from finetune.generation import generate
 from finetune.models import attention_probe
 
 pytestmark = pytest.mark.slow
@@ -349,6 +351,35 @@ def test_the_system_prompt_of_training_is_there_when_asked(workshop):
     user = {"role": "user", "content": "hi"}
     assert asked(user).startswith(f"<|im_start|>system\n{prompt}<|im_end|>\n<|im_start|>user")
     assert asked({"role": "system", "content": "Other."}, user).count("system") == 1
+
+
+def test_an_exported_model_answers_with_the_template_arguments_of_training(workshop, capsys):
+    jinja = workshop.folder / "my.jinja"
+    jinja.write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.role == 'assistant' %}"
+        "{{ eos_token }}{% endif %};{% endfor %}{% if add_generation_prompt %}assistant: "
+        "{% if enable_thinking is defined and not enable_thinking %}(quick) {% endif %}{% endif %}"
+    )
+    given = {"data__template": str(jinja), "data__template_arguments": {"enable_thinking": False}}
+    with pytest.raises(DataError, match="renders the prompt of message 2 differently"):
+        workshop.train(**given, **QUICK)
+    jinja.write_text(
+        jinja.read_text().replace("{{ m.content }}", "{{ '(quick) ' if m.role == 'assistant' and "
+        "enable_thinking is defined }}{{ m.content }}")
+    )  # fmt: skip
+    asked = {"evaluation__sample_prompts": ["hi"], "evaluation__sample_max_new_tokens": 2}
+    run = workshop.train(**given, **asked, **QUICK)
+    tokenizer = load_tokenizer(run / "model")
+    messages = [{"role": "user", "content": "hi"}]
+    plain = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert plain == "user: hi;assistant: (quick) "
+    assert generate.chat_prompt(tokenizer, [Message("user", "hi")]) == plain
+    given["data__template_arguments"] = {"quick": True}
+    assert workshop.main(**given, **asked, **QUICK) == 2
+    now = "data.template_arguments: was {enable_thinking: false}, now {quick: true}"
+    assert now in capsys.readouterr().err
+    assert workshop.main("other", **given, **QUICK) == 2
+    assert "does not read it, and it reads enable_thinking; " in capsys.readouterr().err
 
 
 def test_a_broken_file_after_saving_is_exit_1_not_the_users_fault(workshop, monkeypatch):

@@ -1,5 +1,7 @@
 """Training sees what inference renders, and exactly its answers are supervised."""
 
+import hashlib
+import json
 import re
 from dataclasses import replace
 from typing import Any
@@ -11,6 +13,7 @@ from finetune.data.conversations import Conversation, Message
 from finetune.data.places import Place
 from finetune.data.templates import Template
 from finetune.errors import ConfigError, DataError, UserError
+from finetune.export import save
 
 SPECIAL = {"bos_token": "<|bos|>", "eos_token": "<|eos|>"}
 VOCABULARY = {
@@ -582,6 +585,63 @@ def test_a_fingerprint_changes_with_all_that_decides_the_text():
     prints = {chat_templates.load(*arguments).fingerprint for arguments in [base, *changes]}
     assert len(prints) == 4
     assert chat_templates.load(*base).fingerprint in prints
+
+
+# Arguments
+
+
+MOODY = (
+    "{% set tone = 'calm' %}{% if mood is defined %}[{{ mood | tojson }}]{% endif %}"
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant, ' ~ tone ~ ': ' if loud else 'assistant: ' }}"
+    "{% endif %}"
+)
+VALUES = [
+    False, None, 3, -2.5, 1e-07, "a'\"\\ \n{{ x }} %} \u00e9\U0001f600\u2028",
+    [1, {"b": [None]}], {},
+]  # fmt: skip
+
+
+def with_arguments(source: str, **arguments: Any) -> Template:
+    return chat_templates.load("chat", "messages", source, SPECIAL, VOCABULARY, None, arguments)
+
+
+def plainly(tokenizer, template: Template, messages, **given: Any) -> str:
+    """What plain apply_chat_template makes of messages with the exported template."""
+    tokenizer.chat_template = save.chat_template(template, tokenizer)
+    turns = [{"role": m.role, "content": m.content} for m in messages]
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **given)
+
+
+@pytest.mark.parametrize("value", VALUES, ids=str)
+def test_an_exported_template_has_the_arguments_of_training(bytes_tokenizer, value):
+    own, asked = with_arguments(MOODY, mood=value), FOUR.messages[:1]
+    prompt = f"[{json.dumps(value, ensure_ascii=False)}]user: Hi<|eot|>assistant: "
+    assert own.prompt(asked) == prompt
+    assert rendered(own, FOUR).startswith(prompt)
+    assert plainly(bytes_tokenizer, own, asked) == prompt
+    assert plainly(bytes_tokenizer, own, asked, mood=1) == "[1]" + prompt[prompt.index("user:") :]
+
+
+def test_arguments_are_part_of_a_fingerprint_and_none_leave_it_as_it_was():
+    plain, calm, loud = (with_arguments(MOODY, **a) for a in ({}, {"mood": 1}, {"mood": 2}))
+    assert len({each.fingerprint for each in (plain, calm, loud)}) == 3
+    parts = [MOODY, "bos_token=<|bos|>", "eos_token=<|eos|>", *plain.turn_ends]
+    assert plain.fingerprint == hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "reads"),
+    [
+        (MOODY, "mod", "reads loud, mood"), (MOODY, "tone", "reads loud, mood"),
+        (CHAT["header"], "mood", "reads none"), (MOODY, "messages", "reads loud, mood"),
+        (CHAT["writes the BOS"], "bos_token", "reads none"),
+    ],
+)  # fmt: skip
+def test_an_argument_that_the_template_does_not_read_is_refused(source, name, reads):
+    says = rf"^data\.template_arguments: {name}: .*'chat' does not read it, and it {reads}; "
+    with refuses(says, ConfigError):
+        with_arguments(source, **{name: 1})
 
 
 # The chat templates of real models

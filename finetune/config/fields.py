@@ -207,6 +207,10 @@ class Data(Section):
     """plain, question_answer, alpaca, llama2, chatml, chat (the tokenizer's own), or a .jinja file.
     auto: chat if the tokenizer has one, else the usual template of the format.
     """
+    template_arguments: dict[str, Any] = {}
+    """Further variables of the template, such as {enable_thinking: false}.
+    The exported chat template has them as defaults.
+    """
     loss_on: LossOn = "completion"
     """Train on every answer (completion), every token (all) or only the last answer (last_turn)."""
     max_length: Annotated[int, Field(gt=1)] = 1024

@@ -1,6 +1,7 @@
 """Settings that exclude each other, or that another setting would ignore."""
 
 import difflib
+import json
 import os
 from collections.abc import Iterator
 
@@ -108,7 +109,16 @@ def _data_conflicts(config: Config) -> Iterator[str]:
         yield from _ignored(config, "data.on_bad_row: error takes none", "data.max_bad_fraction")
     if data.format == "text":
         why = "rows of text have no turns"
-        yield from _ignored(config, why, "data.template", "data.system_prompt")
+        yield from _ignored(
+            config, why, "data.template", "data.template_arguments", "data.system_prompt"
+        )
+    try:
+        json.dumps(data.template_arguments, allow_nan=False)
+    except (TypeError, ValueError):
+        yield (
+            "data.template_arguments: holds a value that JSON has not, such as a date or .nan; use "
+            "text in quotes, numbers, true, false, null, lists and mappings"
+        )
     if own_code.is_own(data.format):
         name = own_code.without_folder(data.format)
         why = f"{name} reads the columns of the file itself; rename them there"

@@ -2,13 +2,15 @@
 
 import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from finetune.data.conversations import Conversation
 from finetune.data.templates import PROMPT, Template
-from finetune.errors import DataError
+from finetune.errors import ConfigError, DataError
 
 _QUESTION_ANSWER = """\
 {% for message in messages %}\
@@ -81,6 +83,8 @@ BUILT_IN = {
     "llama2": _LLAMA2,
     "chatml": _CHATML,
 }
+# Variables that each template gets from transformers.
+GIVEN = {"messages", "tools", "documents", "add_generation_prompt"}
 # What `auto` selects for a tokenizer without a chat template.
 USUAL = {
     "text": "plain", "prompt_completion": "plain", "question_answer": "question_answer",
@@ -101,13 +105,16 @@ def _is_text(source: str) -> bool:
 def load(
     name: str, format: str, chat_template: str | Mapping[str, str] | None,
     special_tokens: Mapping[str, str], vocabulary: Mapping[str, int], date: str | None = None,
+    arguments: Mapping[str, Any] = MappingProxyType({}),
 ) -> Template:  # fmt: skip
     """Find a template by its config name. Raise DataError if it is missing or unfit.
 
     `chat_template`: the tokenizer's own, or several by name, of which `default` is taken as
-    transformers does. `date`: the day for templates that write it.
+    transformers does. `date`: the day for templates that write it. `arguments`: its further
+    variables; raises ConfigError for one that it does not read.
     """
     found = _find(name, format, chat_template, special_tokens, vocabulary)
+    found = replace(found, arguments=dict(arguments))
     problem = None
     if not _is_text(found.source):
         problem = "holds half of a character; correct the template"
@@ -119,6 +126,8 @@ def load(
         problem = f"writes the time, so each prompt would differ from those of training; {remedy}"
     if problem:
         raise DataError(f"data.template: {found.name}: {problem}")
+    if arguments:
+        _require_read(found)
     return replace(found, date=date if found.writes_date else None)
 
 
@@ -178,18 +187,68 @@ def _writes_time(template: Template) -> bool:
     return False
 
 
-def _is_random(template: Template) -> bool:
-    """Return whether the template uses Jinja's sources of chance."""
-    if not re.search("random|lipsum", template.source):
-        return False
-    from jinja2 import TemplateSyntaxError, nodes
+def _parsed(template: Template) -> Any:
+    """Return the syntax tree of a template, or None if it is broken, as its first row reports."""
+    from jinja2 import TemplateSyntaxError
     from transformers.utils import chat_template_utils
 
     try:
         compiled = chat_template_utils._compile_jinja_template(template.source)
-        parsed = compiled.environment.parse(template.source)
+        return compiled.environment.parse(template.source)
     except TemplateSyntaxError:
-        return False  # reported with the first row
+        return None
+
+
+def _require_read(template: Template) -> None:
+    """Raise ConfigError for an argument that the template does not read."""
+    known = _arguments_read(template)
+    for name in template.arguments:
+        if known is not None and name not in known:
+            which = f"it reads {', '.join(known)}" if known else "it reads none"
+            raise ConfigError(
+                f"data.template_arguments: {name}: data.template {template.name!r} does not read "
+                f"it, and {which}; correct the name, or remove it"
+            )
+
+
+def _arguments_read(template: Template) -> list[str] | None:
+    """Return the variables that a template reads and does not get otherwise; None if broken.
+
+    A variable that the template sets before it first reads it is its own.
+    """
+    from jinja2 import meta
+
+    if (parsed := _parsed(template)) is None:
+        return None
+    first = dict[str, str]()
+    for name, context in _names(parsed):
+        first.setdefault(name, context)
+    undeclared = meta.find_undeclared_variables(parsed) - GIVEN
+    undeclared -= {name for name in undeclared if name.endswith("_token")}
+    return sorted(name for name in undeclared if first[name] == "load")
+
+
+def _names(node: Any) -> Iterator[tuple[str, str]]:
+    """Yield the variables of a syntax tree, each with load or store, in the order of their use."""
+    from jinja2 import nodes
+
+    if isinstance(node, nodes.Name):
+        yield node.name, node.ctx
+    children = list(node.iter_child_nodes())
+    if isinstance(node, (nodes.Assign, nodes.For)):  # the value is read before its name is set
+        children[:2] = children[1::-1]
+    for child in children:
+        yield from _names(child)
+
+
+def _is_random(template: Template) -> bool:
+    """Return whether the template uses Jinja's sources of chance."""
+    if not re.search("random|lipsum", template.source):
+        return False
+    from jinja2 import nodes
+
+    if (parsed := _parsed(template)) is None:
+        return False
     filters, names = parsed.find_all(nodes.Filter), parsed.find_all(nodes.Name)
     is_random = any(each.name == "random" for each in filters)
     return is_random or any(each.name == "lipsum" for each in names)

@@ -7,6 +7,7 @@ where text appended to its content would appear. No answer is searched for by a 
 
 import contextlib
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -50,12 +51,16 @@ class Template:
     """Whether the model learns to write `opening`, because some answers begin otherwise."""
     example: Conversation | None = field(default=None, compare=False)
     """A row that the template takes, to see how answers end; None: the shortest conversation."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """data.template_arguments: further variables of the template, of types that JSON has."""
 
     @property
     def fingerprint(self) -> str:
         tokens = sorted(f"{name}={token}" for name, token in self.special_tokens.items())
         parts = [self.source, *tokens, *self.turn_ends]
         parts += [f"date={self.date}"] * self.writes_date + ["learn_opening"] * self.learn_opening
+        if self.arguments:
+            parts.append(f"arguments={json.dumps(self.arguments, sort_keys=True)}")
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     @property
@@ -412,6 +417,7 @@ class Template:
 
         given: dict[str, Any] = {
             **self.special_tokens,
+            **self.arguments,
             "messages": self._plain(conversation),
             "tools": list(conversation.tools) or None,
             "documents": None,

@@ -198,14 +198,17 @@ def embedding_dtype(model: Any, weights: dict[str, torch.Tensor]) -> torch.dtype
 def chat_template(template: Template, tokenizer: Any, system_prompt: str | None = None) -> str:
     """Return the Jinja source to save: the template and all that training put before answers.
 
-    It adds BOS, the system prompt, and the opening of answers. Callers that pass `enable_thinking`
-    get the template's own opening instead.
+    It adds BOS, the system prompt, the template's arguments as defaults, and the opening of
+    answers. Callers that pass `enable_thinking` get the template's own opening instead.
     """
     source = template.source
     system = [Message("system", system_prompt)] if system_prompt is not None else []
     messages = [*system, *QUESTION] if system else template.probe
     if uses_bos(tokenizer) and not template.prompt(messages).startswith(tokenizer.bos_token):
         source = "{{ bos_token }}" + source
+    for name, value in template.arguments.items():
+        default = f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}"
+        source = default + "{% endif %}{{ '' }}" + source
     if template.opening and not template.learn_opening:
         source = (
             "{% set own_opening = enable_thinking is defined %}{{ '' }}"
@@ -221,6 +224,18 @@ def chat_template(template: Template, tokenizer: Any, system_prompt: str | None 
             "[" + message + "] + messages %}{% endif %}" + source
         )
     return source
+
+
+def _literal(value: Any) -> str:
+    """Return a value of a type that JSON has as an expression of Jinja, which has no null."""
+    if value is None:
+        return "none"
+    if isinstance(value, dict):
+        entries = (f"{_literal(key)}: {_literal(each)}" for key, each in value.items())
+        return "{" + ", ".join(entries) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def generation(model: Any, tokenizer: Any, template: Template | None) -> GenerationConfig:
