@@ -7,8 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from finetune.data import chat_templates, templates
+from finetune.data.built_in_templates import TOKENS
 from finetune.data.conversations import Conversation, Message
 from finetune.data.places import Place
 from finetune.data.templates import Template
@@ -23,6 +25,7 @@ VOCABULARY = {
     "<start_of_turn>": 4,
     "<end_of_turn>": 5,
     "word": 6,
+    **{token: 7 for tokens in TOKENS.values() for token in tokens},
 }
 
 # Chat templates as tokenizers bring them along, each with a habit of its own.
@@ -64,7 +67,13 @@ ANSWERS = {
     "alpaca": "{}<|eos|>",
     "llama2": " {} <|eos|>",
     "chatml": "{}<|im_end|>",
+    "vicuna": " {}<|eos|>",
+    "llama3": "{}<|eot_id|>",
+    "gemma": "{}<end_of_turn>",
+    "phi3": "{}<|end|>",
+    "mistral": " {}<|eos|>",
 }
+TRIMMED = ("llama3", "gemma")
 
 
 def conversation(*texts: str, system: str | None = None) -> Conversation:
@@ -143,6 +152,10 @@ def as_inference_renders(
 
 
 FOUR = conversation("Hi", "Hello", "And?", "Fine")
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions."
+)
 
 
 @pytest.fixture(params=[*ANSWERS, *CHAT])
@@ -180,11 +193,36 @@ def test_every_prompt_is_what_stands_before_its_answer(each_template, bytes_toke
             )
 
 
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_an_exported_template_renders_what_was_trained(each_template, bytes_tokenizer, adds_bos):
+    """Whole conversations, and the prompt of each answer; one BOS if the tokenizer adds one."""
+    bos = bytes_tokenizer.bos_token
+    if adds_bos:
+        bytes_tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, bytes_tokenizer.bos_token_id)]
+        )
+    own = each_template.prompt(FOUR.messages[:1]).startswith(bos)
+    head = bos if adds_bos and not own else ""
+    source = save.chat_template(each_template, bytes_tokenizer)
+    exported = replace(each_template, source=source)
+    for name, each in CONVERSATIONS.items():
+        whole = as_inference_renders(bytes_tokenizer, exported, each.messages)
+        assert whole == head + rendered(each_template, each), name
+        for turn, message in enumerate(each.messages):
+            if message.role == "assistant":
+                before = each.messages[:turn]
+                asked = as_inference_renders(bytes_tokenizer, exported, before, True)
+                assert asked == head + each_template.prompt(before), name
+
+
 @pytest.mark.parametrize("name", ANSWERS)
 def test_exactly_the_answers_and_their_turn_ends_are_supervised(name):
     for each in CONVERSATIONS.values():
         answers = [message.content for message in each.messages if message.supervised]
-        expected = [ANSWERS[name].format(answer) for answer in answers]
+        expected = [
+            ANSWERS[name].format(answer.strip() if name in TRIMMED else answer)
+            for answer in answers
+        ]
         assert supervised(template(name), each) == expected
 
 
@@ -220,6 +258,28 @@ def test_only_the_last_answer_is_supervised_on_request(each_template):
             "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
             "<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\nFine<|im_end|>\n",
         ),
+        (
+            "vicuna",
+            f"{VICUNA} USER: Hi ASSISTANT: Hello<|eos|>USER: And? ASSISTANT: Fine<|eos|>",
+        ),
+        (
+            "llama3",
+            "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\nHello<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\nAnd?<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\nFine<|eot_id|>",
+        ),
+        (
+            "gemma",
+            "<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\nHello<end_of_turn>\n"
+            "<start_of_turn>user\nAnd?<end_of_turn>\n<start_of_turn>model\nFine<end_of_turn>\n",
+        ),
+        (
+            "phi3",
+            "<|user|>\nHi<|end|>\n<|assistant|>\nHello<|end|>\n"
+            "<|user|>\nAnd?<|end|>\n<|assistant|>\nFine<|end|>\n<|eos|>",
+        ),
+        ("mistral", "[INST] Hi[/INST] Hello<|eos|>[INST] And?[/INST] Fine<|eos|>"),
     ],
 )  # fmt: skip
 def test_the_built_in_templates_are_as_their_models_know_them(name, expected):
@@ -242,6 +302,19 @@ def test_the_built_in_templates_are_as_their_models_know_them(name, expected):
             "<|im_start|>system\nBe "
             "brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
         ),
+        ("vicuna", "Be brief. USER: Hi ASSISTANT:"),
+        (
+            "llama3",
+            "<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        ),
+        (
+            "gemma",
+            "<start_of_turn>user\nBe brief.\n\nHi<end_of_turn>\n<start_of_turn>model\n",
+        ),
+        ("phi3", "<|system|>\nBe brief.<|end|>\n<|user|>\nHi<|end|>\n<|assistant|>\n"),
+        ("mistral", "[INST] Be brief.\n\nHi[/INST]"),
     ],
 )  # fmt: skip
 def test_a_system_prompt_stands_once_and_first(name, expected):
@@ -298,6 +371,11 @@ def test_plain_text_has_no_answer_to_supervise(loss_on):
         ("plain", "<|eos|>"),
         ("llama2", "<|eos|>"),
         ("chatml", "<|im_end|>"),
+        ("vicuna", "<|eos|>"),
+        ("llama3", "<|eot_id|>"),
+        ("gemma", "<end_of_turn>"),
+        ("phi3", "<|end|>"),
+        ("mistral", "<|eos|>"),
         *((name, "<|eot|>") for name in CHAT),
     ],
 )
@@ -537,6 +615,14 @@ def test_chatml_needs_its_tokens(name, vocabulary, missing):
         load(name, vocabulary=vocabulary)
 
 
+@pytest.mark.parametrize("name", TOKENS)
+def test_a_template_with_markers_names_those_that_the_tokenizer_lacks(name):
+    first, *others = TOKENS[name]
+    says = f"{name} ends turns with the token {others[-1]}, but the tokenizer has no {first}; add "
+    with refuses(re.escape(f"{says}them with model.new_tokens: [{first}], or use ")):
+        load(name, vocabulary=dict.fromkeys(others, 1))
+
+
 NAMED = {"rag": "{{ x }}", "tool_use": "{{ tools }}"}
 
 
@@ -545,8 +631,9 @@ NAMED = {"rag": "{{ x }}", "tool_use": "{{ tools }}"}
     [
         ("chat", None, "chat, but the tokenizer has no chat template; use one of plain"),
         (
-            "vicuna", None,
-            "'vicuna' is not one of auto, chat, plain, question_answer, alpaca, llama2, chatml",
+            "zephyr", None,
+            "'zephyr' is not one of auto, chat, plain, question_answer, alpaca, llama2, chatml, "
+            "vicuna, llama3, gemma, phi3, mistral, or a .jinja file",
         ),
         ("chat", NAMED, ".* has the chat templates rag, tool_use, but none named default"),
         ("chat", "\ud83d" + chat_templates.BUILT_IN["chatml"], "chat: holds half of a character"),
@@ -714,6 +801,18 @@ def test_qwen3_hides_earlier_thoughts_and_needs_last_turn(real_data):
     with refuses(r"rows\.jsonl:3: .*data\.loss_on: last_turn"):
         own.segments(whole)
     assert supervised(own, whole, "last_turn") == [f"{so}\n\nFine<|im_end|>"]
+
+
+@pytest.mark.parametrize("name", ["gemma", "phi3"])
+def test_a_built_in_template_writes_what_its_family_writes(real_data, name):
+    """But for the BOS, which the tokenizer writes."""
+    source = (real_data / "chat_templates" / "gemma-3.jinja").read_text()
+    if name == "phi3":
+        config = real_data / "tokenizers" / "phi-3-mini" / "tokenizer_config.json"
+        source = json.loads(config.read_text())["chat_template"]
+    for case, each in CONVERSATIONS.items():
+        turns = rendered(chat(source), each).removeprefix("<|bos|>")
+        assert rendered(load(name), each) == turns, case
 
 
 def test_phi3_ends_a_turn_and_then_the_text(real_data):

@@ -25,20 +25,28 @@ from finetune import files
 from finetune.config import Model
 from finetune.data import chat_templates, source_files, templates, tokens
 from finetune.data import examples as stored
+from finetune.data.built_in_templates import BUILT_IN, TOKENS
 from finetune.data.conversations import Conversation, Message
 from finetune.data.examples import Examples
 from finetune.data.places import Place
 from finetune.errors import DataError, ModelError, Outage, UserError
 from finetune.models.load import bytes_tokenizer, load_tokenizer
 
-BUILT_IN = ["plain", "question_answer", "alpaca", "llama2", "chatml"]
-STOPS = {"chatml": "<|im_end|>"}  # the others end an answer with EOS
+STOPS = {name: tokens[-1] for name, tokens in TOKENS.items()}  # others end an answer with EOS
+SPACES = {"llama2": (" ", " "), "vicuna": (" ", ""), "mistral": (" ", "")}  # around an answer
 CHATML = ["<|im_start|>", "<|im_end|>"]
 TEXTS = [
     "What is it? It is whatever it is, and the answer to the question.",
     "### Question:\nWhat\n\n### Answer:\nwhatever\n\n",
     "the answer\n\n",
 ]
+
+
+def marked(tokenizer: Any) -> Any:
+    """Return the same tokenizer with the tokens of all built-in templates."""
+    tokens = [token for tokens in TOKENS.values() for token in tokens]
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    return tokenizer
 
 
 def adds_bos(tokenizer: Any) -> Any:
@@ -108,10 +116,10 @@ def like_llama(swallows_lines: bool = False) -> Any:
 
 
 TOKENIZERS = {
-    "bytes": bytes_tokenizer,
-    "bytes and BOS": lambda: adds_bos(bytes_tokenizer()),
-    "like GPT-2": like_gpt2,
-    "like Llama": like_llama,
+    "bytes": lambda: marked(bytes_tokenizer()),
+    "bytes and BOS": lambda: marked(adds_bos(bytes_tokenizer())),
+    "like GPT-2": lambda: marked(like_gpt2()),
+    "like Llama": lambda: marked(like_llama()),
 }
 
 
@@ -215,7 +223,7 @@ def learned(tokenizer: Any, ids: list[int], supervised: list[bool]) -> list[str]
 
 
 def test_a_bos_is_put_first_exactly_where_the_tokenizer_uses_one(tokenizing):
-    for tokenizer, count in ((bytes_tokenizer(), 0), (adds_bos(bytes_tokenizer()), 1)):
+    for tokenizer, count in ((TOKENIZERS["bytes"](), 0), (TOKENIZERS["bytes and BOS"](), 1)):
         for name in BUILT_IN:
             ids, supervised = tokenizing.one(QA, tokenizer, name)
             assert ids.count(tokenizer.bos_token_id) == count
@@ -269,7 +277,7 @@ def test_a_template_that_begins_with_two_bos_is_refused(tokenizing, name, betwee
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_a_token_that_is_both_bos_and_eos_appears_twice(tokenizing, name):
-    tokenizer = adds_bos(byte_pairs())
+    tokenizer = marked(adds_bos(byte_pairs()))
     ids, supervised = tokenizing.one(QA, tokenizer, name)
     assert ids[0] == tokenizer.bos_token_id
     assert learned(tokenizer, ids, supervised)[-1].endswith(STOPS.get(name, "<|eos|>"))
@@ -316,7 +324,8 @@ def test_exactly_the_answer_and_its_stop_token_are_supervised(tokenizing, each_t
     ids, supervised = tokenizing.one(row, each_tokenizer, name)
     stop = STOPS.get(name, each_tokenizer.eos_token)
     (text,) = learned(each_tokenizer, ids, supervised)
-    assert text == (f" {row['answer']} {stop}" if name == "llama2" else row["answer"] + stop)
+    before, after = SPACES.get(name, ("", ""))
+    assert text == before + row["answer"] + after + stop
     assert ids[np.flatnonzero(supervised)[-1]] == each_tokenizer.convert_tokens_to_ids(stop)
 
 
@@ -429,12 +438,15 @@ def check_every_prompt(
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_every_turn_is_asked_with_the_tokens_of_training(tokenizing, each_tokenizer, name):
+    at_end, inside = (len(each_tokenizer(text)["input_ids"]) for text in ("\n\n", "\n\na"))
+    if name == "llama3" and inside > at_end + 1:
+        pytest.skip("GPT-2's joins two line ends only where a text ends; Llama 3's does everywhere")
     check_every_prompt(tokenizing, each_tokenizer, load_template(each_tokenizer, name))
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_control_tokens_that_swallow_a_line_end_swallow_it_in_training_too(tokenizing, name):
-    tokenizer = like_llama(swallows_lines=True)
+    tokenizer = marked(like_llama(swallows_lines=True))
     check_every_prompt(tokenizing, tokenizer, load_template(tokenizer, name))
 
 

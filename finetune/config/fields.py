@@ -204,7 +204,8 @@ class Data(Section):
     system_prompt: str | None = None
     """System message for every conversation that has none."""
     template: PathString = "auto"
-    """plain, question_answer, alpaca, llama2, chatml, chat (the tokenizer's own), or a .jinja file.
+    """chat (the tokenizer's own), plain, question_answer, alpaca, llama2, chatml, vicuna, llama3,
+    gemma, phi3, mistral, or a .jinja file.
     auto: chat if the tokenizer has one, else the usual template of the format.
     """
     template_arguments: dict[str, Any] = {}

@@ -8,89 +8,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from finetune.data.built_in_templates import BUILT_IN, TOKENS, USUAL
 from finetune.data.conversations import Conversation
 from finetune.data.templates import PROMPT, Template
 from finetune.errors import ConfigError, DataError
 
-_QUESTION_ANSWER = """\
-{% for message in messages %}\
-{% if message.role == 'system' %}{{ message.content }}
-
-{% elif message.role == 'user' %}### Question:
-{{ message.content }}
-
-{% else %}### Answer:
-{{ message.content }}{{ eos_token }}{% if not loop.last %}{{ '\n\n' }}{% endif %}{% endif %}\
-{% endfor %}\
-{% if add_generation_prompt %}### Answer:
-{% endif %}"""
-
-_ALPACA = """\
-{% for message in messages %}\
-{% if message.role == 'system' %}{{ message.content }}
-
-{% elif message.role == 'user' %}\
-{% if message.context %}Below is an instruction that describes a task, paired with an input that \
-provides further context. Write a response that appropriately completes the request.
-
-### Instruction:
-{{ message.content }}
-
-### Input:
-{{ message.context }}
-
-{% else %}{% if loop.index0 < 2 %}Below is an instruction that describes a task. \
-Write a response that appropriately completes the request.
-
-{% endif %}### Instruction:
-{{ message.content }}
-
-{% endif %}\
-{% else %}### Response:
-{{ message.content }}{{ eos_token }}{% if not loop.last %}{{ '\n\n' }}{% endif %}{% endif %}\
-{% endfor %}\
-{% if add_generation_prompt %}### Response:
-{% endif %}"""
-
-_LLAMA2 = """\
-{% for message in messages %}\
-{% if message.role == 'system' %}{% elif message.role == 'user' %}[INST] \
-{% if loop.index0 == 1 and messages[0].role == 'system' %}<<SYS>>
-{{ messages[0].content }}
-<</SYS>>
-
-{% endif %}{{ message.content }} [/INST]\
-{% else %} {{ message.content }} {{ eos_token }}{% endif %}\
-{% endfor %}"""
-
-_CHATML = """\
-{% for message in messages %}\
-<|im_start|>{{ message.role }}
-{{ message.content }}<|im_end|>
-{% endfor %}\
-{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
-
-_PLAIN = """\
-{% for message in messages %}\
-{{ message.content }}{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}\
-{% endfor %}"""
-
-BUILT_IN = {
-    "plain": _PLAIN,
-    "question_answer": _QUESTION_ANSWER,
-    "alpaca": _ALPACA,
-    "llama2": _LLAMA2,
-    "chatml": _CHATML,
-}
 # Variables that each template gets from transformers.
 GIVEN = {"messages", "tools", "documents", "add_generation_prompt"}
-# What `auto` selects for a tokenizer without a chat template.
-USUAL = {
-    "text": "plain", "prompt_completion": "plain", "question_answer": "question_answer",
-    "instruction": "alpaca", "messages": "chatml",
-    **dict.fromkeys(("preference", "unpaired", "choices"), "question_answer"),
-}  # fmt: skip
 
 
 def _is_text(source: str) -> bool:
@@ -153,12 +77,12 @@ def _find(
             chat_template = chat_template["default"]
         return Template(name, chat_template, special_tokens, turn_ends)
     if name in BUILT_IN:
-        needed = ("<|im_start|>", "<|im_end|>") if name == "chatml" else ()
+        needed = TOKENS.get(name, ())
         missing = [token for token in needed if token not in vocabulary]
         if missing:
             raise DataError(
-                "data.template: chatml ends turns with the token <|im_end|>, but the tokenizer has "
-                f"no {' and '.join(missing)}; add them with model.new_tokens: "
+                f"data.template: {name} ends turns with the token {needed[-1]}, but the tokenizer "
+                f"has no {' and '.join(missing)}; add them with model.new_tokens: "
                 f"[{', '.join(missing)}], or use question_answer, alpaca or llama2"
             )
         return Template(name, BUILT_IN[name], special_tokens, turn_ends)
