@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import TINY_LLAMA, write_jsonl
+from conftest import TINY_LLAMA, pretrained, write_jsonl
+from transformers import PreTrainedTokenizerFast
 
 from finetune import config as configs
 from finetune import summary
@@ -235,3 +236,17 @@ def test_a_system_prompt_that_the_template_drops_is_refused(workshop):
         workshop.check(
             data__template=str(workshop.folder / "drops.jinja"), data__system_prompt="Be brief."
         )
+
+
+def test_a_large_vocabulary_is_read_a_few_times(workshop, monkeypatch):
+    """Reading 50,000 tokens takes 20 ms: once for each of them would take a quarter of an hour."""
+    base = workshop.train("base", train__max_steps=1)
+    read, get_vocab = [], PreTrainedTokenizerFast.get_vocab
+
+    def counted(tokenizer):
+        read.append(tokenizer)
+        return get_vocab(tokenizer)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "get_vocab", counted)
+    workshop.train(**pretrained(base / "model"), train__max_steps=1)
+    assert 0 < len(read) < 20
