@@ -75,7 +75,7 @@ def main(arguments: argparse.Namespace) -> None:
         )
     require_base(arguments.base)
     tokenizer = load_chat_tokenizer(arguments.model, arguments.trust_remote_code)
-    start = [Message("system", arguments.system)] if arguments.system else []
+    start = [Message("system", arguments.system)] if arguments.system is not None else []
     require_system(tokenizer, start)
     trusted = arguments.trust_remote_code
     model = load(arguments.model, trust_remote_code=trusted, base=arguments.base)

@@ -12,6 +12,7 @@ from finetune import own_code, preflight
 from finetune.config import Config, Lora, accumulation_steps, base, own_codes, quantized, usual_lr
 from finetune.config import fields as config_fields
 from finetune.data import chat_templates, readers, repeats, templates, xray
+from finetune.data.examples import Examples
 from finetune.data.places import short
 from finetune.engine.topology import Topology
 from finetune.errors import ConfigError, DataError
@@ -118,6 +119,14 @@ def _disk_line(config: Config, data: Data, model: ModelFacts) -> str:
     )
 
 
+def _weights(examples: Examples) -> str:
+    """Say which weights rows give to their answers, if they give any."""
+    if examples.weights is None:
+        return ""
+    given = examples.weights[examples.supervised]
+    return f" with weights from {given.min():g} to {given.max():g}"
+
+
 def _data_lines(config: Config, topology: Topology, data: Data) -> list[str]:
     """Describe what is trained, in how many steps, and what is held out."""
     train, examples = data.train.sequences, data.train.sequences.examples
@@ -127,7 +136,7 @@ def _data_lines(config: Config, topology: Topology, data: Data) -> list[str]:
         f"{_counted(len(train), 'sequence')} of at most {config.data.max_length} tokens"
         + _changed(config, examples),
         f"tokens      {examples.lengths.sum():,}, {examples.num_supervised_tokens:,} of them "
-        f"learned; an example has {_quartiles(examples.lengths)}",
+        f"learned{_weights(examples)}; an example has {_quartiles(examples.lengths)}",
         f"template    {data.template.name}, objective "
         f"{own_code.without_folder(config.objective.kind)}",
         f"steps       {_counted(data.num_steps, 'step')}, each of {config.train.global_batch_size} "

@@ -1,11 +1,15 @@
 """Any number of processes makes the same steps; labels never cross documents."""
 
+import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import read_jsonl
+from conftest import pairs, read_jsonl, write_jsonl
 
 from finetune.data.batches import Batch, Batches
 from finetune.data.examples import Examples, Ragged
@@ -13,6 +17,7 @@ from finetune.data.order import GROUP_STEPS, Sequences, order
 
 IGNORE = -100  # no label
 EOS = 1  # also the padding, as in many tokenizers
+METRICS = "metrics.jsonl"
 LENGTHS = np.random.default_rng(0).integers(2, 30, 53)
 
 
@@ -33,6 +38,9 @@ def examples_of(lengths: np.ndarray) -> Examples:
         np.arange(len(lengths)) % 2, np.arange(len(lengths)) + 1, np.zeros(len(lengths), int),
         ["a.jsonl", "b.jsonl"], "fingerprint", len(lengths), 0, 0,
     )  # fmt: skip
+
+
+EXAMPLES = examples_of(LENGTHS)
 
 
 def batches_of(lengths: np.ndarray = LENGTHS, packing: bool = False, **settings) -> Batches:
@@ -454,6 +462,66 @@ def test_the_largest_padded_micro_batch_has_the_largest_rectangle():
             padded=padded,
         ).largest()  # fmt: skip
         assert found.lengths == lengths
+
+
+def weighted(examples: Examples) -> Examples:
+    """Give each token a weight, which follows from its id."""
+    return replace(examples, weights=(examples.input.ids % 7 / 4).astype(np.float32))
+
+
+@pytest.mark.parametrize("num_processes", [1, 3])
+def test_weights_travel_with_their_tokens(packing, padded, num_processes):
+    expected = Counter[tuple[int, float]]()
+    for number in range(len(LENGTHS)):
+        expected.update((t, t % 7 / 4) for t in of_example(EXAMPLES, number)[1] if t != IGNORE)
+    found = Counter[tuple[int, float]]()
+    for rank in range(num_processes):
+        batches = Batches(
+            Sequences(weighted(EXAMPLES), packing, 64, seed=4), seed=4, global_batch_size=8,
+            micro_batch_size=2, padded=padded, rank=rank, num_processes=num_processes,
+        )  # fmt: skip
+        for batch in (each for step in batches.epoch() for each in step):
+            for index in range(2):
+                part = batch if padded else batch.part(index, 2, None)
+                if not (padded and index):
+                    found.update(zip(part.labels.tolist(), part.weights.tolist(), strict=True))
+    assert found == expected
+    assert batches.filler().weights.tolist() == []
+
+
+def weighted_rows(path: Path, weights: Sequence[float]) -> str:
+    """Write question and answer rows whose answers have these weights."""
+    rows = []
+    for pair, weight in zip(pairs(len(weights)), weights):
+        answer = {"role": "assistant", "content": pair["answer"], "weight": weight}
+        rows.append({"messages": [{"role": "user", "content": pair["question"]}, answer]})
+    return str(write_jsonl(path, rows))
+
+
+def test_weighted_runs_learn_the_same_in_any_shape(workshop):
+    """Packed or not, 24 sequences at once or one by one: the same losses and norms."""
+    rows = weighted_rows(workshop.folder / "weighted.jsonl", [0.25 + n % 3 for n in range(24)])
+    given = {"data__train": rows, "train__epochs": 3, "train__global_batch_size": 24}
+    lines = {}
+    for name, changes in {
+        "at-once": {"train__micro_batch_size": 24}, "one-by-one": {"train__micro_batch_size": 1},
+        "packed": {"data__packing": True, "train__micro_batch_size": 2, "data__max_length": 150},
+    }.items():  # fmt: skip
+        run = workshop.train(name, **given, **changes)
+        lines[name] = [(line["loss"], line["grad_norm"]) for line in read_jsonl(run / METRICS)]
+        assert len(lines[name]) == 3
+        np.testing.assert_allclose(lines[name], lines["at-once"], rtol=2e-5)
+
+
+def test_a_weighted_loss_is_divided_by_the_number_of_supervised_tokens(workshop, capsys):
+    found = []
+    for weight in (1, 0.5):
+        rows = weighted_rows(workshop.folder / f"{weight}.jsonl", [weight] * 8)
+        run = workshop.train(f"w{weight}", data__train=rows, train__max_steps=1)
+        found.append(read_jsonl(run / METRICS)[0]["loss"])
+    assert found[1] == pytest.approx(found[0] / 2, rel=1e-6)
+    shown = re.findall("learned(.*?);", capsys.readouterr().out)
+    assert shown == ["", " with weights from 0.5 to 0.5"]
 
 
 def test_weights_count_in_the_loss_and_not_in_the_cross_entropy(workshop, monkeypatch):

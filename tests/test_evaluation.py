@@ -304,6 +304,7 @@ def test_a_chat_template_that_fails_is_exit_2(model, base_and_tuned, capsys):
             "==", ["--system", "Be brief."],
             "--system: the model's chat template takes no system message",
         ),
+        ("==", ["--system", ""], "--system: the model's chat template takes no system message"),
         ("!=", [], "--system: the model's chat template needs a system message"),
     ],
 )  # fmt: skip

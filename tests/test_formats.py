@@ -159,10 +159,32 @@ def test_an_answer_with_weight_zero_is_not_supervised(key, off):
     assert converse({"messages": turns}, for_training=False)[3].supervised
 
 
-def test_other_weights_are_refused():
+@pytest.mark.parametrize("weight", [0.5, 2, 1e-6, True])
+def test_an_answer_may_have_a_weight(weight):
     turns = chat(ASKED, ANSWERED)
+    turns[1]["weight"] = weight
+    assert converse({"messages": turns})[1].weight == weight
+    assert converse({"messages": turns}, for_training=False)[1].weight == 1
+    turns[1]["train"] = False
+    turns += chat(("user", "r"), ("assistant", "b"))
+    assert [m.supervised for m in converse({"messages": turns})] == [False, False, False, True]
+
+
+@pytest.mark.parametrize("weight", [-1, -0.5, float("nan"), float("inf"), 1e-9, 10**400])
+def test_a_weight_that_is_negative_or_not_finite_is_refused(weight):
+    turns = chat(ASKED, ANSWERED)
+    turns[1]["weight"] = weight
+    says = "message 2 of 'messages' has the weight "
+    assert says in refused({"messages": turns})
+    assert "it should be 0, or a number from 1e-06 to 1e+06" in refused({"messages": turns})
+
+
+def test_answers_of_different_weight_are_not_joined():
+    turns = chat(ASKED, ANSWERED, ("assistant", "b"))
+    turns[2]["weight"] = 0.5
+    assert "roles should be" in refused({"messages": turns}, repair_turns=True)
     turns[1]["weight"] = 0.5
-    assert "weight and train can be 0 or 1" in refused({"messages": turns})
+    assert [m.weight for m in converse({"messages": turns}, repair_turns=True)] == [1, 0.5]
 
 
 CHATML = """\

@@ -175,7 +175,7 @@ def test_the_format_of_a_file_is_that_of_its_first_row(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("thinking", "hm"), ("weight", 0.5), ("weight", "0"), ("loss_mask", [0]), ("mask", True),
+        ("thinking", "hm"), ("train", 0.5), ("weight", "0"), ("loss_mask", [0]), ("mask", True),
         ("mask", False), ("isMasked", True), ("trainable", "no"), ("learn", 0), ("rating", -1),
         ("rating", 1), ("score", "2/5"), ("label", "bad"), ("is_good", False),
         ("feedback", {"helpful": 1}),
@@ -201,6 +201,21 @@ def test_harmless_keys_of_a_message_are_accepted(key, value):
     turns = messages("q", "a")
     turns[1][key] = value
     assert converse({"messages": turns}) == (user("q"), assistant("a"))
+
+
+def test_an_empty_system_message_stays_and_is_not_none():
+    turns = [{"role": "system", "content": ""}, *messages("q", "a")]
+    assert converse({"messages": turns}) == (system(""), user("q"), assistant("a"))
+    for prompt in (None, "Be brief."):
+        row = Row(Place("r", 1), {"messages": turns})
+        made = formats.to_conversation(row, "messages", {}, prompt)
+        assert made.messages == (system(""), user("q"), assistant("a"))
+    turns[0]["content"] = None
+    assert "message 1 of 'messages' (system) should have text" in refused({"messages": turns})
+
+
+def test_an_empty_cell_for_the_system_message_is_none():
+    assert converse({**QA, "system_prompt": ""}) == (user("q"), assistant("a"))
 
 
 def test_a_score_on_a_question_is_ignored():
@@ -485,7 +500,9 @@ def test_sharegpt_is_read():
     values = {"conversations": [{"from": name, "value": text} for name, text in turns]}
     assert converse(values) == (system("s"), user("q"), assistant("a"), user("r"), assistant("b"))
     values["conversations"][2]["weight"] = 0.5
-    assert "message 3 of 'conversations' has 'weight', which would be ignored" in refused(values)
+    assert [message.weight for message in converse(values)] == [1, 1, 0.5, 1, 1]
+    values["conversations"][1]["weight"] = 0.5
+    assert "message 2 of 'conversations' has 'weight', which would be ignored" in refused(values)
 
 
 def test_a_lone_surrogate_in_a_column_name_can_be_shown(tmp_path):

@@ -323,6 +323,12 @@ def test_a_system_prompt_stands_once_and_first(name, expected):
     assert whole.count("Be brief.") == 1
 
 
+def test_an_empty_system_message_switches_a_default_off():
+    assert template("vicuna").prompt(conversation("Hi", system="").messages) == (
+        "USER: Hi ASSISTANT:"
+    )
+
+
 def instruction(context: str) -> Conversation:
     return Conversation(
         (Message("user", "Add.", context=context), Message("assistant", "3", supervised=True)),
@@ -773,6 +779,15 @@ def test_real_templates_supervise_exactly_the_answers(real_data, name, learned):
     own = real_template(real_data, name)
     assert supervised(own, FOUR) == learned
     assert supervised(own, FOUR, "last_turn") == learned[-1:]
+
+
+def test_qwen25_is_asked_with_an_empty_system_message_and_not_its_default(real_data):
+    own = real_template(real_data, "qwen2.5")
+    rest = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    empty, none = (own.prompt(conversation("Hi", system=s).messages) for s in ("", None))
+    assert empty == "<|im_start|>system\n<|im_end|>\n" + rest
+    assert none.endswith("You are a helpful assistant.<|im_end|>\n" + rest)
+    assert rendered(own, conversation("Hi", "Hello", system="")).startswith(empty)
 
 
 def test_qwen3_is_asked_with_empty_thoughts_where_rows_have_none(real_data):

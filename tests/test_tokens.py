@@ -349,6 +349,59 @@ def test_the_requested_turns_are_supervised(tokenizing, loss_on, expected):
     assert learned(bytes_tokenizer(), *found) == expected
 
 
+def weighted(*weights: float) -> dict[str, Any]:
+    """Return a row whose answers have these weights."""
+    row = turns(*(text for n in range(len(weights)) for text in (f"q{n}", f"answer {n}")))
+    for turn, weight in zip(row["messages"][1::2], weights):
+        turn["weight"] = weight
+    return row
+
+
+def weights_of(examples: Examples, number: int = 0) -> list[float]:
+    """Return the weights of one example's supervised tokens."""
+    part = examples.input.span(number)
+    return examples.weights[part][examples.supervised[part]].tolist()
+
+
+@pytest.mark.parametrize("name", ["chatml", "plain", "in text"])
+def test_the_weight_of_an_answer_is_that_of_its_tokens_and_its_end(tokenizing, name):
+    tokenizer = bytes_tokenizer()
+    if name == "in text":  # the EOS comes behind the answer
+        source = "{% for m in messages %}{{ m.role + ': ' + m.content + '.' }}{% endfor %}"
+        own = chat_for(tokenizer, source + "{% if add_generation_prompt %}assistant: {% endif %}")
+        found = tokenizing.prepare([weighted(0.5)], tokenizer, own)
+        assert weights_of(found) == [0.5] * len("answer 0e")
+        return
+    rows = [weighted(0.5, 0, 2), turns("q", "answer"), weighted(1, 1)]
+    found = tokenizing.prepare(rows, tokenizer, name)
+    assert weights_of(found) == [0.5] * 9 + [2] * 9
+    assert weights_of(found, 1) == [1] * 7
+    assert weights_of(found, 2) == [1] * 18
+    assert weights_of(tokenizing.prepare(rows, tokenizer, name)) == [0.5] * 9 + [2] * 9  # cached
+    assert weights_of(found.subset(np.array([2, 0])), 1) == [0.5] * 9 + [2] * 9
+    last = tokenizing.prepare(rows[:1], tokenizer, name, loss_on="last_turn")
+    assert weights_of(last) == [2] * 9
+
+
+def test_rows_without_weights_have_none_in_the_cache(tokenizing):
+    assert tokenizing.prepare([turns("q", "a"), weighted(1, 0)]).weights is None
+    assert not list(tokenizing.cache.rglob("weights.npy"))
+
+
+def test_a_weighted_row_is_cut_with_its_weights(tokenizing):
+    """`left` cuts into the first answer, whose rest is not learned without its prompt."""
+    row = weighted(0.5, 2)
+    found = tokenizing.prepare([row], max_length=16, truncation="left")
+    assert weights_of(found) == [2] * 9
+    found = tokenizing.prepare([row], max_length=16, truncation="right")
+    assert weights_of(found) == [0.5] * 9 + [2] * 3
+
+
+def test_a_weight_where_every_token_is_supervised_is_refused(tokenizing):
+    says = tokenizing.refused([weighted(0.5)], loss_on="all")
+    assert says.startswith("gives an answer a weight, which would be ignored where every token")
+
+
 def test_a_template_that_ends_no_turn_gets_an_eos_behind_the_answer(tokenizing):
     tokenizer = bytes_tokenizer()
     source = (

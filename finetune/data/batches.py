@@ -187,7 +187,11 @@ class Batches:
             # Of no document: none of its shape.
             own = [each.columns[name] for each in documents] or np.empty((0, *values.shape[1:]))
             columns[name] = torch.from_numpy(np.asarray(own, np.float32))
-        return replace(batch, columns=columns)
+        weights = None
+        if self.sequences.examples.weights is not None:
+            given = [each.weights for each in documents if each.weights is not None]
+            weights = torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *given]))
+        return replace(batch, columns=columns, weights=weights)
 
     def of_sequence(self, sequence: int) -> Batch:
         """Return one sequence alone, as it stands in its micro-batch."""

@@ -17,6 +17,8 @@ class Message:
     context: str = ""
     from_setting: bool = field(default=False, compare=False)
     """Whether data.system_prompt added it; errors then name the setting, not the row."""
+    weight: float = 1.0
+    """Factor of the loss of a supervised message."""
     parts: Mapping[str, Any] = field(default_factory=dict)
     """What a template gets beside the content: tool_calls, and tool_call_id and name of a tool."""
 

@@ -34,8 +34,8 @@ CACHE_VERSION = 5  # increase it when the same input gives other tokens than bef
 META = "meta.json"
 REJECTS = "rejects.jsonl"
 ARRAYS = ("input_ids", "supervised", "ends", "places")
-# Only where rows of several documents, or with fields, have them.
-EXAMPLE_ENDS, COLUMNS = "example_ends", "columns"
+# Only where rows of several documents, with fields, or with weights have them.
+EXAMPLE_ENDS, COLUMNS, WEIGHTS = "example_ends", "columns", "weights"
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class Examples:
     example_ends: int64 [examples], the number of documents of all examples up to each; None: each
     example is one document.
     columns: float32 [documents] by name, what is known of each and never tokenised.
+    weights: float32 [all tokens of the input], factors of their losses; None: no row gives any.
     """
 
     streams: dict[str, Ragged]
@@ -90,6 +91,7 @@ class Examples:
     """A .jsonl file of these rows, each with its problem."""
     example_ends: np.ndarray | None = None
     columns: dict[str, np.ndarray] = field(default_factory=dict)
+    weights: np.ndarray | None = None
     learn_opening: bool = False
     """`templates.Template.learn_opening`: whether some answers begin in their own way."""
 
@@ -417,6 +419,9 @@ def _build(
     if made.columns:
         arrays[COLUMNS] = np.array(list(made.columns.values()), np.float32)
         made.counts["columns"] = list(made.columns)
+    if made.weights:
+        weights = (made.weights.get(n, np.ones(len(ids))) for n, ids in enumerate(made.ids))
+        arrays[WEIGHTS] = np.concatenate([each.astype(np.float32) for each in weights])
     with _writable(cache_dir):
         _store(folder, arrays, made.counts, made.rejects)
 
@@ -483,7 +488,8 @@ def _open(
         counts["columns"] = dict(zip(counts.get("columns", ()), arrays.get(COLUMNS, ())))
         return Examples(
             {"input": stream}, arrays["supervised"], source, line, row, sources, fingerprint,
-            example_ends=arrays.get(EXAMPLE_ENDS), rejects=rejects, **counts,
+            example_ends=arrays.get(EXAMPLE_ENDS), weights=arrays.get(WEIGHTS), rejects=rejects,
+            **counts,
         )  # fmt: skip
     except Exception as exc:  # any damage: the entry can be built again
         if note:

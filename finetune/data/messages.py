@@ -29,6 +29,8 @@ CALL_KEYS = {"tool_calls", "function_call"}
 TOOL_KEYS = {"tool_call_id", "name"}  # of a tool's message
 # Keys that say whether to learn an answer, by 0 or 1, true or false.
 TRAINED_KEYS = ("train", "training", "trainable", "weight", "loss")
+OF_ROLE = {"tool": TOOL_KEYS, "assistant": {"weight"}}  # further keys that are read
+LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6  # besides 0; float32 holds all of them
 MAPPED_ROLES = ("user", "assistant")  # which data.columns can give other names
 # System and user, answers and calls of tools with their results, each by its letter.
 _ORDER = re.compile(r"(?:U(?:CT+)*A)*U(?:CT+)*[AC]")
@@ -46,8 +48,7 @@ def unread_keys(turns: Any, columns: Mapping[str, str]) -> set[str]:
     found: set[str] = set()
     for turn in turns if isinstance(turns, list) else []:
         if isinstance(turn, dict):
-            is_tool = role_of(turn) == "tool"
-            also = CALL_KEYS | (TOOL_KEYS if is_tool else set())
+            also = CALL_KEYS | OF_ROLE.get(role_of(turn) or "", set())
             found |= {k for k in turn.keys() - read - also if turn[k] not in (None, "")}
     return found
 
@@ -93,7 +94,21 @@ def _message(where: str, turn: Any, for_training: bool, columns: Mapping[str, st
     _require_nothing_lost(where, role, turn, for_training, columns)
     text = _text(where, role, content, may_be_empty=bool(calls) or role == "tool")
     supervised = role == "assistant" and (not for_training or _is_trained(turn))
-    return Message(role, text, supervised=supervised, parts=parts)
+    weight = _weight(where, turn) if supervised and for_training else 1.0
+    return Message(role, text, supervised=supervised, weight=weight, parts=parts)
+
+
+def _weight(where: str, turn: Mapping[str, Any]) -> float:
+    """Return the weight of an answer that is trained on. Raise DataError for what is none."""
+    value = turn.get("weight")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return 1.0  # `_require_nothing_lost` refuses what means something else
+    if not LEAST_WEIGHT <= value <= MOST_WEIGHT:
+        raise DataError(
+            f"{where} has the weight {short(value)}; it should be 0, or a number from "
+            f"{LEAST_WEIGHT:g} to {MOST_WEIGHT:g}"
+        )
+    return float(value)
 
 
 def _mapped(columns: Mapping[str, str]) -> Iterator[str]:
@@ -129,6 +144,7 @@ def _text(where: str, role: str, content: Any, may_be_empty: bool) -> str:
         content = "".join(texts)
     if content is None and may_be_empty:
         content = ""
+    may_be_empty = may_be_empty or role == "system"  # not the same as none: templates have defaults
     if not isinstance(content, str) or not (content.strip() or may_be_empty):
         raise DataError(f"{where} ({role}) should have text as content, got {short(content)}")
     require_unicode(where, content)
@@ -215,7 +231,9 @@ def repaired(messages: list[Message]) -> tuple[list[Message], list[str]]:
     for message in messages:
         before = kept[-1] if kept else Message("", "")
         has_calls = before.has_calls or message.has_calls
-        is_same = (before.role, before.supervised) == (message.role, message.supervised)
+        is_same = (before.role, before.supervised, before.weight) == (
+            message.role, message.supervised, message.weight,
+        )  # fmt: skip
         if is_same and not has_calls and message.role in ("user", "assistant"):
             kept[-1] = replace(before, content=f"{before.content}\n\n{message.content}")
             changes.append("turns of one role in a row joined")
@@ -284,13 +302,15 @@ def _require_nothing_lost(
             )
         if value in (0, False) and (role != "assistant" or key in TRAINED_KEYS):
             continue  # true of all but answers, and of these read
+        if (role, key) == ("assistant", "weight") and isinstance(value, (int, float)):
+            continue
         usual = SUPERVISED[:3] if words & verdicts.MASKS else SUPERVISED
         if for_training and words & verdicts.LEARNING and value not in usual:
             raise DataError(
                 f"{where} has {key!r}, which would be ignored ({short(value)}), and training would "
                 "learn every answer; remove what should not be learned, and the key with it "
-                "(weight and train can be 0 or 1); if it means something else, rename it to "
-                f"'_{key}'"
+                "(train can be true or false, and weight a number); if it means something else, "
+                f"rename it to '_{key}'"
             )
     for key in verdicts.verdict_columns(extra) if for_training and role == "assistant" else ():
         if not verdicts.words(key) & verdicts.LEARNING and verdicts.is_verdict(turn[key], key):

@@ -43,20 +43,25 @@ class Sequences:
             part = stream.span(number)
             ids = np.asarray(stream.ids[part], np.int64)
             columns = {name: values[number] for name, values in examples.columns.items()}
-            yield Document(ids, predicting(examples.supervised[part]), int(example), columns)
+            predicted = predicting(examples.supervised[part])
+            weights = None
+            if examples.weights is not None:
+                weights = np.asarray(examples.weights[part])[predicted + 1]
+            yield Document(ids, predicted, int(example), columns, weights)
 
 
 @dataclass(frozen=True)
 class Document:
     """ids int64 [T]; predicted int64 [S]: places whose next token is supervised; its example.
 
-    columns: its numbers by name.
+    columns: its numbers by name. weights: float32 [S], where rows give some.
     """
 
     ids: np.ndarray
     predicted: np.ndarray
     example: int
     columns: Mapping[str, np.ndarray]
+    weights: np.ndarray | None = None
 
 
 def order(

@@ -30,10 +30,11 @@ _END_OF_THINKING = re.compile(r"</think(?:ing)?>")
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of the rendered text, and whether the model should learn it."""
+    """A piece of the rendered text, whether the model should learn it, and with which weight."""
 
     text: str
     supervised: bool
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,8 @@ class Template:
         if loss_on == "all":
             _require_all_supervised(conversation)
             return [Segment(text, True)]
-        segments = _cut(text, spans)
+        weights = [messages[turn].weight for turn in answers]
+        segments = _cut(text, spans, weights)
         if self.stop_of(segments) is None:
             if len(spans) > 1:
                 raise self._wrong(
@@ -147,7 +149,7 @@ class Template:
                     "use a template that writes {{ eos_token }} or another special token after "
                     "each answer",
                 )
-            segments = _cut(text[: spans[-1][1]], spans)
+            segments = _cut(text[: spans[-1][1]], spans, weights)
         return segments
 
     def opens_itself(self, segments: Sequence[Segment]) -> bool:
@@ -472,12 +474,17 @@ def sample_prompt(template: Template | None, prompt: str, system_prompt: str | N
 
 
 def _require_all_supervised(conversation: Conversation) -> None:
-    """Raise DataError for a row that says of an answer not to train on it."""
-    if any(m.role == "assistant" and not m.supervised for m in conversation.messages):
+    """Raise DataError for a row that says how to train on an answer."""
+    answers = [message for message in conversation.messages if message.role == "assistant"]
+    says = ""
+    if not all(message.supervised for message in answers):
+        says = "says of an answer not to train on it"
+    elif any(message.weight != 1 for message in answers):
+        says = "gives an answer a weight"
+    if says:
         raise DataError(
-            f"{conversation.place}: says of an answer not to train on it, which would be ignored "
-            "where every token is supervised; remove that, or use objective.kind: sft with "
-            "data.loss_on: completion"
+            f"{conversation.place}: {says}, which would be ignored where every token is "
+            "supervised; remove that, or use objective.kind: sft with data.loss_on: completion"
         )
 
 
@@ -492,11 +499,11 @@ def _holds(rendered: str, message: str, may_go: re.Pattern[str] = _THINKING) -> 
     return True
 
 
-def _cut(text: str, spans: Sequence[tuple[int, int]]) -> list[Segment]:
+def _cut(text: str, spans: Sequence[tuple[int, int]], weights: Sequence[float]) -> list[Segment]:
     """Cut text at the supervised spans into segments, none of them empty."""
     segments, at = [], 0
-    for start, end in spans:
-        segments += [Segment(text[at:start], False), Segment(text[start:end], True)]
+    for (start, end), weight in zip(spans, weights, strict=True):
+        segments += [Segment(text[at:start], False), Segment(text[start:end], True, weight)]
         at = end
     segments.append(Segment(text[at:], False))
     return [segment for segment in segments if segment.text]

@@ -78,7 +78,8 @@ class Options:
 
 
 Tokens = tuple[np.ndarray, np.ndarray]
-"""A document: input_ids int32 [T], and which are supervised, bool [T]."""
+"""A document: input_ids int32 [T], and which are supervised: bool [T], or float32 [T] where the row
+has weights, 0 for tokens that are not supervised."""
 
 
 @dataclass
@@ -89,6 +90,8 @@ class Tokenised:
     """int32 [tokens] of each document."""
     supervised: list[np.ndarray] = field(default_factory=list)
     """bool [tokens] of each document."""
+    weights: dict[int, np.ndarray] = field(default_factory=dict)
+    """float32 [tokens] of documents whose rows have weights, by number."""
     columns: dict[str, list[float]] = field(default_factory=dict)
     """A number of each document, by name."""
     places: list[tuple[int, int, int]] = field(default_factory=list)
@@ -120,8 +123,10 @@ class Tokenised:
             )
         for documents in examples:
             for ids, supervised in documents:
+                if supervised.dtype != bool:
+                    self.weights[len(self.ids)] = supervised
                 self.ids.append(ids)
-                self.supervised.append(supervised)
+                self.supervised.append(supervised.astype(bool, copy=False))
             for name, numbers in sample.fields.items():
                 self.columns.setdefault(name, []).extend(numbers)
             self.places.append(place)
@@ -142,10 +147,8 @@ def first_that_fits(
     return None
 
 
-def encode(
-    texts: Sequence[Sequence[Segment]], tokenizer: Any
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Encode the segments of several rows: (input_ids int32 [T], supervised bool [T]) of each."""
+def encode(texts: Sequence[Sequence[Segment]], tokenizer: Any) -> list[Tokens]:
+    """Encode the segments of several rows; return `Tokens` of each."""
     if not texts:
         return []
     whole = ["".join(segment.text for segment in segments) for segments in texts]
@@ -172,6 +175,9 @@ def encode(
             ids = np.concatenate(parts)
             owner = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
         supervised = np.array([segment.supervised for segment in segments], bool)
+        if any(segment.weight != 1 for segment in segments):
+            weights = np.array([segment.weight for segment in segments], np.float32)
+            supervised = np.where(supervised, weights, np.float32(0))
         results.append((ids, supervised[owner]))
     return results
 
@@ -511,7 +517,8 @@ class _Finisher:
                     "the tokenizer has no EOS token and the template does not end turns, so the "
                     "model cannot learn to stop; set eos_token"
                 )
-            ids, supervised = np.append(ids, np.int32(self.eos_id)), np.append(supervised, True)
+            weight = supervised[-1:] if supervised[-1:].any() else [True]  # that of the answer
+            ids, supervised = np.append(ids, np.int32(self.eos_id)), np.append(supervised, weight)
         return ids, supervised
 
 
