@@ -93,6 +93,7 @@ lint: .venv/tools
 
 schema: install
 	$(BIN)/python -m finetune schema > configs/schema.json
+	$(BIN)/python -m finetune.preparation.request > configs/request.json
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

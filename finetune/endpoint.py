@@ -86,7 +86,8 @@ class Request:
 
     prompt: str | Sequence[Mapping[str, str]]
     max_tokens: int = 1_024
-    temperature: float = 0.0
+    temperature: float | None = 0.0
+    """None: what the server takes by itself."""
     top_logprobs: int = 0
     """How many likeliest tokens to return at each place of the answer."""
 
@@ -100,9 +101,12 @@ class Request:
             return [self.prompt]
         return [message["content"] for message in self.prompt]
 
-    def body(self, model: str) -> dict[str, Any]:
-        """Return what the server gets."""
-        limits = {"max_tokens": self.max_tokens, "temperature": self.temperature}
+    def body(self, model: str, is_openai: bool = False) -> dict[str, Any]:
+        """Return what the server gets. OpenAI's own has another name for the limit of a chat."""
+        name = "max_completion_tokens" if is_openai and self.is_chat else "max_tokens"
+        limits: dict[str, Any] = {name: self.max_tokens}
+        if self.temperature is not None:
+            limits["temperature"] = self.temperature
         if not self.is_chat:
             logprobs = {"logprobs": self.top_logprobs} if self.top_logprobs else {}
             return {"model": model, "prompt": self.prompt, **limits, **logprobs}
@@ -284,7 +288,8 @@ class Client:
         end = time.monotonic() + self.server.timeout
         data = bytearray()
         try:
-            body = request.body(self.server.model)
+            is_openai = httpx2.URL(self.server.url).host == OPENAI
+            body = request.body(self.server.model, is_openai)
             with self._http.stream("POST", url, json=body) as response:
                 for part in response.iter_bytes():
                     data += part

@@ -77,7 +77,7 @@ def _preference(row: Row, columns: Mapping[str, str]) -> Found:
     if {"preferred_output", "non_preferred_output"} <= row.values.keys():
         return _openai(row)
     chosen, rejected = (_require_name(row, columns, n, (n,)) for n in ("chosen", "rejected"))
-    asked, used = _asked(row, columns)
+    asked, used = question_of(row, columns)
     system = _name(row, columns, "system", ("system", "system_prompt"))
     tools_column = _name(row, columns, "tools", ("tools",))
     used |= {chosen, rejected} | {name for name in (system, tools_column) if name}
@@ -111,7 +111,7 @@ def _tools(place: Place, column: str | None, value: Any) -> tuple[Mapping[str, A
     return read_tools(f"{place}: column {column!r}", value)
 
 
-def _asked(row: Row, columns: Mapping[str, str]) -> tuple[list[Message], set[str]]:
+def question_of(row: Row, columns: Mapping[str, str]) -> tuple[list[Message], set[str]]:
     """Return the turns that the answers continue, none if they hold them; and the columns read."""
     for ours in ASKED:
         name = _name(row, columns, ours, (ours,))
@@ -215,7 +215,7 @@ def _unpaired(row: Row, columns: Mapping[str, str]) -> Found:
 def _choices(row: Row, columns: Mapping[str, str]) -> Found:
     """Read a question with several answers, one of which is right."""
     name = _require_name(row, columns, "choices", CHOICES)
-    asked, used = _asked(row, columns)
+    asked, used = question_of(row, columns)
     if not asked:
         raise DataError(f"{row.place}: no column with a question; map it with data.columns, "
                         "{question: NAME}")  # fmt: skip

@@ -1,0 +1,202 @@
+"""Ask a model many requests: nothing twice, within a budget, with the same result after a kill.
+
+Requests come from an iterator, whose next one may depend on replies to earlier ones. Replies come
+in the order of the requests, and the request number n is made when the replies up to n - `window`
+are known, whichever comes first from the server: so requests depend on replies alone, not on time.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, TypeVar
+
+from finetune import failures
+from finetune.data.places import printable, short
+from finetune.endpoint import Budget, Refused, Reply, Request
+from finetune.errors import DataError, DirectoryInUse, UserError
+
+Tag = TypeVar("Tag")
+Asked = tuple[Tag, Request]
+
+
+class Model(Protocol):
+    """What answers: a server, or a model on this machine."""
+
+    def submit(self, request: Request, note: Callable[[Reply], None]) -> "Future[Reply]":
+        """Begin to answer. `note` gets the reply as soon as it is there, in any thread."""
+
+    def flush(self) -> None:
+        """Answer what was submitted, if nothing else does."""
+
+
+def prompt_hash(request: Request) -> str:
+    return _hash(request.prompt)[:16]
+
+
+def _hash(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, default=list)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Answers:
+    """A file of replies: each is appended, and on the disk before anything is made of it.
+
+    A context manager: it closes the file, which stays.
+    """
+
+    def __init__(self, path: Path, note: Callable[[str], None]) -> None:
+        self._path, self._note = path, note
+        self._places: dict[str, int] = {}
+        self._lock = threading.Lock()
+        try:
+            self._file: BinaryIO = path.open("a+b")
+        except OSError as exc:
+            failures.reraise(exc, f"{printable(str(path))}: cannot be written now")
+            what = f"{printable(str(path))}: cannot be written: {exc.strerror}"
+            raise UserError(f"{what}; choose another place") from exc
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as exc:
+            self._file.close()
+            what = f"{printable(str(path))}: another process writes it"
+            raise DirectoryInUse(f"{what}; wait for it, or choose another --output") from exc
+        try:
+            self._read()
+        except DataError:
+            self._file.close()
+            raise
+
+    def _read(self) -> None:
+        """Note where each reply stands; cut off a last line that a kill left unfinished."""
+        self._file.seek(0)
+        start = 0
+        for number, line in enumerate(self._file, 1):
+            if not line.endswith(b"\n"):
+                self._note(f"{printable(str(self._path))}: the last line was not finished; it goes")
+                self._file.truncate(start)
+                break
+            try:
+                values = json.loads(line)
+                self._places[values["key"]] = start
+                Reply(**values["reply"])
+            except (ValueError, TypeError, KeyError, RecursionError) as exc:
+                shown = short(line.decode("utf-8", "replace"))
+                what = f"{printable(str(self._path))}:{number}: is no answer of this program"
+                raise DataError(f"{what}: {shown}; move the file away") from exc
+            start += len(line)
+
+    def known(self, key: str) -> Reply | None:
+        with self._lock:
+            if key not in self._places:
+                return None
+            self._file.seek(self._places[key])
+            return Reply(**json.loads(self._file.readline())["reply"])
+
+    def append(self, key: str, request: Request, reply: Reply) -> None:
+        values = asdict(reply)
+        values.pop("top_logprobs")
+        line = {
+            "key": key, "prompt_hash": prompt_hash(request), "prompt": request.prompt,
+            "reply": values,
+        }  # fmt: skip
+        data = json.dumps(line).encode() + b"\n"
+        with self._lock, failures.writing(self._path):
+            self._places[key] = self._file.seek(0, os.SEEK_END)
+            self._file.write(data)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def __enter__(self) -> "Answers":
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._file.close()
+
+
+class Asking:
+    """Requests to one model, with its answers so far and a budget.
+
+    `name` stands for the model in the file of answers; None instead of `answers` keeps nothing.
+    """
+
+    def __init__(
+        self, model: Model, name: str, answers: Answers | None, budget: Budget, window: int
+    ) -> None:
+        self.budget = budget
+        self.has_ended = False
+        """Whether the budget ended before the requests."""
+        self.num_reused = 0
+        self._model, self._name, self._answers, self._window = model, name, answers, window
+        self._times: Counter[str] = Counter()
+        self._num_answered = 0
+
+    def replies(
+        self, requests: "Iterator[Asked[Tag] | None]"
+    ) -> "Iterator[tuple[Tag, Request, Reply | Refused]]":
+        """Yield each request with its reply. None among them waits for the next reply."""
+        waiting: deque[tuple[Tag, Request, Future[Reply]]] = deque()
+        is_last = False
+        while True:
+            is_last = is_last or self._fill(requests, waiting)
+            if not waiting:
+                return
+            tag, request, future = waiting.popleft()
+            yield tag, request, self._settled(request, future)
+
+    def _fill(
+        self, requests: "Iterator[Asked[Tag] | None]",
+        waiting: "deque[tuple[Tag, Request, Future[Reply]]]",
+    ) -> bool:  # fmt: skip
+        """Begin to ask until the window is full; return whether no request will follow."""
+        while len(waiting) < self._window:
+            try:
+                asked = next(requests)
+            except StopIteration:
+                return True
+            if asked is None:
+                return False
+            tag, request = asked
+            if not self.budget.take(request):
+                self.has_ended = True
+                return True
+            waiting.append((tag, request, self._submit(request)))
+        return False
+
+    def _submit(self, request: Request) -> "Future[Reply]":
+        """Answer a request from the file, or begin to ask it."""
+        content = _hash(request.body(self._name))
+        self._times[content] += 1
+        key = f"{content}-{self._times[content]}"  # the same prompt again is another request
+        reply = self._answers.known(key) if self._answers else None
+        if reply is not None:
+            self.num_reused += 1
+            future: Future[Reply] = Future()
+            future.set_result(reply)
+            return future
+
+        def note(reply: Reply) -> None:
+            if self._answers:
+                self._answers.append(key, request, reply)
+
+        return self._model.submit(request, note)
+
+    def _settled(self, request: Request, future: "Future[Reply]") -> Reply | Refused:
+        if not future.done():
+            self._model.flush()
+        try:
+            reply = future.result()
+        except Refused as exc:
+            if not self._num_answered:  # it may refuse all, for a setting
+                raise
+            self.budget.settle(request, None)
+            return exc
+        self._num_answered += 1
+        self.budget.settle(request, reply)
+        return reply
