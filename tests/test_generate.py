@@ -240,7 +240,7 @@ def test_what_is_no_file_of_answers_is_left_alone(bench, server):
     for text in ("mine\n", '{"key": 1}\n', '[]\n{"a"', '{"key": "a", "reply": {"more": 1}}\n'):
         mine.write_text(text)
         assert bench.run(*options(bench, server, "--prompts", prompts)) == 2
-        assert f"{mine}:1: is no answer of this program" in bench.stderr
+        assert f"{mine}:1: holds no answer of this program" in bench.stderr
         assert mine.read_text() == text
     assert not server.seen
 
@@ -421,11 +421,11 @@ def changed(path: str, value) -> dict:
         ([], "the whole: Input should be an object"),
         ({}, "slices: Field required"),
         (changed("version", 2), "version: Input should be 1, got 2"),
-        (changed("slices.0.count", 0), "slices[0].count: Input should be greater than or equal to 1"),
+        (changed("slices.0.count", 0), "slices[0].count: Input should be greater"),
         (changed("slices.1.count", "3"), "slices[1].count: Input should be a valid integer, got 3"),
         (changed("slices.0.examples", []), "slices[0].examples: List should have at least 1 item"),
         (changed("slices.0.examples.1.prompt", " "), "slices[0].examples[1].prompt: "),
-        (changed("slices.0.exmples", 1), "slices[0].exmples: Extra inputs are not permitted, got 1"),
+        (changed("slices.0.exmples", 1), "slices[0].exmples: Extra inputs are not"),
         (changed("slices.1.name", "sums"), "two slices have the name 'sums'; rename one"),
         (changed("slices.0.examples.0.score", float("nan")), "slices[0].examples[0].score"),
     ],
@@ -471,7 +471,7 @@ def test_the_schema_of_a_request_is_up_to_date():
         ("Question: a\nAnswer:\n1\n2\n\n2.\nQuestion: c\nAnswer: 7", [("a", "1\n2"), ("c", "7")]),
         ("Question: a\nAnswer: 3\n\nQuestion: unanswered\n\nQuestion: c\nAnswer: d",
          [("a", "3"), ("c", "d")]),
-        ("Question: What does \"Answer: x\" mean?\nAnswer: y", [('What does "Answer: x" mean?', "y")]),
+        ('Question: Why "Answer: x"?\nAnswer: y', [('Why "Answer: x"?', "y")]),
     ],
 )  # fmt: skip
 def test_tasks_are_read_as_models_write_them(text, expected):

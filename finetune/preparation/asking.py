@@ -88,7 +88,7 @@ class Answers:
                 Reply(**values["reply"])
             except (ValueError, TypeError, KeyError, RecursionError) as exc:
                 shown = short(line.decode("utf-8", "replace"))
-                what = f"{printable(str(self._path))}:{number}: is no answer of this program"
+                what = f"{printable(str(self._path))}:{number}: holds no answer of this program"
                 raise DataError(f"{what}: {shown}; move the file away") from exc
             start += len(line)
 

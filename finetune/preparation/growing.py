@@ -146,7 +146,7 @@ class Growing:
 
 
 def problem(reply: Reply | Refused) -> str | None:
-    """Return why a reply is no answer to learn, or None."""
+    """Return why a reply teaches nothing, or None."""
     if isinstance(reply, Refused):
         return REFUSED
     if reply.is_cut:
