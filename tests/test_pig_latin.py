@@ -1,6 +1,5 @@
 """The rules of Pig Latin, and a data set whose splits share no word."""
 
-import json
 import os
 import random
 import re
@@ -10,9 +9,10 @@ import sys
 import pytest
 from conftest import ROOT, read_jsonl
 
-from data_scripts import pig_latin as script
-from data_scripts.pig_latin import pig_latin
+from finetune.__main__ import main
 from finetune.data import formats
+from finetune.preparation import pig_latin as script
+from finetune.preparation.pig_latin import pig_latin
 
 SIZES = ["--words", "400", "--train", "300", "--held-out", "40"]
 
@@ -41,6 +41,9 @@ def test_a_word_is_translated_by_the_rule(word, translation):
         ("What is it?  It is  my cat.", "Atwhay isway itway?  Itway isway  ymay atcay."),
         ("(yes) - no: 42", "(esyay) - onay: 42"),
         ("line one\nline two", "inelay oneway\ninelay otway"),
+        ("Don't; it\u2019s 'mine'.", "On'tday; it\u2019sway 'inemay'."),
+        ("NASA, USA, A", "ASANAY, USAWAY, Away"),
+        ("café Éclair", "afécay Éclairway"),
         ("", ""), ("...", "..."), ("123", "123"),
     ],
 )  # fmt: skip
@@ -65,12 +68,11 @@ def test_the_vocabulary_has_words_of_every_rule():
 
 
 @pytest.fixture
-def make(tmp_path, monkeypatch):
+def make(tmp_path):
     """Write the data set into a folder of that name."""
 
     def make(name: str):
-        monkeypatch.setattr(sys, "argv", ["pig_latin.py", "--output", str(tmp_path / name), *SIZES])
-        script.main()
+        assert main(["data", "pig_latin", "--output", str(tmp_path / name), *SIZES]) == 0
         return tmp_path / name
 
     return make
@@ -136,22 +138,31 @@ def test_the_same_seed_writes_the_same_files(tmp_path):
     assert contents("c", "1", "--seed", "1") != first
 
 
-def test_rows_that_the_script_did_not_make_are_kept(tmp_path, monkeypatch, capsys):
-    for name, held in (
-        ("train.jsonl", '{"question": "q", "answer": "a"}\n'),
-        ("sentences.txt", "Mine.\n"),
-        ("file", ""),
-    ):
+def test_files_that_hold_something_else_are_kept(tmp_path, make, capsys):
+    for name, held in (("train.jsonl", '{"question": "q"}\n'), ("sentences.txt", "Mine.\n")):
         folder = tmp_path / name.replace(".", "_")
         folder.mkdir()
         (folder / name).write_text(held)
-        output = folder / name if name == "file" else folder
-        monkeypatch.setattr(sys, "argv", ["pig_latin.py", "--output", str(output), *SIZES])
-        with pytest.raises(SystemExit) as caught:
-            script.main()
-        assert caught.value.code == 2
-        assert str(folder / name) in capsys.readouterr().err
+        assert main(["data", "pig_latin", "--output", str(folder), *SIZES]) == 2
+        assert f"{folder / name} exists; choose another name" in capsys.readouterr().err
         assert [(path.name, path.read_text()) for path in folder.iterdir()] == [(name, held)]
+    times = {path: path.stat().st_mtime_ns for path in make("again").iterdir()}
+    assert {path: path.stat().st_mtime_ns for path in make("again").iterdir()} == times
+
+
+def test_sentences_of_ones_own_are_translated(tmp_path):
+    text = tmp_path / "mine.txt"
+    text.write_text("".join(f"My cat {n} knows {word}.\n" for n, word in enumerate("abcdefghij")))
+    folder = tmp_path / "out"
+    arguments = ["data", "pig_latin", "--sentences", str(text), "--output", str(folder)]
+    assert main(arguments) == 0
+    rows = [
+        row for name in ("train", "dev", "test") for row in read_jsonl(folder / f"{name}.jsonl")
+    ]
+    assert sorted(row["question"] for row in rows) == text.read_text().splitlines()
+    assert rows[0]["answer"] == pig_latin(rows[0]["question"])
+    assert main([*arguments, "--words", "20"]) == 2
+    assert main(["data", "pig_latin", "--words", "3", "--output", str(tmp_path / "none")]) == 2
 
 
 def test_the_rows_are_what_the_quickstart_reads(make):
@@ -170,15 +181,3 @@ def test_the_rows_are_what_the_quickstart_reads(make):
         == 300
     )
     assert len(list(readers.read(next(iter(dev))))) == 40
-
-
-def test_the_script_needs_no_package():
-    """The quickstart makes its data before anything heavy is imported."""
-    source = (ROOT / "data_scripts" / "pig_latin.py").read_text()
-    imported = {
-        line.split()[1].split(".")[0]
-        for line in source.splitlines()
-        if line.startswith(("import ", "from "))
-    }
-    assert imported <= set(sys.stdlib_module_names)
-    assert json.__name__ in imported

@@ -97,7 +97,7 @@ def test_a_recipe_runs_as_it_is(workshop, bytes_tokenizer, path):
         "data.train": rows_for(recipe, workshop.folder),
         "data.cache_dir": workshop.folder / "cache", "data.max_length": 250,
         "schedule.warmup_steps": 1, "train.max_steps": 3,
-        "checkpoint.every_steps": 2,
+        "checkpoint.every_steps": 2, "tracking.log_every_steps": 1,
     }  # fmt: skip
     if "eval" in recipe["data"]:
         arguments["data.eval"] = write_jsonl(
@@ -128,7 +128,8 @@ def test_the_medical_recipe_is_the_one_that_was_asked_for():
         "optimizer.weight_decay": 0.001, "schedule.kind": "constant", "data.max_rows": 3000,
         "run.seed": 1234, "data.group_by_length": True, "data.packing": False,
         "data.template": "llama2", "adapter.kind": "qlora", "adapter.quantization": "nf4",
-        "adapter.compute_dtype": "float16",
+        "adapter.compute_dtype": "float16", "checkpoint.every_steps": 50,
+        "tracking.log_every_steps": 10, "tracking.trackers": ["tensorboard"],
     }  # fmt: skip
     assert {key: settings[key] for key in expected} == expected
 

@@ -287,9 +287,10 @@ class Frame:
 
     def _report(self) -> None:
         """Print the counts to stderr, and write them to --counts."""
-        parts = [f"{self.read:,} {self.unit} read"]
+        parts = [f"{self.read:,} {self.unit} read"] * bool(self.sources)
         if self.written or not hasattr(self.arguments, "output") or self.arguments.output:
-            parts[0] += f", {self.written:,} {'rows ' * (self.unit != 'rows')}written"
+            rows = "rows " * (self.unit != "rows" or not parts)
+            parts = [", ".join([*parts, f"{self.written:,} {rows}written"])]
         parts += [f"{count:,} dropped ({reason})" for reason, count in sorted(self.dropped.items())]
         parts += [f"{count:,} {what}" for what, count in sorted(self.changed.items())]
         tqdm.write(f"{self.program}: " + "; ".join(parts), file=sys.stderr)

@@ -25,6 +25,12 @@ PROGRAMS = {
     "sample": "draw rows at random",
     "mix": "mix sources by weight",
     "report": "write the card of a set of rows: lengths, duplicates, overlap and more, with plots",
+    "pig_latin": "make a set: sentences, translated into Pig Latin",
+    "yoda": "make a set: sentences, as Yoda says them",
+    "patient_doctor": "make a set: what patients ask, and a doctor answers",
+    "company": "make a set: questions and answers about a company",
+    "moderation": "make a set: requests to refuse, and their harmless neighbours to answer",
+    "retrieval": "make a set: questions that a context answers, or does not",
 }
 
 
