@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice, repeat
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -204,18 +204,22 @@ def _tokenise(
     Without `offsets` the second is meaningless.
     """
     most = most or WINDOW
-    usual = [text for text in texts if len(text) <= most]
-    encoded: Any = {"input_ids": []}
-    if usual:
-        encoded = tokenizer(
-            usual, add_special_tokens=False, return_offsets_mapping=offsets,
-            return_attention_mask=False, verbose=False,
-        )  # fmt: skip
-    ids = (np.array(ids, np.int32) for ids in encoded["input_ids"])
-    offset_pairs = encoded.get("offset_mapping", repeat(()))
-    starts = (np.array([start for start, _ in pairs], np.int64) for pairs in offset_pairs)
-    short = zip(ids, starts)
-    return [next(short) if len(text) <= most else _tokenise_long(text, tokenizer) for text in texts]
+    # The backend at once, as `tokenizer(...)` takes as long again to make lists of what it returns.
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    encode = backend.encode_batch if offsets else backend.encode_batch_fast
+    short = iter(encode([text for text in texts if len(text) <= most], add_special_tokens=False))
+    return [
+        _arrays(next(short), offsets) if len(text) <= most else _tokenise_long(text, tokenizer)
+        for text in texts
+    ]
+
+
+def _arrays(encoding: Any, offsets: bool) -> tuple[np.ndarray, np.ndarray]:
+    starts = [start for start, _ in encoding.offsets] if offsets else []
+    return np.array(encoding.ids, np.int32), np.array(starts, np.int64)
 
 
 def _tokenise_long(text: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
