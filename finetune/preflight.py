@@ -24,6 +24,7 @@ from finetune.data.chat_templates import load as load_template
 from finetune.data.places import list_columns
 from finetune.data.problems import Skipping
 from finetune.data.source_files import Sources
+from finetune.data.views import View
 from finetune.engine import optim, trackers
 from finetune.engine.topology import Topology
 from finetune.errors import ConfigError, DataError, ModelError
@@ -34,6 +35,7 @@ from finetune.models import (
     adapters,
     attention_choice,
     base_identity,
+    families,
     float8,
     head,
     load,
@@ -98,9 +100,11 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     _require_packages(config)
     topology.on_main(lambda: trackers.check(config.tracking.trackers, config.tracking.wandb_mode))
     remote.keep_in(config.cache_dir)
+    wanted = _in_format(wanted, objective)
     sources, format = _checked_rows(wanted, topology)  # before anything is fetched from the Hub
-    model_config = load.load_config(config.model)  # first: transformers reads the tokenizer by it
-    tokenizer = load.load_tokenizer(config.model)
+    # First: transformers reads the tokenizer by it.
+    model_config = load.load_config(config.model, config.objective.kind)
+    tokenizer = load.load_tokenizer(config.model, families.of(config))
     load.check_config_vocabulary(model_config, tokenizer, config.model)
     # Now, because building a model completes its config, and only some processes build one.
     architecture = base_identity.architecture(model_config)
@@ -109,9 +113,10 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     options = tokens.Options(
         wanted.format, wanted.columns, wanted.text_unit, wanted.system_prompt,
         objective.supervises(wanted.loss_on), wanted.max_length, wanted.truncation,
-        _positions(model_config), wanted.repair_turns, _skipping(wanted),
+        _positions(model_config), wanted.repair_turns, _skipping(wanted), bool(objective.formats),
     )  # fmt: skip
-    train, evals, known, num_rows = _examples(config, sources, template, tokenizer, options)
+    view = objective.view(config.objective, tokenizer, config.run.seed)
+    train, evals, known, num_rows = _examples(config, sources, template, tokenizer, options, view)
     template = replace(template, learn_opening=train.learn_opening)
     kept = None
     if objective.has_turns:
@@ -139,6 +144,13 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
         tokenizer, template, model_config, kernel, train_batches, eval_batches, num_steps, new_ids,
         sources, known, identity, format, num_rows, options, _columns(wanted, sources, format),
     )  # fmt: skip
+
+
+def _in_format(wanted: config_fields.Data, objective: Objective) -> config_fields.Data:
+    """Return the settings with the format of an objective that reads only one."""
+    if wanted.format != "auto" or len(objective.formats) != 1:
+        return wanted
+    return wanted.model_copy(update={"format": next(iter(objective.formats))})
 
 
 def _columns(wanted: config_fields.Data, sources: Sources, format: str) -> str:
@@ -194,8 +206,9 @@ def _attention(config: Config, model_config: Any, topology: Topology) -> str:
     for problem in base.settled(config, model_config.to_dict())[1]:
         raise ModelError(problem)
     kernel = attention_choice.choose(
-        config.model.attention, load.model_class(model_config), model_config, topology.device,
-        topology.precision, topology.parallel.num_context,
+        config.model.attention, families.model_class(model_config, families.of(config)),
+        model_config, topology.device, topology.precision, topology.parallel.num_context,
+        families.of(config),
     )  # fmt: skip
     if config.data.packing and attention_choice.is_padded(kernel):
         raise ConfigError(
@@ -222,15 +235,17 @@ def _template(
 
 def _examples(
     config: Config, sources: Sources, template: templates.Template, tokenizer: Any,
-    options: tokens.Options,
+    options: tokens.Options, view: View,
 ) -> tuple[Any, Any, int, int]:  # fmt: skip
     """Return (training examples, evaluation examples or None, how many are in both, all rows)."""
     wanted, seed = config.data, config.run.seed
-    train = examples.prepare(sources.train, template, tokenizer, options, config.cache_dir)
+    made = examples.prepare(sources.train, template, tokenizer, options, config.cache_dir)
+    train = replace(made, view=view)
     evals = None
     if sources.eval:
         same = replace(template, learn_opening=train.learn_opening)
-        evals = examples.prepare(sources.eval, same, tokenizer, options, config.cache_dir)
+        made = examples.prepare(sources.eval, same, tokenizer, options, config.cache_dir)
+        evals = replace(made, view=view)
         if evals.learn_opening != train.learn_opening:
             raise DataError(
                 f"data.eval: some of its answers do not begin with {template.opening!r}, which the "
@@ -308,7 +323,9 @@ def _positions(model_config: Any) -> int | None:
     Such models have no `max_position_embeddings`, or -1.
     """
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    return positions if positions is not None and positions > 0 else None
+    if positions is None or positions <= 0:
+        return None
+    return positions - families.first_position(model_config)
 
 
 def check_lengths(examples: Any, config: Config, model_config: Any, num_steps: int) -> None:
@@ -348,10 +365,10 @@ def check_model(config: Config, data: Data) -> ModelFacts:
     Raises ModelError if architecture, vocabulary and adapters do not fit each other, and
     ConfigError for learning rates that would have no effect.
     """
-    kernel = (
-        data.attention if attention_choice.is_padded(data.attention) else attention_choice.DOCUMENTS
-    )
-    skeleton = load.skeleton(config.model, data.model_config, data.tokenizer, kernel)
+    family, kernel = families.of(config), data.attention
+    if not attention_choice.is_padded(kernel):
+        kernel = attention_choice.of_documents(family)
+    skeleton = load.skeleton(config.model, data.model_config, data.tokenizer, kernel, family=family)
     load.check_shapes(skeleton)
     load.check_weights(skeleton, config.model)
     recompute.chosen(skeleton, config.train.gradient_checkpointing)

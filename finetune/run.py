@@ -415,7 +415,7 @@ def as_base_is(config: Config) -> Config:
     path = config.model.path
     if config.adapter.kind != "qlora" or path is None or os.path.isdir(path):
         return config
-    return base.settled(config, load.load_config(config.model).to_dict())[0]
+    return base.settled(config, load.load_config(config.model, config.objective.kind).to_dict())[0]
 
 
 def sized(config: Config, topology: Topology) -> tuple[Config, int | None]:

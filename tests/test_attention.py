@@ -1,6 +1,7 @@
 """Attention inside documents equals masked attention, in values and gradients, without a mask."""
 
 import contextlib
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -31,12 +32,13 @@ def bounds_of(lengths):
     return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
-def masked(query, key, value, lengths, window, dropout=0.0):
+def masked(query, key, value, lengths, window, dropout=0.0, causal=True):
     """The plain way: one mask over the whole pack."""
     length = sum(lengths)
     number = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     distance = torch.arange(length)[:, None] - torch.arange(length)
-    seen = (number[:, None] == number) & (distance >= 0) & (distance < (window or length))
+    seen = (number[:, None] == number) & (distance.abs() < (window or length))
+    seen &= (distance >= 0) | (not causal)
     times = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
     return F.scaled_dot_product_attention(
@@ -53,7 +55,7 @@ def run(how, tensors, *arguments):
     return [out.detach(), *(tensor.grad.clone() for tensor in tensors)]
 
 
-def ours(query, key, value, lengths, window):
+def ours(query, key, value, lengths, window, causal=True):
     return attention._attend(
         query,
         key,
@@ -64,7 +66,13 @@ def ours(query, key, value, lengths, window):
         None,
         0.0,
         window,
+        causal,
     )
+
+
+def both(how):
+    """Attend as an encoder does: every token sees its whole document."""
+    return functools.partial(how, causal=False)
 
 
 @pytest.mark.parametrize("window", [None, 4])
@@ -77,6 +85,17 @@ def test_varlen_attention_equals_masked_attention(pack, kv_heads, window):
         run(ours, tensors, lengths, window), run(masked, tensors, lengths, window)
     ):
         torch.testing.assert_close(own, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_both_ways_equals_masked_attention(dtype, kv_heads, window):
+    tensors, lengths = states(4, kv_heads, 40, dtype=dtype), PACKS["many"]
+    own, wanted = (run(both(how), tensors, lengths, window) for how in (ours, masked))
+    exact = 1e-5 if dtype == torch.float32 else 3e-2
+    for one, other in zip(own, wanted):
+        torch.testing.assert_close(one, other, rtol=exact, atol=exact)
 
 
 @pytest.mark.parametrize("peaked", [1, 20], ids=["even scores", "peaked scores"])
@@ -117,10 +136,10 @@ def test_the_operator_passes_pytorchs_operator_check():
     query, key, value = (
         tensor.detach().transpose(1, 2).requires_grad_() for tensor in states(4, 2, 40)
     )
-    checks = torch.library.opcheck(
-        varlen_cpu.one_by_one, (query, key, value, bounds_of(PACKS["many"]), 0.25, 0)
-    )
-    assert set(checks.values()) == {"SUCCESS"}
+    for causal in (True, False):
+        arguments = (query, key, value, bounds_of(PACKS["many"]), 0.25, 0, causal)
+        checks = torch.library.opcheck(varlen_cpu.one_by_one, arguments)
+        assert set(checks.values()) == {"SUCCESS"}
 
 
 def varlen_reference(
@@ -131,27 +150,30 @@ def varlen_reference(
     assert torch.equal(bounds_q, bounds_k)
     lengths = bounds_q.diff().tolist()
     assert longest_q == longest_k == max(lengths)
-    window = window_size[0] + 1 if window_size != (-1, 0) else None
+    window = window_size[0] + 1 if window_size[0] >= 0 else None
+    assert window_size[1] in (0, window_size[0])
     states = [
         each.transpose(0, 1)[None] for each in (query * scale * query.shape[-1] ** 0.5, key, value)
     ]
-    return masked(*states, lengths, window)[0]
+    return masked(*states, lengths, window, causal=window_size[1] == 0)[0]
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("width", [16, 20, 100])
-def test_heads_of_any_width_fit_the_fused_kernel(monkeypatch, width, window):
+def test_heads_of_any_width_fit_the_fused_kernel(monkeypatch, width, window, causal):
     """Heads of 100, as in OpenLLaMA-3B, are padded to 104; the scale must still be that of 100."""
     monkeypatch.setattr(varlen_gpu.torch_versions, "varlen_attn", varlen_reference)
     lengths = PACKS["many"]
 
     def fused(query, key, value):
         return attention._varlen(
-            query, key, value, bounds_of(lengths), max(lengths), None, width**-0.5, window
+            query, key, value, bounds_of(lengths), max(lengths), None, width**-0.5, window, causal
         )
 
     tensors = states(4, 2, sum(lengths), width=width, value_width=width)
-    for own, wanted in zip(run(fused, tensors), run(masked, tensors, lengths, window)):
+    right = run(functools.partial(masked, causal=causal), tensors, lengths, window)
+    for own, wanted in zip(run(fused, tensors), right):
         torch.testing.assert_close(own, wanted, rtol=1e-5, atol=1e-5)
 
 

@@ -527,8 +527,8 @@ def test_a_weighted_loss_is_divided_by_the_number_of_supervised_tokens(workshop,
 def test_weights_count_in_the_loss_and_not_in_the_cross_entropy(workshop, monkeypatch):
     whole = Batches._collated
 
-    def halved(batches, sequences):
-        batch = whole(batches, sequences)
+    def halved(batches, *chosen):
+        batch = whole(batches, *chosen)
         return replace(batch, weights=torch.full((len(batch.labels),), 0.5))
 
     monkeypatch.setattr(Batches, "_collated", halved)

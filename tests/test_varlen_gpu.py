@@ -22,10 +22,10 @@ LONG = replace(WORK, documents=(8192,), lengths=(8192,))
 HOPPER, BLACKWELL, AMPERE, RTX_50 = (9, 0), (10, 0), (8, 0), (12, 0)
 
 
-def on_cpu(query, key, value, bounds, longest, lengths, scale, window):
+def on_cpu(query, key, value, bounds, longest, lengths, scale, window, causal=True):
     """A kernel in every respect, by PyTorch's attention for CPUs."""
     states = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
-    return varlen_cpu.one_by_one(*states, bounds, scale, window or 0)[0][0]
+    return varlen_cpu.one_by_one(*states, bounds, scale, window or 0, causal)[0][0]
 
 
 @pytest.mark.parametrize(
@@ -73,10 +73,11 @@ def test_flash_attn_4_is_not_taken_for_flash_attn_2(tmp_path, monkeypatch):
     assert not attention_choice.has_package("flash-attn")
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("has_windows", [False, True])
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
-def test_a_kernel_that_agrees_with_float32_is_taken(key_heads, has_windows):
-    work = replace(WORK, key_heads=key_heads, has_windows=has_windows)
+def test_a_kernel_that_agrees_with_float32_is_taken(key_heads, has_windows, causal):
+    work = replace(WORK, key_heads=key_heads, has_windows=has_windows, causal=causal)
     assert varlen_choice.wrong(FLASH_2, work, CPU, on_cpu) == ""
 
 
@@ -84,16 +85,20 @@ def joined(query, key, value, bounds, *rest):
     return on_cpu(query, key, value, bounds[[0, 1, 2, 4]], *rest)
 
 
-def scaled(query, key, value, bounds, longest, lengths, scale, window):
-    return on_cpu(query, key, value, bounds, longest, lengths, scale * 1.2, window)
+def scaled(query, key, value, bounds, longest, lengths, scale, window, causal):
+    return on_cpu(query, key, value, bounds, longest, lengths, scale * 1.2, window, causal)
 
 
 def without_gradient(query, key, value, *rest):
     return on_cpu(query, key, 0.5 * value + 0.5 * value.detach(), *rest)
 
 
-def without_window(query, key, value, bounds, longest, lengths, scale, window):
-    return on_cpu(query, key, value, bounds, longest, lengths, scale, None)
+def without_window(query, key, value, bounds, longest, lengths, scale, window, causal):
+    return on_cpu(query, key, value, bounds, longest, lengths, scale, None, causal)
+
+
+def other_way(query, key, value, bounds, longest, lengths, scale, window, causal):
+    return on_cpu(query, key, value, bounds, longest, lengths, scale, window, not causal)
 
 
 def not_compiled(*_):
@@ -107,10 +112,19 @@ def not_compiled(*_):
         (scaled, "its output is"),
         (without_gradient, r"its gradient of values is 50.\d% away"),
         (without_window, "its output is"),
+        (other_way, "its output is"),
         (not_compiled, "RuntimeError: no nvcc here"),
         (lambda *states: on_cpu(*states) * torch.nan, "its output is nan%"),
     ],
-    ids=["leaks", "other scale", "half a gradient", "no window", "raises", "not a number"],
+    ids=[
+        "leaks",
+        "other scale",
+        "half a gradient",
+        "no window",
+        "other way",
+        "raises",
+        "not a number",
+    ],
 )
 def test_a_kernel_that_is_wrong_is_named(attend, says):
     why = varlen_choice.wrong(FLASH_2, replace(WORK, has_windows=True), CPU, attend)
@@ -184,9 +198,10 @@ class Cute(types.ModuleType):
         max_seqlen_k=None, softmax_scale=None, causal=False, window_size_left=None,
         window_size_right=None, return_lse=False,
     ):  # fmt: skip
-        assert (causal, return_lse, window_size_right) == (True, True, None)
+        right = 0 if causal else window_size_right
+        assert (return_lse, right) == (True, 0 if causal else window_size_left)
         assert max_seqlen_q == max_seqlen_k == cu_seqlens_q.diff().max()
-        scores, _ = self.scores(q, k, cu_seqlens_q, softmax_scale, window_size_left)
+        scores, _ = self.scores(q, k, cu_seqlens_q, softmax_scale, window_size_left, right)
         sums = scores.logsumexp(-1)
         out = torch.einsum("hts,shd->thd", scores.softmax(-1), self.shared(q, v).float())
         return out.to(q.dtype), sums, None, None, None
@@ -196,9 +211,10 @@ class Cute(types.ModuleType):
         window_size_right=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None,
         max_seqlen_k=None, deterministic=False,
     ):  # fmt: skip
-        assert (causal, dout.is_contiguous()) == (True, True)
+        assert dout.is_contiguous()
         assert max_seqlen_q == max_seqlen_k == cu_seqlens_q.diff().max()
-        scores, _ = self.scores(q, k, cu_seqlens_q, softmax_scale, window_size_left)
+        right = 0 if causal else window_size_right
+        scores, _ = self.scores(q, k, cu_seqlens_q, softmax_scale, window_size_left, right)
         assert torch.allclose(scores.logsumexp(-1), lse)
         chances, grad = scores.softmax(-1), dout.float()
         keys, values = (self.shared(q, tensor).float() for tensor in (k, v))
@@ -215,12 +231,14 @@ class Cute(types.ModuleType):
     def shared(q, tensor):
         return tensor.repeat_interleave(q.shape[1] // tensor.shape[1], 1)
 
-    def scores(self, q, k, bounds, scale, left):
+    def scores(self, q, k, bounds, scale, left, right):
         number = torch.repeat_interleave(torch.arange(len(bounds) - 1), bounds.diff())
         distance = torch.arange(len(q))[:, None] - torch.arange(len(q))
-        seen = (number[:, None] == number) & (distance >= 0)
+        seen = number[:, None] == number
         if left is not None:
             seen &= distance <= left
+        if right is not None:
+            seen &= distance >= -right
         scores = scale * torch.einsum("thd,shd->hts", q.float(), self.shared(q, k).float())
         return scores.masked_fill(~seen, -torch.inf), seen
 
@@ -235,13 +253,14 @@ def flash_4(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of 2.14's opcheck
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("has_windows", [False, True])
-def test_flash_attention_4_gets_its_arguments_and_gives_its_gradients(flash_4, has_windows):
-    work = replace(WORK, has_windows=has_windows)
+def test_flash_attention_4_gets_its_arguments_and_gives_its_gradients(flash_4, has_windows, causal):
+    work = replace(WORK, has_windows=has_windows, causal=causal)
     assert varlen_choice.wrong(FLASH_4, work, CPU) == ""
     assert varlen_gpu.in_use() == FLASH_2, "a trial changes nothing"
     states = [torch.randn(9, heads, 16, requires_grad=True) for heads in (4, 2, 2)]
-    arguments = (*states, torch.tensor([0, 4, 9]).int(), 5, 0.25, 3 if has_windows else 0)
+    arguments = (*states, torch.tensor([0, 4, 9]).int(), 5, 0.25, 3 if has_windows else 0, causal)
     assert set(torch.library.opcheck(varlen_gpu.flash_4, arguments).values()) == {"SUCCESS"}
 
 
@@ -266,7 +285,7 @@ def test_flash_attention_4_is_one_operator_of_a_compiled_layer(flash_4):
 def test_cudnn_is_not_compiled_anew_for_each_number_of_documents(monkeypatch):
     """After eight compilations the compiler gives up, and layers run uncompiled."""
     monkeypatch.setattr(varlen_gpu, "_in_use", CUDNN)
-    monkeypatch.setattr(varlen_gpu, "_cudnn_document", lambda q, k, v, scale: q[0].transpose(0, 1))
+    monkeypatch.setattr(varlen_gpu, "_cudnn_document", lambda q, k, v, *_: q[0].transpose(0, 1))
     compiled = []
 
     def count(graph, inputs):

@@ -14,6 +14,7 @@ from finetune.config.fields import (
     Data,
     Full,
     Lora,
+    MaskedLm,
     Model,
     Optimizer,
     QLora,
@@ -37,7 +38,7 @@ from finetune.config.yaml_text import from_yaml, read_yaml
 
 __all__ = [
     "OWN_CODE", "PADDED_ATTENTION", "PUT_BACK", "Adapter", "Check", "Config", "CrossEntropy",
-    "Data", "Full", "Lora", "Model", "Optimizer", "OwnObjective", "QLora", "Schedule",
+    "Data", "Full", "Lora", "MaskedLm", "Model", "Optimizer", "OwnObjective", "QLora", "Schedule",
     "accumulation_steps", "base", "code_identity", "conflicts", "differences", "flatten",
     "from_dict", "from_yaml", "json_schema", "note_repeats", "own_codes", "parse", "paths",
     "read_resolved", "read_yaml", "to_yaml", "usual_lr",

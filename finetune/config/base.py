@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from finetune import places
 from finetune.config import paths, quantized
 from finetune.config import values as allowed
+from finetune.config.choices import FAMILIES, instead_of, objective_kind
 from finetune.config.model_files import (
     ADAPTER_WEIGHTS,
     AGAIN,
@@ -56,6 +57,11 @@ OTHER_HEADS = {
     "an audio classifier": ("ForAudioClassification",),
     "a reward model": ("RewardModel",),
 }
+ENCODERS = ("masked", "sequences", "tokens")  # families
+WHAT_IT_IS = {
+    "causal": "a model that continues text", "encoder": "an encoder",
+    "seq2seq": "an encoder-decoder",
+}  # fmt: skip
 # Coefficients of losses other than the next token's, as configs call them.
 BALANCE = (
     "router_aux_loss_coef", "aux_loss_alpha", "aux_loss_coef", "moe_aux_loss_coeff",
@@ -342,27 +348,50 @@ def config_of(path: str) -> dict[str, Any]:
     return values
 
 
-def architecture_problem(name: str, model_config: Mapping[str, Any]) -> str | None:
-    """Return why a model does not continue text; None if it may.
+def architecture_problem(
+    name: str, model_config: Mapping[str, Any], objective: str = "sft"
+) -> str | None:
+    """Return why an objective cannot train a model; None if it may.
 
     `model_config`: from the file or with all defaults.
     """
     named = model_config.get("architectures")
     architecture = str(named[-1]) if isinstance(named, list) and named else ""
     is_one = architecture or f"a {model_config.get('model_type')}"
-    if model_config.get("is_encoder_decoder"):
-        hint = "use a model that only decodes, such as Qwen or Llama"
-        return f"{name} is an encoder-decoder ({is_one}); these are not yet supported: {hint}"
+    family, found = objective_kind(objective).family, _family_of(model_config, architecture)
+    fitting = family if family in ("causal", "seq2seq") else "encoder"
+    if found == "seq2seq" and fitting == "causal":
+        what = f"is an encoder-decoder ({is_one}), not a model that continues text"
+        return f"{name} {what}; {instead_of(objective, 'seq2seq')}"
+    if fitting != "causal":
+        if found in (fitting, None):
+            return None
+        instead = instead_of(objective, *(ENCODERS if found == "encoder" else (found,)))
+        return (
+            f"{name} is {WHAT_IT_IS[found]} ({is_one}), and objective.kind: {objective} trains "
+            f"{FAMILIES[family]}; {instead}"
+        )
     original = "give the causal language model it was made from"
     for what, endings in OTHER_HEADS.items():
         if architecture.endswith(endings):
             kind = f"{what} ({architecture}), not a model that continues text"
+            if architecture.endswith("ForMaskedLM"):
+                original = instead_of(objective, *ENCODERS)
             return f"{name} is {kind}; {original}"
     is_body = architecture.endswith("Model") and "LMHead" not in architecture
     if is_body and model_config.get("tie_word_embeddings") is False:
         what = f"has no head ({architecture}: an embedding model, or only the body)"
         return f"{name} {what}; {original}"
     return None
+
+
+def _family_of(model_config: Mapping[str, Any], architecture: str) -> str | None:
+    """Return causal, encoder or seq2seq, as far as a config says it; None if it does not."""
+    if model_config.get("is_encoder_decoder"):
+        return "seq2seq"
+    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        return "causal"
+    return "encoder" if architecture.endswith(("ForMaskedLM", "ForTokenClassification")) else None
 
 
 def forgotten_losses(model_config: Mapping[str, Any]) -> str | None:
@@ -388,7 +417,7 @@ def forgotten_losses(model_config: Mapping[str, Any]) -> str | None:
 def settled(config: "Config", model_config: Mapping[str, Any]) -> tuple["Config", list[str]]:
     """Return (the config with adapter.quantization as its base has it, problems of the base)."""
     name, found = str(config.model.path), quantized.quantization(model_config)
-    problem = architecture_problem(name, model_config)
+    problem = architecture_problem(name, model_config, config.objective.kind)
     problems = [f"model.path: {problem}"] if problem else []
     if config.model.init == "random" or found is None:
         return config, problems

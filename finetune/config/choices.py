@@ -1,7 +1,7 @@
-"""Tables of the optimizers, quantisations and initialisations of adapters.
+"""Tables of the objectives, optimizers, quantisations and initialisations of adapters.
 
-`optimizer.kind`, `adapter.quantization` and `adapter.init` take the names of the rows; to add one,
-add a row. No torch here, so that a wrong config is reported at once.
+`objective.kind`, `optimizer.kind`, `adapter.quantization` and `adapter.init` take the names of the
+rows; to add one, add a row. No torch here, so that a wrong config is reported at once.
 """
 
 from collections.abc import Mapping
@@ -10,6 +10,50 @@ from typing import Any, Literal
 
 LossOn = Literal["completion", "all", "last_turn"]
 """Which turns of a conversation to train on."""
+
+
+@dataclass(frozen=True)
+class ObjectiveKind:
+    """Which models an objective trains, and which rows it reads."""
+
+    family: str = "causal"
+    """A name of FAMILIES."""
+    formats: tuple[str, ...] = ()
+    """Values of data.format that it reads; empty: every one that is not rated."""
+    learns: str = ""
+    """What it learns, in messages."""
+
+
+FAMILIES: Mapping[str, str] = {
+    "causal": "a model that continues text, such as Llama or Qwen",
+    "masked": "an encoder, such as BERT, RoBERTa or ModernBERT",
+    "sequences": "an encoder, such as BERT, RoBERTa or ModernBERT",
+    "tokens": "an encoder, such as BERT, RoBERTa or ModernBERT",
+    "seq2seq": "an encoder-decoder, such as T5 or BART",
+}
+"""Families of models, and what they are, in messages."""
+PADDED_FAMILIES = ("sequences", "seq2seq")
+OBJECTIVES: Mapping[str, ObjectiveKind] = {
+    "sft": ObjectiveKind(),
+    "clm": ObjectiveKind(),
+    "mlm": ObjectiveKind("masked", ("text",), "the tokens that masks hide"),
+}
+
+
+def objective_kind(kind: str) -> ObjectiveKind:
+    """Return the row of an objective; a user's own trains a causal model on rows of any format."""
+    return OBJECTIVES.get(kind, ObjectiveKind())
+
+
+def instead_of(objective: str, *families: str) -> str:
+    """Return what to do about a model that an objective does not train, but one of `families`."""
+    found = [
+        kind for kind, each in OBJECTIVES.items() if each.family in families and kind != objective
+    ]
+    if not found:
+        return "use another model"
+    listed = " or ".join(filter(None, [", ".join(found[:-1]), found[-1]]))
+    return f"take objective.kind: {listed}, or another model"
 
 
 @dataclass(frozen=True)

@@ -239,6 +239,17 @@ class CrossEntropy(Section):
     """Fraction of each label to spread over the vocabulary; evaluation does not use it."""
 
 
+class MaskedLm(CrossEntropy, Kind):
+    """Masked language modelling, for encoders."""
+
+    kind: Literal["mlm"]
+    """Train encoders on the tokens that masks hide, drawn anew in each epoch."""
+    mlm_probability: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Fraction of each document's tokens to predict, to the nearest whole number, at least one.
+    80% of them become the mask token, 10% another token, and 10% stay (Devlin et al., 2019).
+    """
+
+
 class Clm(CrossEntropy, Kind):
     """Causal language modelling."""
 
@@ -428,7 +439,8 @@ class Config(Section):
     """What to train: all weights, or low-rank adapters on top of frozen weights."""
     data: Data
     objective: Annotated[
-        SerializeAsAny[Clm | Sft | OwnObjective], by_kind(Sft, Clm, own=own_objective)
+        SerializeAsAny[Clm | MaskedLm | Sft | OwnObjective],
+        by_kind(Sft, Clm, MaskedLm, own=own_objective),
     ] = Sft()
     """The loss."""
     optimizer: Optimizer = Optimizer()

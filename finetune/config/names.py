@@ -166,7 +166,6 @@ _REINFORCE = (
     "sft on them"
 )
 _DISTILL = "distillation is not yet supported; use sft on the teacher's answers"
-_MASKED = "masked language models are not yet supported; use clm with a model that continues text"
 _ANSWERS = "{} is not yet supported; write it as questions and answers, and use sft"
 _TRACKER = (
     "{} is not yet supported; use wandb, tensorboard or trackio, or send it the lines of "
@@ -180,7 +179,7 @@ _NOT_YET = {
         _REWARD: "reward rm reward_model reward_modeling prm",
         _REINFORCE: "ppo grpo rloo reinforce rl gspo dapo policy_gradient",
         _DISTILL: "distill distillation gkd kd",
-        _MASKED: "mlm masked",
+        "{} is called mlm here": "masked masked_lm",
         _ANSWERS: "seq2seq classification",
         "continued pre-training is called clm here": "pt pretrain pretraining causal",
     },

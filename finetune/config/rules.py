@@ -6,7 +6,14 @@ import os
 from collections.abc import Iterator
 
 from finetune import own_code
-from finetune.config.choices import OPTIMIZERS, QUANTIZATIONS
+from finetune.config.choices import (
+    FAMILIES,
+    OBJECTIVES,
+    OPTIMIZERS,
+    PADDED_FAMILIES,
+    QUANTIZATIONS,
+    objective_kind,
+)
 from finetune.config.fields import COLUMNS, PADDED_ATTENTION, Config, Full, Lora, QLora
 from finetune.config.own import OwnObjective
 
@@ -86,6 +93,9 @@ def _objective_conflicts(config: Config) -> Iterator[str]:
     else:
         trains_on_all = objective.kind == "clm"
         has_turns = not trains_on_all
+    if objective_kind(objective.kind).formats:
+        yield from _conflicts_of_rows(config)
+        return
     if trains_on_all:
         why = f"objective.kind: {name} trains on every token"
         yield from _ignored(config, why, "data.loss_on")
@@ -103,11 +113,33 @@ def _objective_conflicts(config: Config) -> Iterator[str]:
         yield f"objective.kind: {name} {why}"
 
 
+def _conflicts_of_rows(config: Config) -> Iterator[str]:
+    """List settings of `data` that do not fit an objective with rows of its own."""
+    data, kind = config.data, config.objective.kind
+    row = OBJECTIVES[kind]
+    is_text, listed = row.formats == ("text",), " or ".join(row.formats)
+    is_own = own_code.is_own(data.format)
+    if data.format not in ("auto", *row.formats) and not (is_own and is_text):
+        name = own_code.without_folder(data.format)
+        yield f"data.format: {name}, but objective.kind: {kind} reads {listed}; set it to auto"
+    why = f"objective.kind: {kind} learns {row.learns}, without a template"
+    names = ("loss_on", "template", "system_prompt", "repair_turns")
+    yield from _ignored(config, why, *(f"data.{name}" for name in names))
+    if data.truncation == "split" and not is_text:
+        why = f"would cut what objective.kind: {kind} learns together; use right or drop"
+        yield f"data.truncation: split {why}"
+    if data.packing and row.family in PADDED_FAMILIES:
+        why = f"objective.kind: {kind} trains {FAMILIES[row.family]}, in padded batches"
+        yield f"data.packing: {why}; set it to false, and data.group_by_length to true"
+    if config.evaluation.sample_prompts and row.family != "seq2seq":
+        yield f"evaluation.sample_prompts: {FAMILIES[row.family]} does not write answers; remove it"
+
+
 def _data_conflicts(config: Config) -> Iterator[str]:
     data, model = config.data, config.model
     if data.on_bad_row == "error":
         yield from _ignored(config, "data.on_bad_row: error takes none", "data.max_bad_fraction")
-    if data.format == "text":
+    if data.format == "text" and not objective_kind(config.objective.kind).formats:
         why = "rows of text have no turns"
         yield from _ignored(
             config, why, "data.template", "data.template_arguments", "data.system_prompt"

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from finetune.data.columns import Columns
-from finetune.data.order import Document, Sequences, order
+from finetune.data.order import Sequences, order
+from finetune.data.views import Document
 
 Counts = dict[str, int]
 """What losses are divided by: supervised `tokens`, `documents`, `examples`; and `input_tokens`."""
@@ -165,7 +166,8 @@ class Batches:
         filled = np.full(-(-len(chosen) // at_once) * at_once, -1, np.int64)
         filled[: len(chosen)] = chosen
         mine = filled.reshape(-1, self.num_processes, self.micro_batch_size)[:, self.rank]
-        return [self._collated(micro[micro >= 0]) for micro in mine]
+        epoch = step // self.steps_per_epoch
+        return [self._collated(micro[micro >= 0], epoch) for micro in mine]
 
     def totals(self, step: int) -> Counts:
         """Count what a step is divided by, over all processes: from the order alone."""
@@ -179,8 +181,10 @@ class Batches:
         """Return the examples of a step, int64."""
         return np.concatenate([self.sequences.members(each) for each in self.of_step(step)])
 
-    def _collated(self, sequences: np.ndarray) -> Batch:
-        documents = [each for number in sequences for each in self.sequences.documents(number)]
+    def _collated(self, sequences: np.ndarray, epoch: int = 0) -> Batch:
+        documents = [
+            each for number in sequences for each in self.sequences.documents(number, epoch)
+        ]
         batch = (_pad if self.padded else _lay_end_to_end)(documents, self.pad_id)
         columns = {}
         for name, values in self.sequences.examples.columns.items():
@@ -261,9 +265,9 @@ def _batch(
     documents: list[Document], inputs: dict[str, Any], starts: np.ndarray, lengths: tuple[int, ...]
 ) -> Batch:
     """`starts`: where each document begins in the flattened hidden states."""
-    labels = [each.ids[each.predicted + 1] for each in documents]
-    positions = [start + each.predicted for start, each in zip(starts, documents)]
-    owners = [np.full(len(each.predicted), number) for number, each in enumerate(documents)]
+    labels = [each.labels for each in documents]
+    positions = [start + each.positions for start, each in zip(starts, documents)]
+    owners = [np.full(len(each.labels), number) for number, each in enumerate(documents)]
     none = [np.zeros(0, np.int64)]
     labels_S, positions_S, document_S = (
         torch.from_numpy(np.concatenate(each or none)) for each in (labels, positions, owners)

@@ -24,10 +24,11 @@ import numpy as np
 from tqdm import tqdm
 
 from finetune import failures, files
-from finetune.data import source_files, tokens
+from finetune.data import frames, source_files, tokens
 from finetune.data.places import Place, printable
 from finetune.data.templates import Template
 from finetune.data.tokens import Options
+from finetune.data.views import NEXT_TOKEN, View
 from finetune.errors import DataError, Outage
 
 CACHE_VERSION = 5  # increase it when the same input gives other tokens than before
@@ -94,6 +95,8 @@ class Examples:
     weights: np.ndarray | None = None
     learn_opening: bool = False
     """`templates.Template.learn_opening`: whether some answers begin in their own way."""
+    view: View = NEXT_TOKEN
+    """What a model gets of each document in an epoch."""
 
     def __len__(self) -> int:
         return len(self.source)
@@ -134,10 +137,8 @@ class Examples:
 
     @functools.cached_property
     def num_supervised(self) -> np.ndarray:
-        """Return the supervised tokens of each example, int64 [examples], that one predicts."""
-        parts = map(self.input.span, range(len(self.input.starts)))
-        counts = (len(tokens.predicting(self.supervised[part])) for part in parts)
-        return self._per_example(np.fromiter(counts, np.int64, len(self.input.starts)))
+        """Return the labels of each example, int64 [examples], the same in each epoch."""
+        return self._per_example(self.view.num_labels(self))
 
     @property
     def num_supervised_tokens(self) -> int:
@@ -407,7 +408,10 @@ def _build(
     folder: Path, sources: Sequence[str], template: Template, tokenizer: Any, options: Options,
     cache_dir: str,
 ) -> None:  # fmt: skip
-    made = tokens.tokenise(sources, template, tokenizer, options)
+    if options.framed:
+        made = frames.tokenise(sources, tokenizer, options)
+    else:
+        made = tokens.tokenise(sources, template, tokenizer, options)
     arrays = {
         "input_ids": np.concatenate(made.ids),
         "supervised": np.concatenate(made.supervised),

@@ -3,14 +3,13 @@
 A position in it is an integer, so resuming is arithmetic.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import numpy as np
 
 from finetune.data.examples import Examples
 from finetune.data.packing import pack
-from finetune.data.tokens import predicting
+from finetune.data.views import Document
 
 # Steps whose sequences are sorted by length together; more would wear the order's randomness down
 GROUP_STEPS = 50
@@ -33,35 +32,15 @@ class Sequences:
         """Return the examples of one sequence."""
         return self._packs[sequence] if self._packs else np.array([sequence])
 
-    def documents(self, sequence: int) -> list["Document"]:
-        """Return every document in a sequence."""
-        return [each for example in self.members(sequence) for each in self._of_example(example)]
+    def documents(self, sequence: int, epoch: int = 0) -> list[Document]:
+        """Return every document in a sequence, as the model gets it in an epoch."""
+        members = self.members(sequence)
+        return [each for example in members for each in self._of_example(example, epoch)]
 
-    def _of_example(self, example: int) -> Iterator["Document"]:
-        examples, stream = self.examples, self.examples.input
+    def _of_example(self, example: int, epoch: int) -> Iterator[Document]:
+        examples = self.examples
         for number in examples.documents(example):
-            part = stream.span(number)
-            ids = np.asarray(stream.ids[part], np.int64)
-            columns = {name: values[number] for name, values in examples.columns.items()}
-            predicted = predicting(examples.supervised[part])
-            weights = None
-            if examples.weights is not None:
-                weights = np.asarray(examples.weights[part])[predicted + 1]
-            yield Document(ids, predicted, int(example), columns, weights)
-
-
-@dataclass(frozen=True)
-class Document:
-    """ids int64 [T]; predicted int64 [S]: places whose next token is supervised; its example.
-
-    columns: its numbers by name. weights: float32 [S], where rows give some.
-    """
-
-    ids: np.ndarray
-    predicted: np.ndarray
-    example: int
-    columns: Mapping[str, np.ndarray]
-    weights: np.ndarray | None = None
+            yield examples.view.document(examples, number, int(example), epoch)
 
 
 def order(

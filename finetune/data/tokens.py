@@ -50,6 +50,8 @@ class Options:
     """How many tokens a sequence may have in the model; None: any number. For messages only."""
     repair_turns: bool = False
     skipping: Skipping = ENDS
+    framed: bool = False
+    """Whether rows have the tokenizer's own tokens around them, not a template (`frames`)."""
 
     def samples(
         self, sources: Sequence[str], problems: Problems, unread: "Counter[str] | None" = None
@@ -71,6 +73,8 @@ class Options:
             del values["repair_turns"]
         if not self.skipping.skips:
             del values["skipping"]
+        if not self.framed:
+            del values["framed"]
         if own_code.is_own(self.format):
             code, name = own_code.get(self.format), self.format.rpartition(":")[2]
             values["format"] = f"{code.sha256}:{name}"

@@ -147,7 +147,8 @@ class Xray:
         batch = batches.of_sequence(sequence)
         ids = batch.inputs["input_ids"].flatten().numpy()
         supervised = np.zeros(len(ids), bool)
-        supervised[batch.positions.numpy() + 1] = True  # a place predicts the token behind it
+        # In a causal model a place predicts the token behind it.
+        supervised[batch.positions.numpy() + examples.view.shift] = True
         width = int(self._widths[sequence]) if fate == TRAINED else 0
         for number, (end, length) in enumerate(zip(batch.ends.tolist(), batch.lengths)):
             part = slice(end + 1 - length, end + 1)

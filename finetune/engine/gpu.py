@@ -10,7 +10,7 @@ from finetune.data.batches import Batches
 from finetune.engine.chips import peak_rate
 from finetune.engine.topology import Topology, support
 from finetune.models import float8, liger, logits, recompute, varlen_choice, varlen_gpu
-from finetune.models.attention_choice import BY_SETTING, DOCUMENTS
+from finetune.models.attention_choice import BOTH_WAYS, BY_SETTING, DOCUMENTS
 
 # What compiling takes at the first step on a GPU, and how much longer a run should be.
 COLD_START, EARNED = 20.0, 15
@@ -58,10 +58,11 @@ def take_kernels(
         return
     if config.train.float8:
         yield topology.on_main(lambda: float8.check(base, topology.device))
-    if attention == DOCUMENTS and topology.precision in DTYPES:
+    if attention in (DOCUMENTS, BOTH_WAYS) and topology.precision in DTYPES:
         work = varlen_choice.work_of(
             base.config, DTYPES[topology.precision], train.largest().lengths,
             train.sequences.examples.input.lengths.tolist(), topology.parallel.num_context,
+            causal=attention == DOCUMENTS,
         )  # fmt: skip
         named = config.model.attention if config.model.attention in BY_SETTING else None
         kernel, line = topology.on_main(lambda: varlen_choice.choose(work, topology.device, named))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from finetune.config.base import (
     adapter_problem,
@@ -19,7 +19,8 @@ from finetune.config.base import (
     tokenizer_problem,
 )
 from finetune.errors import ModelError
-from finetune.models import adapters, base_identity, embeddings
+from finetune.models import adapters, base_identity, embeddings, families
+from finetune.models.families import Family
 from finetune.models.load import keep_layout, quantized_as, require_all_weights, translated
 
 
@@ -36,7 +37,8 @@ def load(
     folder = Path(path)
     with translated(f"model {str(path)!r}"):
         if not is_adapter(folder):
-            model, info = AutoModelForCausalLM.from_pretrained(
+            saved = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+            model, info = families.of_saved(saved).auto.from_pretrained(
                 str(path),
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
@@ -65,7 +67,10 @@ def _load_adapter(
         dtype = getattr(torch, record["dtype"])
     on_cpu = quantization is not None and device is not None and device.type == "cpu"
     with translated(f"--base: {where!r}") if base is not None else nullcontext():
-        model = _load_base(where, revision, dtype, trust_remote_code, quantization, on_cpu)
+        options = {"revision": revision, "trust_remote_code": trust_remote_code}
+        model = _load_base(
+            where, dtype, options, quantization, on_cpu, families.of_adapter(adapter), record
+        )
         if not quantized and getattr(model, "is_quantized", False):  # it was saved so
             model = model.dequantize(dtype=model.dtype)
             model._weight_conversions = None  # transformers 5.23 would quantise again on saving
@@ -84,18 +89,23 @@ def _load_adapter(
 
 
 def _load_base(
-    where: str, revision: str | None, dtype: torch.dtype | str, trust_remote_code: bool,
-    quantization: dict[str, Any] | None, on_cpu: bool,
+    where: str, dtype: torch.dtype | str, options: dict[str, Any],
+    quantization: dict[str, Any] | None, on_cpu: bool, family: Family, record: dict[str, Any],
 ) -> Any:  # fmt: skip
-    """Return the base of an adapter. Raises ModelError if weights are missing."""
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    options |= quantized_as(AutoConfig.from_pretrained(where, **options), quantization)
+    """Return the base of an adapter. Raises ModelError if weights are missing.
+
+    `options`: revision and trust_remote_code. `record`: of the base; it has the labels of a
+    classifier, whose head comes with the adapter.
+    """
+    config = AutoConfig.from_pretrained(where, **options)
+    families.set_labels(config, record.get("labels"))
+    options |= quantized_as(config, quantization)
     if on_cpu:
         options["device_map"] = {"": "cpu"}
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model, info = family.auto.from_pretrained(
         where, dtype=dtype, output_loading_info=True, **options
     )
-    require_all_weights(where, model, info)
+    require_all_weights(where, model, info, may_be_new=True)
     if on_cpu:
         vars(model).pop("hf_device_map", None)  # with it, peft would move the base to the GPUs
     return model

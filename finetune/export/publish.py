@@ -24,6 +24,7 @@ from finetune.export.save import (
     require_generation_config,
     save,
     save_tokenizer,
+    stop_tokens,
     with_template,
 )
 from finetune.export.verify import Trained, verify, verify_prompt
@@ -62,7 +63,7 @@ class Writing:
             getattr(torch, model.base_record["dtype"])
             if is_adapter else embedding_dtype(model, weights),
             probe_dtype, precision, is_adapter,
-            generation(model, tokenizer, template).eos_token_id,
+            stop_tokens(generation(model, tokenizer, template)),
             with_template(tokenizer, template, system_prompt),
         )  # fmt: skip
 

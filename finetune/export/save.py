@@ -5,6 +5,8 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,15 +47,9 @@ def save(
     is_adapter = adapters.are_in(model)
     # Extended embeddings are in modules_to_save; peft would save them a second time for their size.
     own = {"save_embedding_layers": False} if is_adapter else {}
-    before = model.generation_config
-    model.generation_config = generation(model, tokenizer, template)
-    try:
+    with _generating(model, generation(model, tokenizer, template), folder):
         # A copy of the dict, which transformers empties.
         model.save_pretrained(folder, state_dict=dict(weights), **own)
-        # peft omits it, and with it the token that ends an answer.
-        model.generation_config.save_pretrained(folder)
-    finally:
-        model.generation_config = before
     if not is_adapter:
         config = copy.deepcopy(model.config)
         config.dtype = embedding_dtype(model, weights)  # the model may hold 16-bit copies
@@ -189,6 +185,11 @@ def with_template(tokenizer: Any, template: Template | None, system_prompt: str 
     return exported
 
 
+def stop_tokens(config: GenerationConfig | None) -> int | list[int] | None:
+    """Return the tokens that end an answer, as a generation config names them."""
+    return None if config is None else config.eos_token_id
+
+
 def embedding_dtype(model: Any, weights: dict[str, torch.Tensor]) -> torch.dtype:
     """Return the dtype of the embedding in `weights`, which stands for that of all weights."""
     embedding = model.get_input_embeddings().weight
@@ -238,8 +239,27 @@ def _literal(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def generation(model: Any, tokenizer: Any, template: Template | None) -> GenerationConfig:
-    """Return the generation config to save: it stops at EOS and at the token that ends a turn."""
+@contextmanager
+def _generating(model: Any, config: GenerationConfig | None, folder: Path) -> Iterator[None]:
+    """Give a model this generation config inside the block, and save it behind it."""
+    if config is None:
+        yield
+        return
+    before, model.generation_config = model.generation_config, config
+    try:
+        yield
+        config.save_pretrained(folder)  # peft omits it, and with it the token that ends an answer
+    finally:
+        model.generation_config = before
+
+
+def generation(model: Any, tokenizer: Any, template: Template | None) -> GenerationConfig | None:
+    """Return the generation config to save: it stops at EOS and at the token that ends a turn.
+
+    None for encoders, which do not generate.
+    """
+    if not hasattr(model, "generation_config"):
+        return None
     config: GenerationConfig = copy.deepcopy(model.generation_config)
     known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     stop = template.stop_token() if template is not None else None

@@ -13,7 +13,8 @@ from finetune.data.templates import QUESTION, Template
 from finetune.data.tokens import encode_prompt, tokenizer_fingerprint
 from finetune.errors import ExportError, ModelError, OutOfMemory
 from finetune.export.load import load, load_tokenizer
-from finetune.models import adapters, attention_choice, attention_probe
+from finetune.export.save import stop_tokens
+from finetune.models import adapters, attention_choice, attention_probe, families
 
 PROBE_TOKENS = 16
 # Largest difference of logits between the trained and the reloaded model, relative to the largest
@@ -86,7 +87,7 @@ def _verify_model(
             f"{folder}: {len(dead)} adapters are zero, such as {dead[0]}: they were never trained"
         )
     require_weights(folder, reloaded, trained.weights)
-    eos_token_id: int | list[int] | None = reloaded.generation_config.eos_token_id
+    eos_token_id = stop_tokens(getattr(reloaded, "generation_config", None))
     logits = _logits_as_trained(reloaded, trained)
     has_experts = attention_probe.has_experts(reloaded)
     if why := disagreement(logits, trained.logits, TOLERANCE[trained.precision], has_experts):
@@ -171,6 +172,8 @@ def verify_prompt(
 def probe_logits(model: Any, device: torch.device | None = None) -> torch.Tensor:
     """Return a model's logits for `probe_ids`, float32 [1, PROBE_TOKENS, V] on the CPU.
 
+    Of a classifier of rows [1, labels].
+
     Collective if weights are sharded. Uses the model's own attention, as a user of the export will:
     the kernel of training adds in another order.
     """
@@ -180,7 +183,7 @@ def probe_logits(model: Any, device: torch.device | None = None) -> torch.Tensor
     model.eval()
     try:
         with torch.no_grad(), attention_choice.own_attention(base):
-            return model(input_ids=ids, use_cache=False).logits.float().cpu()
+            return model(**families.inputs_of(ids, base)).logits.float().cpu()
     finally:
         model.train(was_training)
 

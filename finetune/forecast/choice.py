@@ -16,7 +16,7 @@ from finetune.engine.topology.launch import ParallelConfig
 from finetune.errors import ConfigError, ModelError
 from finetune.forecast.memory import Forecast, Forecaster
 from finetune.forecast.trace import Shape
-from finetune.models import attention_choice, float8, load
+from finetune.models import attention_choice, families, float8, load
 
 # Share of memory to leave free: on a GPU for fragmentation, on a machine for other processes.
 SLACK = 0.05
@@ -80,16 +80,17 @@ class Chooser:
         if config.train.gradient_checkpointing == "auto":
             config = config.changed("train", gradient_checkpointing=on_gpu)
         self.config, self.precision, self.on_gpu = config, precision, on_gpu
-        self.model_config = load.load_config(config.model)
-        self.tokenizer = load.load_tokenizer(config.model)
-        wanted, kind = config.model.attention, load.model_class(self.model_config)
+        family = families.of(config)
+        self.model_config = load.load_config(config.model, config.objective.kind)
+        self.tokenizer = load.load_tokenizer(config.model, family)
+        wanted, kind = config.model.attention, families.model_class(self.model_config, family)
         if wanted == attention_choice.FLASH_2 and on_gpu:
             # Holds as much, also for models that ours does not support; its package may be missing.
-            self.attention = attention_choice.DOCUMENTS
+            self.attention = attention_choice.of_documents(family)
         else:
             device = torch.device("cuda" if on_gpu else "cpu")
             self.attention = attention_choice.choose(
-                wanted, kind, self.model_config, device, precision
+                wanted, kind, self.model_config, device, precision, family=family
             )
         self._forecasters: dict[str, Forecaster] = {}
         if self.may_recompute and not self.num_layers:

@@ -18,7 +18,7 @@ from finetune.config.base import adapter_problem
 from finetune.config.choices import ADAPTER_INITS, QUANTIZATIONS
 from finetune.config.model_files import ADAPTER_WEIGHTS
 from finetune.errors import ModelError
-from finetune.models import adapter_init, base_identity, load, lora_products
+from finetune.models import adapter_init, base_identity, families, load, lora_products
 from finetune.models.embeddings import embedding_and_head
 
 # peft imports bitsandbytes, and that the compiler: a run of full weights saves these seconds.
@@ -164,8 +164,8 @@ def _fresh(model: Any, adapter: Adapter, has_new_tokens: bool) -> "PeftModel":
     check_target_modules(model, adapter.target_modules)
     whole = _trained_whole(model, adapter, has_new_tokens)
     keeps_tied = bool(whole) and model.config.get_text_config().tie_word_embeddings
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    prefix = next((name for name, module in model.named_modules() if module is decoder), "")
+    family, body = families.of_model(model), families.body(model)
+    prefix = next((name for name, module in model.named_modules() if module is body), "")
     # Text never reaches the vision layers of a multimodal model: adapters there would stay zero.
     is_everywhere = prefix and adapter.target_modules == "all-linear"
     on_meta = next(model.parameters()).is_meta  # there, only shapes count
@@ -177,7 +177,7 @@ def _fresh(model: Any, adapter: Adapter, has_new_tokens: bool) -> "PeftModel":
         init_lora_weights=True if on_meta else ADAPTER_INITS[adapter.init].peft,
         eva_config=EvaConfig(rho=1.0) if adapter.init == "eva" and not on_meta else None,
         bias=adapter.bias if isinstance(adapter, Lora) else "none",
-        modules_to_save=list(whole) or None, task_type="CAUSAL_LM", ensure_weight_tying=keeps_tied,
+        modules_to_save=list(whole) or None, task_type=family.task, ensure_weight_tying=keeps_tied,
     )  # fmt: skip
     try:
         with warnings.catch_warnings():
@@ -206,6 +206,7 @@ def _trained_whole(model: Any, adapter: Adapter, has_new_tokens: bool) -> list[s
         whole += [name for name, module in modules if id(module) in ids]
     if adapter.train_norms:
         whole += sorted({name for name, m in modules if "norm" in type(m).__name__.lower()})
+    whole += families.new_head(model)
     names = {name for name, _ in modules}
     for name in adapter.modules_to_save:
         if name.split(".")[-1] not in names:

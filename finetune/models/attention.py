@@ -1,10 +1,12 @@
 """Attention that respects document boundaries, registered with transformers as "documents".
 
 Sequences lie end to end in one row; `cu_seq_lens_q` says where documents start. Each document
-attends to itself only, causally, without any mask tensor: T tokens in documents of length n cost
-the sum of n^2, not T^2.
+attends to itself only, without any mask tensor: T tokens in documents of length n cost the sum of
+n^2, not T^2. Causally, or as "documents_both_ways" for encoders: there each token of a document
+sees all of them.
 """
 
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +16,7 @@ from transformers import AttentionInterface
 
 from finetune.errors import ModelError
 from finetune.models import context_parallel, varlen_cpu, varlen_gpu
-from finetune.models.attention_choice import DOCUMENTS, HEAD_UNIT
+from finetune.models.attention_choice import BOTH_WAYS, DOCUMENTS, HEAD_UNIT
 
 LARGEST_HEAD = 256  # of FlashAttention-2
 
@@ -24,10 +26,11 @@ def attend_within_documents(
     attention_mask: torch.Tensor | None, scaling: float | None = None, dropout: float = 0.0,
     sliding_window: int | None = None, cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None, document_lengths: SimpleNamespace | None = None,
-    sequence_group: Any = None, **kwargs: Any,
+    sequence_group: Any = None, causal: bool = True, **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """query [1, H, T, D], key and value [1, KV, T, D] -> ([1, T, H, D], None).
 
+    `causal`: no token sees those after it; `sliding_window` then counts those before, else both.
     `document_lengths.values`: the bounds as the host knows them; inside an object, as a compiled
     layer would be compiled anew for each length of a tuple. Where a group of processes shares the
     sequence, T is that of the own stretch, and bounds are those of the whole. Raises ModelError for
@@ -57,7 +60,7 @@ def attend_within_documents(
         )
     out = _attend(
         query, key, value, cu_seq_lens_q, max_length_q, document_lengths, scaling, dropout,
-        sliding_window,
+        sliding_window, causal,
     )  # fmt: skip
     if sequence_group is not None:
         out = context_parallel.exchange(out, sequence_group, 1, 2)
@@ -67,7 +70,7 @@ def attend_within_documents(
 def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, longest: int,
     lengths: SimpleNamespace | None, scaling: float | None, dropout: float,
-    sliding_window: int | None,
+    sliding_window: int | None, causal: bool = True,
 ) -> torch.Tensor:  # fmt: skip
     """query [1, H, T, D], key, value [1, KV, T, D], bounds int32 [documents + 1] -> [1, T, H, D]"""
     heads, shared = query.shape[1], key.shape[1]
@@ -77,13 +80,14 @@ def _attend(
     plain = dropout == 0.0 and query.shape[-1] == value.shape[-1]
     fits = query.is_cuda and query.dtype != torch.float32 and query.shape[-1] <= LARGEST_HEAD
     if plain and fits and _has_flash_kernels(query.device):
-        return _varlen(query, key, value, bounds, longest, lengths, scale, sliding_window)
+        return _varlen(query, key, value, bounds, longest, lengths, scale, sliding_window, causal)
     if plain and query.device.type == "cpu":
-        out, _ = varlen_cpu.one_by_one(query, key, value, bounds, scale, sliding_window or 0)
+        window = sliding_window or 0
+        out, _ = varlen_cpu.one_by_one(query, key, value, bounds, scale, window, causal)
         return out
     if lengths is None:  # a call without a batch: this waits for the device
         lengths = SimpleNamespace(values=varlen_cpu.lengths_of(bounds))
-    return _one_by_one(query, key, value, lengths, scale, dropout, sliding_window or 0)
+    return _one_by_one(query, key, value, lengths, scale, dropout, sliding_window or 0, causal)
 
 
 @torch.compiler.assume_constant_result
@@ -94,28 +98,29 @@ def _has_flash_kernels(device: torch.device) -> bool:
 
 def _varlen(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, longest: int,
-    lengths: SimpleNamespace | None, scale: float, sliding_window: int | None,
+    lengths: SimpleNamespace | None, scale: float, sliding_window: int | None, causal: bool = True,
 ) -> torch.Tensor:  # fmt: skip
     """Attend by the GPU's kernel of this run; shapes as in `_attend`."""
     width, filler = query.shape[-1], -query.shape[-1] % HEAD_UNIT
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
     if filler:  # zeros add nothing to the scores, and what they add to the output is cut off
         q, k, v = (F.pad(states, (0, filler)) for states in (q, k, v))
-    out = varlen_gpu.attend(q, k, v, bounds, longest, lengths, scale, sliding_window)
+    out = varlen_gpu.attend(q, k, v, bounds, longest, lengths, scale, sliding_window, causal)
     return out[None, ..., :width] if filler else out[None]
 
 
 @torch.compiler.disable  # a loop over lengths, which would be compiled anew for each pack
 def _one_by_one(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: SimpleNamespace,
-    scale: float, dropout: float, window: int,
+    scale: float, dropout: float, window: int, causal: bool = True,
 ) -> torch.Tensor:  # fmt: skip
     """Attend to a document at a time by SDPA: in float32, with dropout, large heads, older GPUs."""
     all_states, outputs = (query, _repeated(query, key), _repeated(query, value)), []
-    for part, band in varlen_cpu.each(lengths.values, window, query.device):
+    for part, band in varlen_cpu.each(lengths.values, window, query.device, causal):
         q, k, v = (states[:, :, part] for states in all_states)
+        is_causal = causal and band is None
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=band, is_causal=band is None, dropout_p=dropout, scale=scale
+            q, k, v, attn_mask=band, is_causal=is_causal, dropout_p=dropout, scale=scale
         )
         outputs.append(out.transpose(1, 2))
     return torch.cat(outputs, dim=1)
@@ -136,3 +141,4 @@ def _is_sliding(module: torch.nn.Module) -> bool:
 # Without a mask function of its own: transformers then builds none, and does not look for packs in
 # the positions, for which it would wait for the GPU once a pass.
 AttentionInterface.register(DOCUMENTS, attend_within_documents)
+AttentionInterface.register(BOTH_WAYS, functools.partial(attend_within_documents, causal=False))

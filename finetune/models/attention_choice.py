@@ -8,10 +8,14 @@ from typing import Any
 import torch
 
 from finetune.config import PADDED_ATTENTION
+from finetune.config.choices import FAMILIES
 from finetune.errors import ModelError
+from finetune.models.families import CAUSAL, Family
 
 DOCUMENTS = "documents"
 """Our own: sequences lie end to end, and each document attends to itself only."""
+BOTH_WAYS = "documents_both_ways"
+"""The same for encoders: a token sees all of its document, also what comes after it."""
 FLASH_2, FLASH_3, FLASH_4, CUDNN = (
     "flash_attention_2", "flash_attention_3", "flash_attention_4", "cudnn",
 )  # fmt: skip
@@ -27,6 +31,11 @@ def has_package(name: str) -> bool:
     except metadata.PackageNotFoundError:
         return False
     return True
+
+
+def of_documents(family: Family) -> str:
+    """Return our own kernel for a family."""
+    return DOCUMENTS if family.causal else BOTH_WAYS
 
 
 def is_padded(implementation: str) -> bool:
@@ -50,12 +59,17 @@ def own_attention(base: Any) -> Iterator[None]:
 
 def choose(
     wanted: str, model_class: Any, config: Any, device: torch.device, precision: str,
-    num_context: int = 1,
+    num_context: int = 1, family: Family = CAUSAL,
 ) -> str:  # fmt: skip
     """Return the kernel for model.attention. Raises ModelError if it cannot be had.
 
     `num_context`: processes that share a sequence.
     """
+    if family.pads and wanted not in ("auto", *PADDED_ATTENTION):
+        raise ModelError(
+            f"model.attention: {wanted} takes no padded batches, as {FAMILIES[family.name]} needs "
+            "them for this objective; use auto"
+        )
     if wanted in (FLASH_2, *BY_SETTING):
         _require_gpu(wanted, device, precision)
     has_sdpa = getattr(model_class, "_supports_sdpa", False) and not _soft_capped(config)
@@ -65,6 +79,7 @@ def choose(
         has_sdpa
         and getattr(model_class, "_supports_attention_backend", False)
         and layers <= {"full_attention", "sliding_attention"}
+        and not family.pads
     )
     if wanted in (DOCUMENTS, *BY_SETTING) and not can_separate:
         raise ModelError(
@@ -79,12 +94,12 @@ def choose(
                 "which must be possible for the model, and a number of heads that they can divide; "
                 f"{config.model_type} has {heads}, and model.attention is {wanted}"
             )
-        return DOCUMENTS
+        return of_documents(family)
     if wanted in (FLASH_2, *PADDED_ATTENTION):
         return wanted
     if not can_separate:
         return "sdpa" if has_sdpa else "eager"
-    return DOCUMENTS
+    return of_documents(family)
 
 
 def _require_gpu(wanted: str, device: torch.device, precision: str) -> None:

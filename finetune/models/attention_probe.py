@@ -1,4 +1,7 @@
-"""The proof, before the first step, that attention keeps documents apart and never looks ahead."""
+"""The proof, before the first step, that attention sees what it should, and nothing else.
+
+It keeps documents apart; that of a causal model never looks ahead, that of an encoder does.
+"""
 
 from types import SimpleNamespace
 from typing import Any
@@ -6,6 +9,7 @@ from typing import Any
 import torch
 
 from finetune.errors import ModelError
+from finetune.models import families
 from finetune.models.attention_choice import is_padded, own_attention
 
 
@@ -14,20 +18,27 @@ def check(
 ) -> None:
     """Raise ModelError if tokens see what they must not, as a dozen random tokens show.
 
-    Other tokens in a document must not move the next document's logits, nor a later token those of
-    earlier ones, and `kernel` must give what the model's own attention gives. `base` is the model
+    Other tokens in a document must not move the next document's logits, nor, in causal models and
+    decoders, a later token those of earlier ones, and `kernel` must give what the model's own
+    attention gives. An encoder must see all of a document, and no padding. `base` is the model
     inside its wrappers. Models that mix positions outside attention (convolutions, recurrent
-    states), or that are not causal, fail here.
+    states) fail here.
     """
     was_training = model.training
     model.eval()
     with torch.no_grad():
         probe = _Probe(model, base, device)
-        probe.require_causal(probe.whole)
+        exact = precision == "fp32" and next(model.parameters()).dtype == torch.float32
+        tolerance = 1e-4 if exact else 5e-2
+        if probe.family.causal:
+            probe.require_causal(probe.whole)
+        else:
+            probe.require_both_ways()
         if not is_padded(kernel):
             probe.require_separate()
-            exact = precision == "fp32" and next(model.parameters()).dtype == torch.float32
-            probe.require_like_own(kernel, 1e-4 if exact else 5e-2)
+            probe.require_like_own(kernel, tolerance)
+        elif not probe.family.causal:
+            probe.require_no_padding_seen(tolerance)
     model.train(was_training)
 
 
@@ -36,6 +47,7 @@ class _Probe:
 
     def __init__(self, model: torch.nn.Module, base: Any, device: torch.device) -> None:
         self.model, self.base, self.device = model, base, device
+        self.family = families.of_model(base)
         self.vocab_size = base.config.get_text_config().vocab_size
         random = torch.Generator().manual_seed(0)
         self.ids = torch.randint(self.vocab_size, (1, 12), generator=random)
@@ -48,10 +60,21 @@ class _Probe:
 
     def logits(self, lengths: list[int], changed: slice = slice(0)) -> torch.Tensor:
         """Return logits [12, V] in documents of these lengths, with other tokens at `changed`."""
+        return self.answer(inputs_of(self.changed(changed), lengths, self.base))
+
+    def changed(self, part: slice) -> torch.Tensor:
+        """Return the tokens with other ones in a part."""
         ids = self.ids.clone()
-        ids[:, changed] = (ids[:, changed] + 1) % self.vocab_size
-        inputs = inputs_of(ids.to(self.device), lengths, self.base)
-        logits: torch.Tensor = self.model(**inputs).logits[0].float()
+        ids[:, part] = (ids[:, part] + 1) % self.vocab_size
+        return ids
+
+    def answer(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """Return logits, a row of them for each token, or one for the document."""
+        there = {
+            name: value.to(self.device) if isinstance(value, torch.Tensor) else value
+            for name, value in inputs.items()
+        }
+        logits: torch.Tensor = self.model(**there).logits.float().flatten(0, -2)
         return logits
 
     def differ(self, one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
@@ -74,6 +97,37 @@ class _Probe:
                 "not a causal language model"
             )
 
+    def require_both_ways(self) -> None:
+        """Raise ModelError unless the first token, or the row's answer, depends on all others."""
+        seen, kind = self.logits([12], slice(1, 12)), self.base.config.model_type
+        if not bool((seen[0] != self.whole[0]).any()):
+            raise ModelError(
+                f"{kind} does not let a token see those after it "
+                f"({self.base.config._attn_implementation} attention), as an encoder must"
+            )
+        if self.family == families.SEQ2SEQ:
+            ids = self.changed(slice(11, 12))
+            ahead = self.answer(inputs_of(self.ids, [12], self.base) | {"decoder_input_ids": ids})
+            if self.differ(ahead[:11], self.whole[:11], self.rounding):
+                raise ModelError(
+                    f"the decoder of {kind} lets a token see those after it, so it would learn to "
+                    "copy them"
+                )
+
+    def require_no_padding_seen(self, tolerance: float) -> None:
+        """Raise ModelError if what only fills up a row of the encoder's moves other logits."""
+        mask = (torch.arange(12) < 9).long()[None]
+        padded = inputs_of(self.ids, [12], self.base) | {"attention_mask": mask}
+        alone = inputs_of(self.ids[:, :9], [9], self.base)
+        if self.family == families.SEQ2SEQ:
+            alone["decoder_input_ids"] = self.ids
+        wanted = self.answer(alone)
+        if self.differ(self.answer(padded)[: len(wanted)], wanted, tolerance):
+            raise ModelError(
+                f"{self.base.config.model_type} lets tokens see padding, so a row's answer would "
+                "depend on the rows beside it"
+            )
+
     def require_separate(self) -> None:
         second = self.logits([5, 7])[5:]
         if self.differ(second, self.logits([5, 7], slice(0, 5))[5:], self.rounding):
@@ -85,7 +139,8 @@ class _Probe:
     def require_like_own(self, kernel: str, tolerance: float) -> None:
         with own_attention(self.base):
             own = self.logits([12])
-            self.require_causal(own)
+            if self.family.causal:
+                self.require_causal(own)
         if self.differ(own, self.whole, tolerance):
             raise ModelError(
                 f"{self.base.config.model_type} has an attention of its own that {kernel} does not "
@@ -130,4 +185,7 @@ def inputs_of(tokens: torch.Tensor, lengths: list[int], base: Any) -> dict[str, 
         else of_documents
     )
     positions = torch.cat([torch.arange(n) for n in lengths])[None].to(device)
-    return {"input_ids": tokens, "position_ids": positions, "use_cache": False, **separate}
+    inputs = families.inputs_of(tokens, base)
+    if not families.is_encoder_decoder(base.config):
+        inputs["position_ids"] = positions
+    return inputs | separate

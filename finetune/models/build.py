@@ -13,6 +13,7 @@ from finetune.models import (
     adapters,
     base_identity,
     embeddings,
+    families,
     float8,
     head,
     load,
@@ -35,18 +36,18 @@ def build(
     `first_inputs`: the first inputs of training, for initialisations from the data. `heads`: what
     scalar heads should answer, of `scalar_heads.NAMES`.
     """
-    dtype = _dtype(config, precision)
+    dtype, family = _dtype(config, precision), families.of(config)
     torch.manual_seed(config.run.seed)  # random weights and fresh adapters are the same everywhere
 
     def load_base(quantization: dict[str, Any] | None) -> Any:
         return load.load_model(
-            config.model, model_config, tokenizer, attention, dtype, quantization
+            config.model, model_config, tokenizer, attention, dtype, quantization, family
         )
 
     if with_weights:
         base = load_base(adapters.quantization(config.adapter, dtype))
     else:
-        base = load.skeleton(config.model, model_config, tokenizer, attention, dtype)
+        base = load.skeleton(config.model, model_config, tokenizer, attention, dtype, family)
     model = adapters.apply(base, config.adapter, config.model, dtype, new_token_ids)
     init = config.adapter.init if with_weights and config.adapter.kind != "full" else None
     if init == "loftq":
@@ -54,6 +55,7 @@ def build(
     elif init == "eva":
         adapter_init.initialise_from_data(model.to(device), first_inputs())
     scalar_heads.attach(base, heads, dtype if config.trains_in_16_bits else torch.float32)
+    families.shift_positions(base)
     head.install(base)
     if config.train.neftune_alpha is not None:
         embeddings.add_noise(base, config.train.neftune_alpha)

@@ -92,3 +92,12 @@ def divergence_in_chunks(
             for part in parts
         ]
     )
+
+
+@torch.no_grad()
+def predictions_in_chunks(
+    project: Project, hidden: torch.Tensor, vocab_size: int, finish: LogitTransform
+) -> torch.Tensor:
+    """Return the likeliest token of each of hidden [S, H], int64 [S]."""
+    parts = cross_entropy.chunks(len(hidden), vocab_size * 4, cross_entropy.CHUNK_BYTES)
+    return torch.cat([finish(project(hidden[part]).float()).argmax(-1) for part in parts])

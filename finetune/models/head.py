@@ -10,7 +10,8 @@ holds a row of logits for each; and some forwards scale or cap what they return.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,14 @@ import torch
 from torch import nn
 
 from finetune import failures
-from finetune.models import attention_probe, scalar_heads
+from finetune.models import attention_probe, families, scalar_heads
 from finetune.models.cross_entropy import nll_in_chunks
-from finetune.models.distributions import Distribution, divergence_in_chunks, logprobs_in_chunks
+from finetune.models.distributions import (
+    Distribution,
+    divergence_in_chunks,
+    logprobs_in_chunks,
+    predictions_in_chunks,
+)
 from finetune.models.logits import (
     LogitTransform,
     cross_entropy_sum,
@@ -53,12 +59,13 @@ class Question:
 
 
 OF_TOKENS = frozenset({"nll", "logprobs", "entropy", "divergence"})
-WANTS = OF_TOKENS | {"distribution"} | scalar_heads.NAMES.keys()
+NO_GRADIENT = frozenset({"distribution", "predictions"})
+WANTS = OF_TOKENS | NO_GRADIENT | scalar_heads.NAMES.keys()
 Answers = dict[str, Any]
 
 
 def install(base: Any) -> str | None:
-    """Let the forward of a causal LM take a `question` and answer it with a dict of tensors.
+    """Let the forward of a model take a `question` and answer it with a dict of tensors.
 
     Without a question it is as it was. Return None, or why all logits are held at once. With no
     tokens to ask about, sums are 0 and still have a gradient (of zero), as have heads that are not
@@ -86,7 +93,7 @@ def install(base: Any) -> str | None:
             # A model whose transform is unknown may have no head.
             hook = head.register_forward_pre_hook(lambda _, got: keep(got[0])) if scalars else None
             try:
-                logits = forward(*arguments, **keywords).logits.flatten(0, 1)
+                logits = forward(*arguments, **keywords).logits.flatten(0, -2)
             finally:
                 if hook is not None:
                     hook.remove()
@@ -129,6 +136,8 @@ def _of_logits(logits: torch.Tensor, question: Question) -> Answers:
         answers["divergence"] = divergence(logits, others, question.beta)
     if "distribution" in question.want:
         answers["distribution"] = Distribution(logits.detach(), torch.Tensor.float)
+    if "predictions" in question.want:
+        answers["predictions"] = logits.argmax(-1)
     if not question.want <= OF_TOKENS:
         answers[IDLE] = logits[:0].float().sum()
     return answers
@@ -155,6 +164,8 @@ def _of_states(
         )
     if "distribution" in question.want:
         answers["distribution"] = Distribution.of(head, project, hidden, finish)
+    if "predictions" in question.want:
+        answers["predictions"] = predictions_in_chunks(project, hidden, vocab_size, finish)
     if not question.want <= OF_TOKENS:
         answers[IDLE] = project(hidden[:0]).float().sum()
     return answers
@@ -178,7 +189,7 @@ def _complete(
             assert question.ends is not None
             answers[name] = torch.where(question.ends >= 0, scalar(given[1]), 0.0)
         idle[name] = (answers[name] if name in answers else scalar(given[0][:0]))[:0].sum()
-    names = [name for name in answers if name != "distribution"]
+    names = [name for name in answers if name not in NO_GRADIENT]
     found = _Together.apply([*idle], names, *idle.values(), *(answers[name] for name in names))
     return answers | dict(zip(names, found))
 
@@ -242,9 +253,12 @@ def probe(base: Any) -> tuple[LogitTransform | None, str | None]:
     """Find out what the model's own code does between projection and logits, by running it.
 
     Numbers take the place of what the projection returns. The layers are passed over, so the model
-    may be without weights. Return (the transform, None), or (None, why it is unknown).
+    may be without weights. Return (the transform, None), or (None, why it is unknown), or (None,
+    None) for a classifier: its logits are few, so all of them are there.
     """
     head = base.get_output_embeddings()
+    if not families.of_model(base).has_vocabulary:  # the logits of a few labels
+        return None, None
     if head is None:
         return None, "it has no output projection of its own"
     others = [child for child in base.children() if child is not head]
@@ -252,7 +266,7 @@ def probe(base: Any) -> tuple[LogitTransform | None, str | None]:
     # What the forward calls is one or the other, and not always what transformers calls the
     # decoder.
     for layers in (base.get_decoder(), *sorted(others, key=_size, reverse=True)[:1]):
-        if layers is not base:
+        if layers is not base and layers is not head:  # ModernBERT calls its head decoder
             finish, why = _probe(base, head, layers)
             if finish is not None:
                 return finish, None
@@ -273,6 +287,7 @@ def _probe(
         states = torch.zeros(1, 1, text.hidden_size, device=device)
         with (
             torch.no_grad(),
+            _real_buffers(base),
             _answering(layers, lambda *_, **__: _Outputs(states)),
             _answering(head, lambda _: given),
         ):
@@ -289,6 +304,18 @@ def _probe(
         if is_one and torch.allclose(finish(x), y, rtol=1e-4, atol=1e-5):
             return finish, None
     return None, "its forward does more than scale or cap the logits"
+
+
+@contextmanager
+def _real_buffers(base: nn.Module) -> Iterator[None]:
+    """Put zeros in place of buffers without values inside the block, as BART adds one to logits."""
+    before = {name: buffer for name, buffer in base._buffers.items() if buffer is not None}
+    empty = {name: buffer for name, buffer in before.items() if buffer.is_meta}
+    base._buffers.update({name: torch.zeros_like(b, device="cpu") for name, b in empty.items()})
+    try:
+        yield
+    finally:
+        base._buffers.update(empty)
 
 
 def _size(module: nn.Module) -> int:

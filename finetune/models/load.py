@@ -16,11 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedTokenizerFast,
@@ -28,24 +26,27 @@ from transformers import (
 
 from finetune import failures, places
 from finetune.config import Model, base, model_files, quantized
+from finetune.config.choices import objective_kind
 from finetune.errors import ModelError
 from finetune.models import attention as attention  # registers the kernel for documents
-from finetune.models import base_identity, embeddings
+from finetune.models import base_identity, embeddings, families
+from finetune.models.attention_choice import is_padded
+from finetune.models.families import CAUSAL, MASKED, SEQ2SEQ, Family
 
 # Pad tokens that vocabularies contain without declaring them.
 PADS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|pad_token|>")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def load_tokenizer(model: Model) -> Any:
+def load_tokenizer(model: Model, family: Family = CAUSAL) -> Any:
     """Return the model's tokenizer, with a pad token. Raises ModelError.
 
     If it declares none, a token of the vocabulary serves, at worst EOS: padding is masked by
-    position, so EOS is supervised all the same.
+    position, so EOS is supervised all the same. `family`: decides the tokens of that of bytes.
     """
     name = model.tokenizer or model.path or ""
     if name == "bytes":
-        return _with_new_tokens(bytes_tokenizer(), model.new_tokens)
+        return _with_new_tokens(bytes_tokenizer(family), model.new_tokens)
     _require_folder_or_hub("model.tokenizer" if model.tokenizer else "model.path", name)
     if os.path.exists(name) and (problem := base.tokenizer_problem(name)):
         raise ModelError(f"model.tokenizer: {problem}")
@@ -79,14 +80,23 @@ def _with_new_tokens(tokenizer: Any, new: list[str]) -> Any:
     return tokenizer
 
 
-def load_config(model: Model) -> Any:
-    """Return the config of the architecture. Raises ModelError."""
+def load_config(model: Model, objective: str = "sft") -> Any:
+    """Return the config of the architecture. Raises ModelError if the objective cannot train it."""
+    config = _config_of(model, objective)
+    families.require_fits(config, objective)
+    return config
+
+
+def _config_of(model: Model, objective: str) -> Any:
     if model.config is not None:
         values = dict(model.config)
         kind = values.pop("model_type")
         with translated(f"model.config with model_type {kind!r}"):
             usual, config = AutoConfig.for_model(kind), AutoConfig.for_model(kind, **values)
-        source = inspect.getsource(inspect.getmodule(model_class(config)) or load_config)
+        families.require_fits(config, objective)
+        family = families.ALL[objective_kind(objective).family]
+        module = inspect.getmodule(families.model_class(config, family))
+        source = inspect.getsource(module or load_config)
         names = [name for name in vars(usual) if not name.startswith("_")]
         for key in values:
             near = difflib.get_close_matches(key, names, n=1, cutoff=0.8)
@@ -104,7 +114,7 @@ def load_config(model: Model) -> Any:
         )
     values = config.to_dict()
     problem = base.values_problem(_where(model), values)
-    if problem := problem or base.architecture_problem(str(model.path), values):
+    if problem := problem or base.architecture_problem(str(model.path), values, objective):
         raise ModelError(f"model.path: {problem}")
     is_quantized = hasattr(config, "quantization_config")
     if is_quantized and (model.init == "random" or quantized.quantization(vars(config)) is None):
@@ -117,25 +127,9 @@ def _where(model: Model) -> str:
     return "model.config" if model.config is not None else f"{model.path}/config.json"
 
 
-def model_class(config: Any) -> Any:
-    """Return the causal LM class of an architecture; None if the repository brings its own code.
-
-    Raises ModelError if transformers has no such class.
-    """
-    try:
-        return transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    except KeyError:
-        if getattr(config, "auto_map", None):
-            return None
-        raise ModelError(
-            f"model_type {config.model_type!r} has no causal language model in transformers "
-            f"{transformers.__version__}"
-        ) from None
-
-
 def load_model(
     model: Model, config: Any, tokenizer: Any, attention: str, dtype: torch.dtype,
-    quantization: dict[str, Any] | None = None,
+    quantization: dict[str, Any] | None = None, family: Family = CAUSAL,
 ) -> Any:  # fmt: skip
     """Return the model in `dtype`, with saved or random weights. Raises ModelError.
 
@@ -147,7 +141,7 @@ def load_model(
         config = _complete(config, model.config, tokenizer)
     if model.init == "random":
         with translated("random weights"):
-            loaded = AutoModelForCausalLM.from_config(
+            loaded = family.auto.from_config(
                 config,
                 attn_implementation=attention,
                 dtype=dtype,
@@ -155,24 +149,33 @@ def load_model(
             )
     else:
         with translated(f"model {model.path!r}"):
-            loaded, info = AutoModelForCausalLM.from_pretrained(
+            loaded, info = family.auto.from_pretrained(
                 model.path, attn_implementation=attention, dtype=dtype, revision=model.revision,
                 trust_remote_code=model.trust_remote_code, output_loading_info=True,
                 **quantized_as(config, quantization),
             )  # fmt: skip
-        require_all_weights(model.path, loaded, info)
+        require_all_weights(model.path, loaded, info, may_be_new=True)
         _require_tied_as_configured(model.path, loaded, config)
         _require_embedding(model.path, loaded)
     return _completed(loaded, model, tokenizer)
 
 
-def require_all_weights(path: Any, model: Any, info: dict[str, Any]) -> None:
+def require_all_weights(
+    path: Any, model: Any, info: dict[str, Any], may_be_new: bool = False
+) -> None:
     """Raise ModelError if loading dropped saved layers, or left weights random.
 
-    `info`: the loading info of from_pretrained.
+    `info`: the loading info of from_pretrained. `may_be_new`: whether the head of a classifier may
+    be random, as before its training.
     """
     _require_all_layers(path, model, info["unexpected_keys"])
-    absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    known = families.of_model(model)
+    missing = sorted(
+        name
+        for name in info["missing_keys"]
+        if not (may_be_new and known.has_new_head and families.is_of_new_head(name, model))
+    )
+    absent = missing + sorted(str(key) for key in info["mismatched_keys"])
     if absent:
         raise ModelError(
             f"model {path!r}: {len(absent)} weights are missing or of another shape, such as "
@@ -269,15 +272,16 @@ def _require_all_layers(path: Any, model: Any, unexpected: Any) -> None:
 
 
 def skeleton(
-    model: Model, config: Any, tokenizer: Any, attention: str, dtype: torch.dtype = torch.float32
-) -> Any:
+    model: Model, config: Any, tokenizer: Any, attention: str, dtype: torch.dtype = torch.float32,
+    family: Family = CAUSAL,
+) -> Any:  # fmt: skip
     """Return the model on the meta device, without memory for its weights. Raises ModelError."""
     if model.config is not None:
         config = _complete(config, model.config, tokenizer)
     config = copy.deepcopy(config)  # new tokens change it
     what = f"{_where(model)}: architecture {config.model_type}"
     with torch.device("meta"), translated(what, config.to_dict()):
-        meta = AutoModelForCausalLM.from_config(
+        meta = family.auto.from_config(
             config,
             trust_remote_code=model.trust_remote_code,
             attn_implementation=attention,
@@ -289,9 +293,11 @@ def skeleton(
 def check_shapes(skeleton: Any) -> None:
     """Raise ModelError if shapes in a model on the meta device do not fit each other."""
     ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
-    bounds = {"cu_seq_lens_q": torch.tensor([0, 2]), "max_length_q": 2}  # one document
+    inputs = families.inputs_of(ids, skeleton)
+    if not is_padded(skeleton.config._attn_implementation):
+        inputs |= {"cu_seq_lens_q": torch.tensor([0, 2]), "max_length_q": 2}  # one document
     try:
-        skeleton(input_ids=ids, use_cache=False, **bounds)
+        skeleton(**inputs)
     except RuntimeError as exc:
         # Other errors are of the meta device, which cannot choose experts, and not of the model.
         if re.search("size|shape|dimension", str(exc)):
@@ -322,6 +328,8 @@ def check_weights(skeleton: Any, model: Model) -> None:
     both = saved.keys() & parameters.keys()
     held = {id(parameters[name]) for name in both}  # tied weights are saved under one name
     absent = sorted(name for name, parameter in parameters.items() if id(parameter) not in held)
+    if families.of_model(skeleton).has_new_head:
+        absent = [name for name in absent if not families.is_of_new_head(name, skeleton)]
     extended = (
         embeddings.embedding_and_head(skeleton) if model.new_tokens else []
     )  # new tokens add rows
@@ -383,18 +391,27 @@ def _require_rows(rows: int, highest: int) -> None:
         )
 
 
-def bytes_tokenizer() -> Any:
-    """Return a tokenizer of 256 bytes, BOS, EOS, PAD and ChatML's two tokens: ids 0 to 260."""
+def bytes_tokenizer(family: Family = CAUSAL) -> Any:
+    """Return a tokenizer of 256 bytes, BOS, EOS, PAD and ChatML's two tokens: ids 0 to 260.
+
+    Encoders get a mask token as well, encoder-decoders that and NUM_SENTINELS sentinels of T5.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(
         models.BPE(vocab={symbol: number for number, symbol in enumerate(alphabet)}, merges=[])
     )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
+    masks = family in (MASKED, SEQ2SEQ)
+    sentinels = [f"<extra_id_{n}>" for n in range(NUM_SENTINELS)] if family == SEQ2SEQ else []
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|eos|>", pad_token="<|pad|>",
-        extra_special_tokens=["<|im_start|>", "<|im_end|>"], clean_up_tokenization_spaces=False,
+        extra_special_tokens=["<|im_start|>", "<|im_end|>", *sentinels],
+        clean_up_tokenization_spaces=False, **({"mask_token": "<|mask|>"} if masks else {}),
     )  # fmt: skip
+
+
+NUM_SENTINELS = 32
 
 
 def _complete(config: Any, given: dict[str, Any], tokenizer: Any) -> Any:
@@ -405,6 +422,10 @@ def _complete(config: Any, given: dict[str, Any], tokenizer: Any) -> Any:
         value = getattr(tokenizer, name)
         if name not in given and (value is None or value < config.vocab_size):
             setattr(config, name, value)
+    if families.is_encoder_decoder(config):
+        for name in ("decoder_start_token_id", "forced_eos_token_id"):
+            value = config.pad_token_id if "start" in name else None
+            setattr(config, name, given.get(name, value))
     return config
 
 

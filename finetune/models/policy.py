@@ -32,6 +32,8 @@ class Answers:
     """[S] of the value head, where the labels are predicted."""
     scores: torch.Tensor | None = None
     """[D] of the score head, at the last token of each document."""
+    predictions: torch.Tensor | None = None
+    """int64 [S]: the likeliest label; without gradient."""
     distribution: Distribution | None = None
     """What another pass may take as its `reference`."""
 

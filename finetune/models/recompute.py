@@ -15,9 +15,17 @@ from finetune.models.offload import Offload
 
 
 def classes(model: nn.Module) -> set[str]:
-    """Return the names of the classes that transformers says must not be split."""
+    """Return the names of the classes that transformers says must not be split.
+
+    But not those around the embedding, as BERT's, whose weights the head may share.
+    """
     lists = [getattr(module, "_no_split_modules", None) or () for module in model.modules()]
-    return set().union(*lists)
+    names = set().union(*lists)
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    for module in model.modules():
+        if type(module).__name__ in names and any(each is embedding for each in module.modules()):
+            names.discard(type(module).__name__)
+    return names
 
 
 def chosen(model: nn.Module, wanted: bool | int | str) -> int:

@@ -51,10 +51,12 @@ class Work:
     """Tokens of each document of the longest batch."""
     lengths: tuple[int, ...]
     """The different lengths that documents of the run have."""
+    causal: bool = True
+    """Whether no token sees those after it."""
 
 
 Attend = Callable[..., torch.Tensor]
-"""(q [T, H, D], k, v [T, KV, D], bounds, longest, lengths, scale, window) -> [T, H, D]"""
+"""(q [T, H, D], k, v [T, KV, D], bounds, longest, lengths, scale, window, causal) -> [T, H, D]"""
 
 
 def missing(
@@ -89,7 +91,7 @@ def missing(
 
 def work_of(
     config: Any, dtype: torch.dtype, documents: Sequence[int], lengths: Iterable[int],
-    num_context: int = 1,
+    num_context: int = 1, causal: bool = True,
 ) -> Work:  # fmt: skip
     """Return what a model of this `config` of transformers asks of a layer's attention.
 
@@ -105,7 +107,7 @@ def work_of(
     windows = "sliding_attention" in layers if layers else bool(_window(text))
     return Work(
         heads // num_context, key_heads // num_context, width + -width % HEAD_UNIT, dtype, windows,
-        tuple(documents), tuple(sorted(set(lengths))),
+        tuple(documents), tuple(sorted(set(lengths))), causal,
     )  # fmt: skip
 
 
@@ -161,8 +163,9 @@ def wrong(kernel: str, work: Work, device: torch.device, attend: Attend = varlen
     documents, window = (7, 1, 130, 200), 40 if work.has_windows else None
     try:
         states = _states(work, documents, device, work.dtype)
-        found = _run(kernel, states, documents, attend, window)
-        exact = _exact(_states(work, documents, device, torch.float32), documents, window)
+        found = _run(kernel, states, documents, attend, window, work.causal)
+        whole = _states(work, documents, device, torch.float32)
+        exact = _exact(whole, documents, window, work.causal)
     except Exception as exc:  # of a compiler, a loader, the kernel itself
         return kernels.reason(exc)
     for name, own, right in zip(_COMPARED, found, exact):
@@ -192,6 +195,7 @@ def _run(
     documents: Sequence[int],
     attend: Attend,
     window: int | None = None,
+    causal: bool = True,
 ) -> list[torch.Tensor]:
     """Return output [T, H, D] and gradients [1, heads, T, D] of a kernel."""
     query, key, value, grad = states
@@ -201,14 +205,14 @@ def _run(
     try:
         flat = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         lengths, scale = SimpleNamespace(values=tuple(documents)), query.shape[-1] ** -0.5
-        out = attend(*flat, bounds, max(documents), lengths, scale, window)
+        out = attend(*flat, bounds, max(documents), lengths, scale, window, causal)
         return [out, *torch.autograd.grad(out, [query, key, value], grad[0].transpose(0, 1))]
     finally:
         varlen_gpu.use(before)
 
 
 def _exact(
-    states: list[torch.Tensor], documents: Sequence[int], window: int | None
+    states: list[torch.Tensor], documents: Sequence[int], window: int | None, causal: bool
 ) -> list[torch.Tensor]:
     """Return the same in float32, a document at a time, by products and a softmax."""
     query, key, value, grad = states
@@ -216,10 +220,11 @@ def _exact(
     keys, values = (tensor.repeat_interleave(times, 1) for tensor in (key, value))
     outputs = []
     with sdpa_kernel([SDPBackend.MATH]):
-        for part, band in varlen_cpu.each(documents, window or 0, query.device):
+        for part, band in varlen_cpu.each(documents, window or 0, query.device, causal):
             q, k, v = query[:, :, part], keys[:, :, part], values[:, :, part]
+            is_causal = causal and band is None
             outputs.append(
-                F.scaled_dot_product_attention(q, k, v, attn_mask=band, is_causal=band is None)
+                F.scaled_dot_product_attention(q, k, v, attn_mask=band, is_causal=is_causal)
             )
     out = torch.cat(outputs, 2)
     grads = torch.autograd.grad(out, [query, key, value], grad)
@@ -236,7 +241,7 @@ def milliseconds(
     for _ in range(2 + rounds):  # the first two compile, and fill caches
         _wait(device)
         start = time.perf_counter()
-        _run(kernel, states, documents, attend)
+        _run(kernel, states, documents, attend, causal=work.causal)
         _wait(device)
         took.append(1e3 * (time.perf_counter() - start))
     return min(took[2:])

@@ -5,10 +5,11 @@ from typing import Any
 from finetune.config import OwnObjective
 from finetune.objectives.base import Objective, Term
 from finetune.objectives.clm import Clm
+from finetune.objectives.mlm import Mlm
 from finetune.objectives.own import Own
 from finetune.objectives.sft import Sft
 
-OBJECTIVES: dict[str, Objective] = {"clm": Clm(), "sft": Sft()}
+OBJECTIVES: dict[str, Objective] = {"clm": Clm(), "mlm": Mlm(), "sft": Sft()}
 
 __all__ = ["OBJECTIVES", "Objective", "Own", "Term", "chosen"]
 

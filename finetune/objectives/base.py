@@ -12,6 +12,7 @@ import torch
 from pydantic import BaseModel
 
 from finetune.data.batches import Batch
+from finetune.data.views import NEXT_TOKEN, View
 from finetune.models.policy import Policy
 
 
@@ -34,6 +35,10 @@ class Objective:
 
     Settings: type[BaseModel] = BaseModel
     """Settings of the section `objective` in a config, which the methods get as `settings`."""
+    family = "causal"
+    """Which models it trains, of `choices.FAMILIES`."""
+    formats: frozenset[str] = frozenset()
+    """Values of data.format that it reads; empty: all that templates render."""
     has_turns = True
     """Whether rows are conversations, whose template the export keeps."""
     needs: frozenset[str] = frozenset()
@@ -50,6 +55,10 @@ class Objective:
     def supervises(self, loss_on: str) -> str:
         """Return which part of a row is supervised, in the words of data.loss_on."""
         return loss_on
+
+    def view(self, settings: Any, tokenizer: Any, seed: int) -> View:
+        """Return what the model gets of each document in an epoch, and its labels."""
+        return NEXT_TOKEN
 
     def prepare(
         self, policy: Policy, batches: Sequence[Batch], settings: Any

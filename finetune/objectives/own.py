@@ -332,6 +332,7 @@ class _Rehearsal(Policy):
         answers: dict[str, Any] = {
             "nll": -weighted.sum(), "logprobs": logprobs, "entropy": entropy, "values": values,
             "scores": scores, "distribution": Distribution(logits.detach(), torch.Tensor.float),
+            "predictions": logits.argmax(-1),
         }  # fmt: skip
         if reference is not None:
             answers["divergence"] = divergence(logits, reference.states, beta)

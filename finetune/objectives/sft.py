@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
 from finetune.config import CrossEntropy
 from finetune.data.batches import Batch
@@ -14,7 +15,7 @@ from finetune.objectives.base import Objective, Term
 class Sft(Objective):
     """Cross-entropy of the supervised tokens."""
 
-    Settings = CrossEntropy
+    Settings: type[BaseModel] = CrossEntropy
     reports_cross_entropy = True
 
     def loss(

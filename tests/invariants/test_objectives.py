@@ -1,11 +1,13 @@
-"""Objectives of a user's own: cut up, packed or shared between processes, they learn the same."""
+"""Objectives of a user's own, and of other families of models: cut up, packed or shared between
+processes, they learn the same.
+"""
 
 import re
 
 import pytest
 from conftest import losses, pretrained, read_jsonl, short
 from faults.forked import weights
-from invariants import objectives
+from invariants import families, objectives
 from invariants.test_topologies import several
 
 from finetune.data.batches import Batches
@@ -25,8 +27,14 @@ TERMS = {
 }  # fmt: skip
 
 
+ALL = [*objectives.SETTINGS, *families.SETTINGS]
+PACKED = [*objectives.SETTINGS, *families.PACKED]
+
+
 def settings_of(workshop, objective):
     """The settings of one objective; adapters get a base."""
+    if objective in families.SETTINGS:
+        return FOUR_STEPS | {"data__max_length": 120} | families.settings(workshop, objective)
     own = FOUR_STEPS | objectives.SETTINGS[objective]
     if own.get("adapter__kind") == "lora":
         base = workshop.train("base", train__max_steps=2) / "model"
@@ -47,7 +55,7 @@ def curves(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", short([*objectives.SETTINGS], "Unlikelihood", "Scored"))
+@pytest.mark.parametrize("objective", short(ALL, "Unlikelihood", "Scored", *families.SETTINGS))
 def test_splitting_and_layout_of_a_step_change_nothing(workshop, objective):
     own = settings_of(workshop, objective)
     runs = [workshop.train(name.replace(" ", "_"), **own, **way) for name, way in WAYS.items()]
@@ -68,7 +76,7 @@ def test_a_total_of_only_one_micro_batch_would_be_caught(workshop, monkeypatch):
     assert curves(other) != pytest.approx(curves(one), rel=1e-4)
 
 
-@pytest.mark.parametrize("objective", short([*objectives.SETTINGS], "Pairwise", "Scored"))
+@pytest.mark.parametrize("objective", short(PACKED, "Pairwise", "Scored", *families.PACKED))
 def test_packed_examples_get_the_gradients_they_get_alone(workshop, objective):
     """One step over all rows, so that packs hold the same examples as the steps without them."""
     whole = {
@@ -85,11 +93,10 @@ def test_packed_examples_get_the_gradients_they_get_alone(workshop, objective):
 
 
 # Processes, and topologies one after the other with their objectives.
-ALL = [*objectives.SETTINGS]
 # Layers stay whole until a backward pass: after one without gradient they would be stale.
 WHOLE = "fsdp2:--fsdp_reshard_after_forward:false"
 LAUNCHES = {
-    "two": (2, {"ddp": ["Unlikelihood"], WHOLE: ["Scored"]}),
+    "two": (2, {"ddp": ["Unlikelihood"], WHOLE: ["Scored"], "fsdp2": ["mlm"]}),
     # Sums of documents and their columns, of processes that share a sequence
     "context": (4, {"fsdp2_context": ["Pairwise"]}),
     "two in full": (2, {"ddp": ALL, "fsdp2": ALL, WHOLE: ALL, "zero3": ALL}),

@@ -99,7 +99,8 @@ class Fsdp2(Sharing):
             # backward pass.
             shard(head, half, reshard=False)
             # As its own unit it is whole only during the lookup, not until the end of the pass.
-            shard(embedding, whole)
+            if not _is_shared(embedding, root):  # as by an encoder and a decoder
+                shard(embedding, whole)
         for scalar in scalar_heads.of(root).values():  # in float32 beside a frozen 16-bit base
             shard(scalar, whole)
         shard(root, whole)
@@ -182,6 +183,15 @@ def _reshard_after_evaluation(root: nn.Module, *_: Any) -> None:
 
 def _share_weights(one: nn.Module, other: nn.Module) -> bool:
     return not {id(p) for p in one.parameters()}.isdisjoint(id(p) for p in other.parameters())
+
+
+def _is_shared(embedding: nn.Module, root: nn.Module) -> bool:
+    """Return whether another module has the embedding's weights, too."""
+    return any(
+        _share_weights(embedding, each)
+        for each in root.modules()
+        if isinstance(each, nn.Embedding) and each is not embedding
+    )
 
 
 def _in_precision(

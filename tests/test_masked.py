@@ -1,0 +1,206 @@
+"""Masked language modelling: which tokens are hidden, in which epoch, and what is learned."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_LLAMA, losses, pretrained, read_jsonl, write_jsonl
+from faults.forked import forget, weights
+from invariants import families
+
+from finetune.data.batches import Batches
+from finetune.data.examples import Examples, Ragged
+from finetune.data.order import Sequences
+from finetune.data.views import Masked, part_of
+from finetune.errors import UserError
+
+MASK, TEXT = 99, np.arange(3, 60)
+
+
+def examples_of(lengths, view):
+    """Documents of random text between two tokens that are never hidden."""
+    random, lengths = np.random.default_rng(0), np.array(lengths)
+    ends = np.cumsum(lengths)
+    ids, supervised = random.choice(TEXT, ends[-1]).astype(np.int32), np.ones(ends[-1], bool)
+    for at, token in ((ends - lengths, 1), (ends - 1, 2)):
+        ids[at], supervised[at] = token, False
+    count = np.arange(len(lengths))
+    return Examples(
+        {"input": Ragged(ids, ends - lengths, ends)}, supervised, count, count, count,
+        ["rows"] * len(lengths), "f", len(lengths), 0, 0, view=view,
+    )  # fmt: skip
+
+
+def test_exactly_k_of_n_tokens_are_hidden_and_others_in_each_epoch():
+    lengths = [3, 5, 12, 40, 802]
+    view = Masked(MASK, TEXT, 0.15, seed=7)
+    examples = examples_of(lengths, view)
+    wanted = [max(1, round(0.15 * (length - 2))) for length in lengths]
+    assert examples.num_supervised.tolist() == wanted == [1, 1, 2, 6, 120]
+    drawn = set()
+    for epoch in range(3):
+        for number, length in enumerate(lengths):
+            made, again = (view.document(examples, number, number, epoch) for _ in range(2))
+            before = examples.input.ids[examples.input.span(number)]
+            assert np.array_equal(made.ids, again.ids), "a pure function"
+            assert len(set(made.positions.tolist())) == len(made.labels) == wanted[number]
+            assert np.array_equal(made.labels, before[made.positions])
+            untouched = np.setdiff1d(np.arange(length), made.positions)
+            assert np.array_equal(made.ids[untouched], before[untouched])
+            assert {0, length - 1}.isdisjoint(made.positions.tolist())
+            drawn.add((number, tuple(made.positions.tolist())))
+    assert len(drawn) > 9, "other tokens in other epochs"
+    other = Masked(MASK, TEXT, 0.15, seed=8).document(examples, 4, 4, 0)
+    assert not np.array_equal(other.positions, view.document(examples, 4, 4, 0).positions)
+
+
+def test_of_the_hidden_tokens_most_are_masked_and_some_are_others_or_stay():
+    view = Masked(MASK, TEXT, 0.15, seed=0)
+    examples = examples_of([20_002], view)
+    made = view.document(examples, 0, 0, 0)
+    seen = made.ids[made.positions]
+    shares = [(seen == MASK).mean(), ((seen != MASK) & (seen != made.labels)).mean()]
+    assert shares == pytest.approx([0.8, 0.1 * (1 - 1 / len(TEXT))], abs=0.025)
+    assert set(seen.tolist()) <= {MASK, *TEXT.tolist()}
+
+
+def test_a_fraction_is_rounded_to_the_nearest_and_never_to_none():
+    assert part_of(np.array([1, 2, 3, 10, 17, 100]), 0.15).tolist() == [1, 1, 1, 2, 3, 15]
+    assert part_of(np.array([1, 4]), 0.99).tolist() == [1, 4]
+
+
+def test_the_totals_of_every_step_are_known_beforehand():
+    examples = examples_of(range(3, 43), Masked(MASK, TEXT, 0.15, seed=0))
+    for packing in (True, False):
+        sequences = Sequences(examples, packing, 64, seed=0)
+        batches = Batches(sequences, seed=0, global_batch_size=4, micro_batch_size=2)
+        for step in range(2 * batches.steps_per_epoch):
+            made = batches.at(step)
+            assert batches.totals(step)["tokens"] == sum(len(batch.labels) for batch in made)
+            ids = torch.cat([batch.inputs["input_ids"].flatten() for batch in made])
+            assert (ids == MASK).any()
+
+
+def train(workshop, name, rows, **changes):
+    path = write_jsonl(workshop.folder / f"{name}.jsonl", rows)
+    own = {
+        "data__train": str(path), "data__packing": True, "data__eval_fraction": 0.2,
+        "optimizer__lr": 1e-2, "train__epochs": 50, "train__max_steps": 90,
+        "train__micro_batch_size": 8, "objective__kind": "mlm", "model__config": families.BERT,
+    }  # fmt: skip
+    return workshop.train(name, **own | changes)
+
+
+def baseline(rows, batches):
+    """Cross-entropy of the better of two guesses: how often a token comes, and the one before it.
+
+    Each guess may be mixed with the other in the best proportion for these very labels.
+    """
+    counts = Counter(byte for row in rows for byte in row["text"])
+    total = sum(counts.values())
+    known, copied = [], []
+    for batch, tokenizer in batches:
+        ids = batch.inputs["input_ids"].flatten()
+        for label, place in zip(batch.labels.tolist(), batch.positions.tolist()):
+            known.append(counts[tokenizer.decode([label])] / total)
+            copied.append(label in (ids[place], ids[max(place - 1, 0)]))
+    known, copied = np.array(known), np.array(copied)
+    mixtures = np.linspace(0, 0.99, 100)[:, None]
+    losses = -np.log(mixtures * copied + (1 - mixtures) * known)
+    return float(losses.mean(1).min())
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    """Return a function: held-out batches of a run, as its evaluation had them."""
+    from finetune import config as configs
+    from finetune import preflight
+    from finetune.engine.topology import Topology
+
+    def of(run):
+        config = configs.parse(["--config", str(run / "config.yaml")])[0]
+        data = preflight.prepare(config, Topology(config.train.precision, True))
+        return [(batch, data.tokenizer) for step in data.eval.epoch() for batch in step]
+
+    return of
+
+
+def test_an_encoder_learns_what_stands_around_a_gap_and_nothing_of_shuffled_text(
+    workshop, held_out
+):
+    rows = families.texts(60)
+    run = train(workshop, "ordered", rows)
+    assert read_jsonl(run / "eval.jsonl")[-1]["cross_entropy"] < baseline(rows, held_out(run)) - 0.5
+    random = np.random.default_rng(0)
+    rows = [{"text": "".join(random.permutation(list(row["text"])))} for row in rows]
+    run = train(workshop, "shuffled", rows)
+    assert read_jsonl(run / "eval.jsonl")[-1]["cross_entropy"] > baseline(rows, held_out(run)) - 0.1
+    line = read_jsonl(run / "eval.jsonl")[-1]
+    assert line["perplexity"] == pytest.approx(math.exp(line["cross_entropy"]))
+
+
+def test_a_resumed_run_draws_the_same_masks(workshop):
+    same = {"train__max_steps": 6, "checkpoint__every_steps": 4, "checkpoint__keep_last": 9}
+    run = train(workshop, "resumed", families.texts(), **same)
+    before, at_end = losses(run), weights(run)
+    forget(run, 4)
+    train(workshop, "resumed", families.texts(), **same)
+    assert losses(run) == before
+    assert all(bool((weights(run)[name] == at_end[name]).all()) for name in at_end)
+
+
+def test_the_export_opens_as_a_masked_language_model_and_trains_on(workshop):
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    run = train(workshop, "exported", families.texts(), train__max_steps=2)
+    model = AutoModelForMaskedLM.from_pretrained(run / "model")
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    ids = torch.tensor([tokenizer(f"one {tokenizer.mask_token} three")["input_ids"]])
+    assert model(ids).logits.shape == (1, ids.shape[1], len(tokenizer))
+    again = train(
+        workshop, "again", families.texts(), **pretrained(run / "model"), adapter__kind="lora",
+        train__max_steps=2,
+    )  # fmt: skip
+    assert (again / "model/adapter_model.safetensors").exists()
+
+
+WRONG = {
+    "a causal model": (
+        {"objective__kind": "mlm", "model__config": TINY_LLAMA},
+        "model_type 'llama' is a model that continues text, and objective.kind: mlm trains an "
+        "encoder, such as BERT, RoBERTa or ModernBERT; take objective.kind: sft or clm",
+    ),
+    "an encoder for clm": (
+        {"objective__kind": "clm"},
+        "model_type 'bert' is an encoder, and objective.kind: clm trains a model that continues "
+        "text, such as Llama or Qwen; take objective.kind: mlm",
+    ),
+    "rows of answers": (
+        {"data__format": "question_answer"},
+        "data.format: question_answer, but objective.kind: mlm reads text; set it to auto",
+    ),
+    "a template": ({"data__template": "chatml"}, "data.template: would be ignored: objective.kin"),
+    "prompts": ({"evaluation__sample_prompts": ["a"]}, "does not write answers; remove it"),
+    "a share of all": ({"objective__mlm_probability": 1.0}, "should be less than 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_does_not_fit_is_refused_before_weights_load(workshop, wrong):
+    changes, says = WRONG[wrong]
+    with pytest.raises(UserError) as refused:
+        train(workshop, "wrong", families.texts(), **changes)
+    assert says in str(refused.value)
+
+
+def test_a_saved_model_of_another_family_is_refused_by_its_objective(workshop):
+    saved = train(workshop, "bert", families.texts(), train__max_steps=1) / "model"
+    with pytest.raises(UserError, match=r"a masked language model, .* take objective.kind: mlm"):
+        workshop.train("wrong", **pretrained(saved))
+    llama = workshop.train("llama", train__max_steps=1) / "model"
+    with pytest.raises(UserError, match=r"\(LlamaForCausalLM\), and objective.kind: mlm trains"):
+        train(workshop, "wrong", families.texts(), **pretrained(llama))
+    with pytest.raises(UserError, match="hides tokens behind the tokenizer's mask token"):
+        train(workshop, "wrong", families.texts(), model__tokenizer=str(llama))
