@@ -1,6 +1,7 @@
 """What a run does with wrong rows, several sources and parts of epochs."""
 
 import re
+import shlex
 
 import pytest
 from conftest import Workshop, pairs, read_jsonl, write_jsonl
@@ -192,11 +193,13 @@ def test_warm_up_may_be_a_fraction_of_the_run():
 
 
 def test_a_complete_run_with_more_epochs_names_the_way_on(workshop):
-    run = workshop.train(train__epochs=1, train__max_steps=None)
+    workshop.train(train__epochs=1, train__max_steps=None)
+    changes = {"train__epochs": 3, "train__max_steps": None}
     with pytest.raises(RunDirectoryError) as caught:
-        workshop.train(train__epochs=2, train__max_steps=None)
-    assert "this run is complete; to train on, start a new run from its model" in str(caught.value)
-    assert f"--run.name run-2 --model.path {run / 'model'}" in str(caught.value)
+        workshop.train(**changes)
+    advice = str(caught.value).partition("start a new run from its model: ")[2]
+    assert workshop.main("run", shlex.split(advice), **changes) == 0
+    assert read_jsonl(workshop.run_dir("run-2") / "metrics.jsonl")[-1]["epoch"] == 2
 
 
 PAIRWISE = """

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -65,19 +66,15 @@ class RunDirectory:
         """Raise RunDirectoryError if it cannot be written or holds another run. Writes nothing."""
         saved = self.path / "config.yaml"
         if os.path.exists(saved):
-            different = configs.differences(configs.read_resolved(saved), config)
-            if different:
+            before = configs.read_resolved(saved)
+            if different := configs.differences(before, config):
                 instead = (
                     "give this run another run.name, "
                     "go back to those values, or remove the directory to start over"
                 )
                 longer = [line.split(":")[0] in LENGTHS for line in different]
                 if all(longer) and self.outcome().get("state") == "complete":
-                    key = "model.path" if config.adapter.kind == "full" else "adapter.path"
-                    instead = (
-                        "this run is complete; to train on, start a new run from its model: "
-                        f"--run.name {config.run.name}-2 --{key} {self.model}"
-                    )
+                    instead = self._new_run(config, before["train"].get("epochs"))
                 raise refusal(f"{self.path} holds another run", different, instead)
         elif os.path.exists(self.path) and (
             not self.path.is_dir()
@@ -100,6 +97,18 @@ class RunDirectory:
             )
         if self.outcome().get("state") != "complete":  # reporting a complete run writes nothing
             self.require_writable()
+
+    def _new_run(self, config: Config, epochs: Any) -> str:
+        """Say how to train a complete run on; `epochs`: how many it had."""
+        key = "model.path" if config.adapter.kind == "full" else "adapter.path"
+        options = f"--run.name {config.run.name}-2 --{key} {shlex.quote(str(self.model))}"
+        if config.model.init == "random":
+            options += " --model.init pretrained"
+            given = (name for name in ("config", "tokenizer") if getattr(config.model, name))
+            options += "".join(f" --model.{name} null" for name in given)
+        if isinstance(epochs, int | float) and config.train.epochs > epochs:
+            options += f" --train.epochs {config.train.epochs - epochs:g}"
+        return f"this run is complete; to train on, start a new run from its model: {options}"
 
     def require_writable(self) -> None:
         """Raise Outage if the disk is not writable now, RunDirectoryError if permissions forbid."""
