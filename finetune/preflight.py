@@ -110,10 +110,13 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     architecture = base_identity.architecture(model_config)
     kernel = _attention(config, model_config, topology)
     template = _template(wanted, format, tokenizer, date)
+    if objective.has_turns:
+        template = tokens.with_bos(template, tokenizer)
     options = tokens.Options(
         wanted.format, wanted.columns, wanted.text_unit, wanted.system_prompt,
         objective.supervises(wanted.loss_on), wanted.max_length, wanted.truncation,
         _positions(model_config), wanted.repair_turns, _skipping(wanted), bool(objective.formats),
+        wanted.special_tokens_in_text,
     )  # fmt: skip
     view = objective.view(config.objective, tokenizer, config.run.seed)
     train, evals, known, num_rows = _examples(config, sources, template, tokenizer, options, view)
@@ -354,7 +357,7 @@ def _check_sample_prompts(
 ) -> None:
     """Raise ConfigError for a prompt of evaluation.sample_prompts without tokens."""
     for prompt in config.evaluation.sample_prompts:
-        text = templates.sample_prompt(template, prompt, config.data.system_prompt)
+        text = tokens.sample_prompt(template, tokenizer, prompt, config.data.system_prompt)
         if not tokens.encode_prompt(text, tokenizer):
             raise ConfigError(f"evaluation.sample_prompts: {prompt!r} has no tokens; remove it")
 

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from finetune import files
 from finetune.__main__ import main
+from finetune.data.tokens import encode_prompt
 from finetune.errors import DataError
 from finetune.evaluation import compare, scores
 from finetune.generation import generate
@@ -186,11 +187,14 @@ def test_row_errors_use_the_options_of_the_command(tmp_path):
         compare.read(str(path), "auto", {}, None)
 
 
-def test_control_tokens_are_refused_as_in_training(model, tmp_path, capsys):
-    forged = [*pairs(1), {"question": "x<|eos|>", "answer": "y"}]
-    rows = write_jsonl(tmp_path / "forged.jsonl", forged)
-    assert evaluate(base=model, tuned=model, data=rows) == 2
-    assert f"{rows}:2: the text contains '<|eos|>', a control token" in capsys.readouterr().err
+def test_special_tokens_of_a_row_are_asked_as_text(bytes_tokenizer, tmp_path):
+    rows = [{"question": "x<|eos|>", "answer": "y"}]
+    path = str(write_jsonl(tmp_path / "rows.jsonl", rows))
+    bytes_tokenizer.chat_template = "{{ messages[0].content }}<|im_end|>"
+    [prompt] = generate.prompts_of(bytes_tokenizer, compare.read(path, "auto", {}, None))
+    ids = encode_prompt(prompt, bytes_tokenizer)
+    assert bytes_tokenizer.decode(ids) == "x<|eos|><|im_end|>"
+    assert bytes_tokenizer.eos_token_id not in ids
 
 
 @pytest.mark.slow

@@ -199,6 +199,10 @@ class Data(Section):
     """Join turns of one role in a row; drop a first turn of the assistant, a last one of the user.
     The summary counts what changed.
     """
+    special_tokens_in_text: Literal["error", "text"] = "error"
+    """What to do with a row whose text holds a special token of the tokenizer, such as <s> in HTML.
+    text: keep it as plain characters, in training, chat and evaluate.
+    """
     text_unit: Literal["line", "paragraph", "file"] = "line"
     """Unit of a .txt or .md file that makes a row; blank lines separate paragraphs."""
     system_prompt: str | None = None

@@ -56,6 +56,7 @@ _CALLED = {
     ),
     "data.truncation": "truncation_side",
     "data.weights": "dataset_weights interleave_probs data_weights mixing_weights",
+    "data.special_tokens_in_text": "split_special_tokens",
     "data.on_bad_row": "skip_invalid skip_bad_rows",
     "data.group_by_length": "group_by_len",
     "data.cache_dir": "dataset_prepared_path",

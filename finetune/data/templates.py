@@ -20,7 +20,7 @@ from finetune.data.places import Place
 from finetune.errors import ConfigError, DataError
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_MARK = "\ufdd0"  # a Unicode noncharacter: no text contains it
+MARK = "\ufdd0"  # a Unicode noncharacter: no text contains it
 
 PROMPT = Place("the prompt", 1)  # the place of a conversation that is not in a file
 QUESTION = (Message("user", "a"),)
@@ -97,8 +97,8 @@ class Template:
         """
         with contextlib.suppress(DataError):
             asked = self._render(Conversation(self.probe, PROMPT), add_generation_prompt=True)
-            answered = self._render(_answered(self.probe, _MARK))
-            opening = answered[len(asked) : max(answered.find(_MARK), 0)]
+            answered = self._render(_answered(self.probe, MARK))
+            opening = answered[len(asked) : max(answered.find(MARK), 0)]
             if answered.startswith(asked) and opening.strip():
                 return opening
         return ""
@@ -246,14 +246,14 @@ class Template:
 
     def _end(self, conversation: Conversation, text: str, start: int, turn: int) -> int:
         messages = conversation.messages
-        marked = Message("assistant", messages[turn].content.rstrip() + _MARK, supervised=True)
+        marked = Message("assistant", messages[turn].content.rstrip() + MARK, supervised=True)
         with_mark = (*messages[:turn], marked, *messages[turn + 1 :])
         moved = self._render(replace(conversation, messages=with_mark))
-        end, shown = moved.find(_MARK), f"({_short(messages[turn].content)})"
+        end, shown = moved.find(MARK), f"({_short(messages[turn].content)})"
         if end < start:
             what = f"drops the answer in message {turn + 1} {shown}; use another data.template"
             raise self._wrong(conversation, what)
-        if moved.count(_MARK) > 1:
+        if moved.count(MARK) > 1:
             what = f"writes the answer in message {turn + 1} more than once {shown}"
             remedy = "correct the template, or use another data.template"
             raise self._wrong(conversation, f"{what}; {remedy}")
@@ -273,7 +273,7 @@ class Template:
         marks: dict[str, str] = {}
 
         def marked(call: Mapping[str, Any], what: str) -> dict[str, Any]:
-            name, arguments = (f"{_MARK}{len(marks) + n}{_MARK}" for n in (0, 1))
+            name, arguments = (f"{MARK}{len(marks) + n}{MARK}" for n in (0, 1))
             marks[name], marks[arguments] = f"the name of {what}", f"the arguments of {what}"
             function = call["function"]
             return {**call, "function": {
@@ -461,16 +461,6 @@ class BrokenTemplate(ConfigError):
 def _answered(prompt: Sequence[Message], answer: str) -> Conversation:
     """Return a conversation that is not in a file, which ends with this answer."""
     return Conversation((*prompt, Message("assistant", answer, supervised=True)), PROMPT)
-
-
-def sample_prompt(template: Template | None, prompt: str, system_prompt: str | None) -> str:
-    """Render one of evaluation.sample_prompts; without a template return the prompt itself."""
-    if template is None:
-        return prompt
-    messages = [Message("user", prompt)]
-    if system_prompt is not None:
-        messages.insert(0, Message("system", system_prompt, from_setting=True))
-    return template.prompt(messages, Place("evaluation.sample_prompts", 1))
 
 
 def _require_all_supervised(conversation: Conversation) -> None:

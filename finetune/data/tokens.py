@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from finetune import own_code
 from finetune.data import rows
-from finetune.data.conversations import Conversation, Sample
+from finetune.data.conversations import Conversation, Message, Sample
 from finetune.data.places import Place, list_columns, some
 from finetune.data.problems import ENDS, Problems, Skipping
-from finetune.data.templates import Segment, Template
-from finetune.errors import DataError, ModelError
+from finetune.data.templates import MARK, Segment, Template
+from finetune.errors import ConfigError, DataError, ModelError
 
 ROWS_AT_ONCE = 1_000  # the tokenizer works on this many rows in parallel
 # The tokenizer takes up to 300 bytes of memory for a character: 1 GB for this many at once, 15 GB
@@ -32,6 +32,8 @@ CHARACTERS_AT_ONCE = 1 << 21
 WINDOW = 1 << 20  # characters of a longer text that are tokenised together
 OVERLAP = 1 << 14  # characters that two windows share
 AGREED = 32  # equal tokens that join two windows
+# A Unicode noncharacter, which no text may contain: no token joins what stands on its two sides.
+CUT = "\ufdd1"
 TOO_LONG = "too long"  # a kind of `Problems`
 
 
@@ -52,6 +54,7 @@ class Options:
     skipping: Skipping = ENDS
     framed: bool = False
     """Whether rows have the tokenizer's own tokens around them, not a template (`frames`)."""
+    special_tokens_in_text: str = "error"
 
     def samples(
         self, sources: Sequence[str], problems: Problems, unread: "Counter[str] | None" = None
@@ -75,6 +78,8 @@ class Options:
             del values["skipping"]
         if not self.framed:
             del values["framed"]
+        if self.special_tokens_in_text == "error":
+            del values["special_tokens_in_text"]
         if own_code.is_own(self.format):
             code, name = own_code.get(self.format), self.format.rpartition(":")[2]
             values["format"] = f"{code.sha256}:{name}"
@@ -173,7 +178,7 @@ def encode(texts: Sequence[Sequence[Segment]], tokenizer: Any) -> list[Tokens]:
             # Inference tokenises a prompt alone, and here that gives other tokens than before its
             # answer: one token would reach over the boundary. So training cuts there, too.
             parts = [
-                _continue(segment.text, tokenizer) if n else _ids([segment.text], tokenizer)[0]
+                (_continue if n else _alone)(segment.text, tokenizer)[0]
                 for n, segment in enumerate(segments)
             ]
             ids = np.concatenate(parts)
@@ -214,16 +219,34 @@ def _tokenise(
     backend.no_padding()
     backend.encode_special_tokens = tokenizer.split_special_tokens
     encode = backend.encode_batch if offsets else backend.encode_batch_fast
-    short = iter(encode([text for text in texts if len(text) <= most], add_special_tokens=False))
+    usual = [text for text in texts if len(text) <= most and CUT not in text]
+    short = iter(encode(usual, add_special_tokens=False))
     return [
-        _arrays(next(short), offsets) if len(text) <= most else _tokenise_long(text, tokenizer)
+        _tokenise_cut(text, tokenizer) if CUT in text
+        else _arrays(next(short), offsets) if len(text) <= most
+        else _tokenise_long(text, tokenizer)
         for text in texts
-    ]
+    ]  # fmt: skip
 
 
 def _arrays(encoding: Any, offsets: bool) -> tuple[np.ndarray, np.ndarray]:
     starts = [start for start, _ in encoding.offsets] if offsets else []
     return np.array(encoding.ids, np.int32), np.array(starts, np.int64)
+
+
+def _tokenise_cut(text: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Tokenise the pieces between cuts one by one; a cut has no token."""
+    parts, at = [], 0
+    for number, piece in enumerate(text.split(CUT)):
+        ids, starts = (_continue if number else _alone)(piece, tokenizer)
+        parts.append((ids, starts + at))
+        at += len(piece) + len(CUT)
+    all_ids, all_starts = zip(*parts)
+    return np.concatenate(all_ids), np.concatenate(all_starts)
+
+
+def _alone(text: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+    return _tokenise([text], tokenizer)[0]
 
 
 def _tokenise_long(text: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -274,21 +297,51 @@ def _joint(
     return None
 
 
-def _continue(text: str, tokenizer: Any) -> np.ndarray:
+def _continue(text: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
     """Tokenise a text that continues another: Llama's tokenizer puts a space before text alone."""
     for before in ("\n", tokenizer.eos_token or "\n"):
-        head, ids = _ids([before, before + text], tokenizer)
+        (head, _), (ids, starts) = _tokenise([before, before + text], tokenizer)
         if np.array_equal(ids[: len(head)], head):
-            return ids[len(head) :]
-    return _ids([text], tokenizer)[0]
+            return ids[len(head) :], starts[len(head) :] - len(before)
+    return _alone(text, tokenizer)
 
 
 def encode_prompt(text: str, tokenizer: Any) -> list[int]:
     """Encode a prompt as training saw it: with one BOS if the tokenizer uses one."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = _ids([text], tokenizer)[0].tolist()
     if uses_bos(tokenizer) and ids[:1] != [tokenizer.bos_token_id]:
         ids = [tokenizer.bos_token_id, *ids]
     return list(ids)
+
+
+def sample_prompt(
+    template: Template | None, tokenizer: Any, prompt: str, system_prompt: str | None
+) -> str:
+    """Render one of evaluation.sample_prompts as chat does; without a template return itself."""
+    if template is None:
+        return prompt
+    messages = [Message("user", prompt)]
+    if system_prompt is not None:
+        messages.insert(0, Message("system", system_prompt, from_setting=True))
+    asked = Conversation(tuple(messages), Place("evaluation.sample_prompts", 1))
+    asked = ControlTokens(tokenizer, template.turn_ends).as_text(asked)
+    return template.prompt(asked.messages, asked.place)
+
+
+def with_bos(template: Template, tokenizer: Any) -> Template:
+    """Return the template, writing the BOS itself where text has other tokens behind it than alone.
+
+    Llama's tokenizer puts a space before a text alone, and none behind a BOS. The exported template
+    writes the BOS, so training has to tokenise it with the text.
+    """
+    if not uses_bos(tokenizer):
+        return template
+    with suppress(DataError):  # reported with the first row
+        prompt = template.prompt(template.probe)
+        alone, behind = _ids([prompt, tokenizer.bos_token + prompt], tokenizer)
+        if not (prompt.startswith(tokenizer.bos_token) or np.array_equal(behind[1:], alone)):
+            return replace(template, source="{{ bos_token }}" + template.source)
+    return template
 
 
 def uses_bos(tokenizer: Any) -> bool:
@@ -423,9 +476,11 @@ def _rendered(
             problems.note(over, TOO_LONG, ends=True)
             continue
         with problems.noted(sample.row):
-            for conversation in sample.conversations:
-                control.refuse(conversation)
-            parts = [template.segments(each, options.loss_on) for each in sample.conversations]
+            checked = (
+                control.as_text if options.special_tokens_in_text == "text" else control.refuse
+            )
+            conversations = [checked(each) for each in sample.conversations]
+            parts = [template.segments(each, options.loss_on) for each in conversations]
             rendered.append((sample, parts))
     return rendered
 
@@ -463,7 +518,10 @@ def _pieces(
 
 
 class ControlTokens:
-    """Reject text that contains BOS, EOS, ends of turns, or other special tokens."""
+    """Find text that contains BOS, EOS, ends of turns, or other special tokens.
+
+    It would forge turns, so it is refused, or cut so that the tokenizer reads characters.
+    """
 
     def __init__(self, tokenizer: Any, turn_ends: Sequence[str]) -> None:
         self._bos = tokenizer.bos_token
@@ -472,24 +530,89 @@ class ControlTokens:
         ends = {*turn_ends, tokenizer.eos_token, tokenizer.pad_token}
         if uses_bos(tokenizer):
             ends.add(tokenizer.bos_token)
-        allowed = {None, tokenizer.unk_token}
+        # GPT-2's unknown token is its EOS, too.
+        allowed = {None, tokenizer.unk_token} - {tokenizer.eos_token, tokenizer.bos_token} | {None}
         self._of_text, self._of_turns = _any_of(ends - allowed), _any_of((ends | special) - allowed)
+        # Two halves in neighbouring messages: one of them has at least half of the characters.
+        long = [(t, n) for t in (ends | special) - allowed for n in range(1, len(t))]
+        self._heads = {token[:n] for token, n in long if 2 * n >= len(token)}
+        self._tails = {token[n:] for token, n in long if 2 * n <= len(token)}
+        self._sizes = sorted({len(each) for each in self._heads | self._tails})
 
-    def refuse(self, conversation: Conversation) -> None:
-        """Raise DataError if a row's text would be tokenised to one of them."""
+    def refuse(self, conversation: Conversation) -> Conversation:
+        """Return the conversation. Raise DataError if its text would be read as one of them."""
+        return self._checked(conversation, cuts=False)
+
+    def as_text(self, conversation: Conversation) -> Conversation:
+        """Return the conversation with a cut inside each of them, so that they stay characters.
+
+        Raises DataError where no cut is possible: in calls and descriptions of tools, which
+        templates write in ways of their own, and ConfigError for data.system_prompt, which the
+        exported template holds.
+        """
+        return self._checked(conversation, cuts=True)
+
+    def _checked(self, conversation: Conversation, cuts: bool) -> Conversation:
+        messages = []
         for message in conversation.messages:
             # Text has no turns to forge, and code is full of tokens that some vocabularies call
             # special, such as <filename>.
             control = self._of_text if message.role == "text" else self._of_turns
             hidden = json.dumps(dict(message.parts), ensure_ascii=False) if message.parts else ""
-            if found := control.search(message.content + message.context + hidden):
-                what = "a control token of the tokenizer"
-                if found[0] == self._bos:
-                    what = "a BOS that the tokenizer adds itself"
-                raise DataError(
-                    f"{conversation.place}: the text contains {found[0]!r}, {what}; remove it from "
-                    "the row"
+            if mark := _MARKS.search(message.content + message.context + hidden):
+                what = f"the text contains {mark[0]!a}, which Unicode reserves for programs"
+                raise DataError(f"{conversation.place}: {what}; remove it from the row")
+            can_stay = cuts and not message.from_setting
+            if can_stay:
+                content, context = (
+                    self._with_cuts(text, control) for text in (message.content, message.context)
                 )
+                message = replace(message, content=content, context=context)
+            if found := control.search(message.content + message.context + hidden):
+                in_content = not can_stay and not control.search(hidden)
+                raise self._error(conversation, message, found[0], in_content)
+            messages.append(message)
+        tools = json.dumps(conversation.tools, ensure_ascii=False) if conversation.tools else ""
+        if found := self._of_turns.search(tools):
+            raise self._error(conversation, None, found[0], False)
+        return replace(conversation, messages=tuple(messages)) if cuts else conversation
+
+    def _with_cuts(self, text: str, control: re.Pattern[str]) -> str:
+        """Cut tokens in a text behind their first character, and at an end what may be half of one.
+
+        Tokens of one character stay.
+        """
+
+        def cut(found: re.Match[str]) -> str:
+            token = found[0]
+            return token[0] + CUT + token[1:] if len(token) > 1 else token
+
+        before = ""
+        while text != before:
+            before, text = text, control.sub(cut, text)
+        inner = text.strip()
+        if any(inner[:size] in self._tails for size in self._sizes):
+            text = text.replace(inner, CUT + inner)
+        if any(inner[-size:] in self._heads for size in self._sizes):
+            text = text.replace(inner, inner + CUT)
+        return text
+
+    def _error(
+        self, conversation: Conversation, message: Message | None, token: str, may_stay: bool
+    ) -> DataError | ConfigError:
+        what = "a control token of the tokenizer"
+        if token == self._bos:
+            what = "a BOS that the tokenizer adds itself"
+        if message is not None and message.from_setting:
+            return ConfigError(f"data.system_prompt: contains {token!r}, {what}; remove it")
+        remedy = ", or set data.special_tokens_in_text: text" if may_stay else ""
+        return DataError(
+            f"{conversation.place}: the text contains {token!r}, {what}; remove it from the row"
+            + remedy
+        )
+
+
+_MARKS = re.compile(f"[{MARK}{CUT}]")
 
 
 class _Finisher:

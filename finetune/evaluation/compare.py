@@ -85,13 +85,13 @@ def main(arguments: argparse.Namespace) -> None:
         require_base(arguments.base)
     conversations = read(arguments.data, arguments.format, arguments.columns, arguments.limit)
     tokenizer = load_chat_tokenizer(arguments.tuned, arguments.trust_remote_code)
-    generate.refuse_control_tokens(tokenizer, conversations)
     wanted = [conversation.messages[-1].content for conversation in conversations]
     of_base = load_tokenizer(arguments.base, arguments.trust_remote_code)
     of_base.chat_template = tokenizer.chat_template
+    asked, by_base = (generate.prompts_of(each, conversations) for each in (tokenizer, of_base))
     given = {
-        "base": _answers("base", of_base, conversations, arguments),
-        "tuned": _answers("tuned", tokenizer, conversations, arguments, moved_base),
+        "base": _answers("base", of_base, by_base, arguments),
+        "tuned": _answers("tuned", tokenizer, asked, arguments, moved_base),
     }
     results = {
         score: {
@@ -114,13 +114,10 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def _answers(
-    name: str, tokenizer: Any, conversations: list[Conversation], arguments: argparse.Namespace,
+    name: str, tokenizer: Any, prompts: list[str], arguments: argparse.Namespace,
     moved_base: str | None = None,
 ) -> list[Answer]:  # fmt: skip
     """Return the answers of one of the two models, --base or --tuned."""
-    prompts = [
-        generate.chat_prompt(tokenizer, c.messages[:-1], c.place, c.tools) for c in conversations
-    ]
     trusted = arguments.trust_remote_code
     model = load(getattr(arguments, name), trust_remote_code=trusted, base=moved_base)
     if name == "base" and (note := other_base(arguments.tuned, model)):

@@ -18,7 +18,7 @@ from finetune.data.conversations import Conversation, Message
 from finetune.data.places import Place
 from finetune.data.problems import Problems
 from finetune.data.templates import Template
-from finetune.data.tokens import ControlTokens, encode_prompt
+from finetune.data.tokens import ControlTokens, encode_prompt, sample_prompt
 from finetune.models.attention_choice import own_attention
 
 LINE_SECONDS = 10  # between two lines about progress without a terminal
@@ -147,7 +147,7 @@ def while_training(
     Leaves the model unchanged. `template` None: prompts are plain text to continue. `together`: as
     in `answers`.
     """
-    texts = [templates.sample_prompt(template, prompt, system_prompt) for prompt in prompts]
+    texts = [sample_prompt(template, tokenizer, prompt, system_prompt) for prompt in prompts]
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     was_training = model.training
     settings = [(each, each.generation_config) for each in (model, inner)]
@@ -164,23 +164,43 @@ def while_training(
         model.train(was_training)
 
 
+class Prompts:
+    """Conversations up to the next answer, as the tokenizer's chat template renders them.
+
+    Special tokens in their text stay characters, so that no message forges a turn.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        own = _own_template(tokenizer, tokenizer.get_added_vocab())
+        self._template = replace(own, learn_opening=True)
+        self._control = ControlTokens(tokenizer, own.turn_ends)
+
+    def of(self, conversation: Conversation) -> str:
+        """Return the prompt of a conversation that ends before an answer. Raises DataError."""
+        asked = self._control.as_text(conversation)
+        return self._template.prompt(asked.messages, asked.place, asked.tools)
+
+
 def chat_prompt(
     tokenizer: Any, messages: Sequence[Message], place: Place = templates.PROMPT,
     tools: tuple[Mapping[str, Any], ...] = (),
 ) -> str:  # fmt: skip
-    """Return a conversation up to the next answer, as the tokenizer's chat template renders it."""
-    return replace(_own_template(tokenizer), learn_opening=True).prompt(messages, place, tools)
+    """Return one such prompt."""
+    return Prompts(tokenizer).of(Conversation(tuple(messages), place, tools))
 
 
-def refuse_control_tokens(tokenizer: Any, conversations: Sequence[Conversation]) -> None:
-    """Raise DataError for rows with tokens that would forge turns; training refuses them, too."""
-    template = _own_template(tokenizer, tokenizer.get_vocab())
-    control, problems = ControlTokens(tokenizer, template.turn_ends), Problems()
-    for conversation in conversations:
+def prompts_of(tokenizer: Any, conversations: Sequence[Conversation]) -> list[str]:
+    """Return the prompts of conversations, each without its last message.
+
+    Raises DataError for rows with special tokens in calls of tools, where they would forge turns.
+    """
+    prompts, problems, found = Prompts(tokenizer), Problems(), []
+    for each in conversations:
         problems.num_rows += 1
         with problems.noted():
-            control.refuse(conversation)
+            found.append(prompts.of(replace(each, messages=each.messages[:-1])))
     problems.raise_if_any()
+    return found
 
 
 def without_opening(tokenizer: Any, answers: Sequence[str]) -> list[str]:
