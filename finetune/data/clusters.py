@@ -15,6 +15,8 @@ from itertools import chain
 
 import numpy as np
 
+from finetune.data.spans import mixed
+
 THRESHOLD = 0.8
 """Jaccard similarity from which two texts are near-duplicates."""
 SHINGLE = 3  # words; one changed word of 200 changes 3 of 198 shingles
@@ -75,13 +77,6 @@ def grams(hashes: np.ndarray, lengths: np.ndarray, n: int) -> Grams:
         combined += hashes[offset : offset + count]
     starts = np.flatnonzero(rows[:count] == rows[n - 1 : n - 1 + count])
     return Grams(mixed(combined[starts]), rows[starts], starts)
-
-
-def mixed(values: np.ndarray) -> np.ndarray:
-    """Spread the bits of hashes, as splitmix64 ends."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
 
 
 @dataclass(frozen=True)

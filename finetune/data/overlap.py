@@ -16,6 +16,7 @@ import numpy as np
 
 from finetune.data import clusters
 from finetune.data.clusters import Grams
+from finetune.data.spans import mixed
 
 LONG, SHORT = 13, 8  # words
 COVERED = 0.5
@@ -250,7 +251,7 @@ def _sequences(hashes: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Return a hash of each text's words in their order."""
     starts = np.cumsum(lengths) - lengths
     places = (np.arange(len(hashes)) - np.repeat(starts, lengths)).astype(np.uint64)
-    spread = clusters.mixed(hashes + places * np.uint64(0x9E3779B97F4A7C15))
+    spread = mixed(hashes + places * np.uint64(0x9E3779B97F4A7C15))
     before = np.concatenate([np.zeros(1, np.uint64), np.cumsum(spread, dtype=np.uint64)])
     return before[starts + lengths] - before[starts]
 

@@ -6,6 +6,7 @@ from itertools import islice
 
 import numpy as np
 
+from finetune.data import spans
 from finetune.data.conversations import Sample
 from finetune.data.examples import Examples
 from finetune.data.overlap import Overlap, Text
@@ -20,9 +21,10 @@ AT_ONCE = 1_000  # texts
 def notes(train: Examples) -> Iterator[str]:
     """Note exact duplicates, and prompts with several answers, of what is trained on."""
     first: dict[bytes, int] = {}
+    chosen = _repeated(train).tolist()
     twice = [
         (first[digest], number)
-        for number, digest in enumerate(train.digests())
+        for number, digest in zip(chosen, train.digests(chosen))
         if first.setdefault(digest, number) != number
         and train.place(first[digest]) != train.place(number)  # else data.weights repeats it
     ]
@@ -41,18 +43,46 @@ def notes(train: Examples) -> Iterator[str]:
         )
 
 
+def _repeated(train: Examples) -> np.ndarray:
+    """Return the examples that may be the same as another."""
+    stream, documents = train.input, _first_documents(train)
+    return spans.repeated(stream.ids, stream.starts[documents], stream.ends[documents])
+
+
+def _first_documents(train: Examples) -> np.ndarray:
+    if train.example_ends is None:
+        return np.arange(len(train))
+    return np.concatenate([[0], train.example_ends[:-1]])
+
+
 def _answers(train: Examples) -> dict[bytes, dict[bytes, int]]:
-    """Return prompt -> last answer -> the first example with both, by hashes of their tokens."""
+    """Return prompt -> last answer -> the first example with both, by hashes of their tokens.
+
+    Only of prompts that more than one example may have, of the first document of each.
+    """
     found: dict[bytes, dict[bytes, int]] = {}
-    for example in range(len(train)):
-        part = train.input.span(train.documents(example)[0])
-        supervised = np.asarray(train.supervised[part])
-        begins = np.flatnonzero(supervised[1:] & ~supervised[:-1])
-        if not len(begins):  # all is learned: nothing asks
-            continue
-        start = int(begins[-1]) + 1
-        ids = np.asarray(train.input.ids[part])
-        found.setdefault(_hash(ids[:start]), {}).setdefault(_hash(ids[start:]), example)
+    documents = _first_documents(train)
+    starts, ends = train.input.starts[documents], train.input.ends[documents]
+    answers = _last_answers(train.supervised, starts, ends)
+    asking = np.flatnonzero(answers > starts)  # where all is learned, nothing asks
+    chosen = asking[spans.repeated(train.input.ids, starts[asking], answers[asking])]
+    for example in chosen.tolist():
+        prompt = _hash(train.input.ids[starts[example] : answers[example]])
+        answer = _hash(train.input.ids[answers[example] : ends[example]])
+        found.setdefault(prompt, {}).setdefault(answer, example)
+    return found
+
+
+def _last_answers(supervised: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Return where the last supervised part of each document begins; its start if nowhere else."""
+    found = np.array(starts)
+    for part, places, bounds in spans.parts(starts, ends):
+        flags = supervised[places]
+        begins = flags[1:] & ~flags[:-1]
+        begins[bounds[1:-1] - 1] = False  # what follows is another document
+        begun = np.concatenate([[-1], np.flatnonzero(begins) + 1])
+        last = begun[np.searchsorted(begun, bounds[1:]) - 1]
+        found[part] += np.maximum(last - bounds[:-1], 0)
     return found
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from finetune.data import spans
 from finetune.data.tokens import predicting
 
 if TYPE_CHECKING:
@@ -43,9 +44,8 @@ class View:
 
     def num_labels(self, examples: "Examples") -> np.ndarray:
         """Return the labels of each document, int64 [documents]."""
-        parts = map(examples.input.span, range(len(examples.input.starts)))
-        counts = (len(predicting(examples.supervised[part])) for part in parts)
-        return np.fromiter(counts, np.int64, len(examples.input.starts))
+        stream = examples.input  # no token predicts the first of a document
+        return spans.sums(examples.supervised, stream.starts + 1, stream.ends)
 
     def document(self, examples: "Examples", number: int, example: int, epoch: int) -> Document:
         """Return a document as the model gets it in an epoch."""
@@ -100,9 +100,7 @@ def part_of(count: Any, fraction: float) -> Any:
 
 def num_supervised(examples: "Examples") -> np.ndarray:
     """Return the supervised tokens of each document, int64 [documents]."""
-    before = np.concatenate([[0], np.cumsum(examples.supervised, dtype=np.int64)])
-    stream: np.ndarray = before[examples.input.ends] - before[examples.input.starts]
-    return stream
+    return spans.sums(examples.supervised, examples.input.starts, examples.input.ends)
 
 
 def _columns(examples: "Examples", number: int) -> dict[str, np.ndarray]:
