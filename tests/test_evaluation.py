@@ -1,4 +1,4 @@
-"""Scores, the paired interval, and base beside tuned."""
+"""Scores, and base beside tuned."""
 
 import errno
 import json
@@ -36,33 +36,6 @@ def test_exact_match_ignores_white_space_at_the_ends_only():
 )
 def test_word_accuracy(answer, wanted, score):
     assert scores.word_accuracy(answer, wanted) == pytest.approx(score)
-
-
-def test_the_interval_holds_the_gain_and_is_narrower_with_more_rows():
-    low, high = scores.paired_interval([0] * 50, [1, 0] * 25)
-    assert low < 0.5 < high
-    more = scores.paired_interval([0] * 5000, [1, 0] * 2500)
-    assert more[1] - more[0] < (high - low) / 5
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "low", "high"),
-    [
-        # ((1 - d) / (1 + d)) 4 = 1.96^2, of Tango's formula where all rows go up
-        ([0] * 4, [1] * 4, 0.0202, 1.0),
-        # Wilson's for 0 of 4: 1.96^2 / (4 + 1.96^2)
-        ([1, 1, 0, 0], [1, 1, 0, 0], -0.4899, 0.4899),
-        ([1] * 1, [1] * 1, -0.7935, 0.7935),
-        ([0] * 1000, [1] * 1000, 0.9923, 1.0),
-    ],
-)
-def test_the_interval_of_right_and_wrong_answers_is_never_a_point(before, after, low, high):
-    assert scores.paired_interval(before, after) == pytest.approx((low, high), abs=1e-4)
-
-
-def test_few_rows_of_graded_scores_have_no_interval():
-    assert scores.paired_interval([0.5] * 29, [0.7] * 29) is None
-    assert scores.paired_interval([0.5] * 30, [0.7, 0.8] * 15) is not None
 
 
 QUICK = {"train__max_steps": 1, "train__micro_batch_size": 8}

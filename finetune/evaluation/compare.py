@@ -19,13 +19,13 @@ from finetune import failures, files, own_code
 from finetune.config import paths
 from finetune.config.base import model_argument, require_model
 from finetune.config.own import own_format
-from finetune.data import rows, source_files
+from finetune.data import clusters, rows, source_files
 from finetune.data.column_names import FORMATS
 from finetune.data.conversations import Conversation
 from finetune.data.places import list_columns
 from finetune.data.problems import Problems
 from finetune.errors import ConfigError, DataError, Outage, UserError
-from finetune.evaluation import scores
+from finetune.evaluation import scores, statistics
 from finetune.export.load import (
     load,
     load_chat_tokenizer,
@@ -255,16 +255,19 @@ def report(
     results: dict[str, Any], shown: int, max_new_tokens: int,
 ) -> str:  # fmt: skip
     """Return the table and the first examples, as text."""
+    groups = clusters.of_texts(map(_text, conversations)).tolist()
+    alike = f", in {len(set(groups))} clusters of near-duplicates"
     lines = [
-        f"{len(wanted)} held-out {'row' if len(wanted) == 1 else 'rows'}",
+        f"{len(wanted)} held-out {'row' if len(wanted) == 1 else 'rows'}"
+        + alike * (len(set(groups)) < len(groups)),
         f"{'':<16}{'base':>8}{'tuned':>8}   gain, 95% interval over the rows",
     ]
     for score, by_model in results.items():
         base, tuned = (100 * sum(by_model[name]) / len(wanted) for name in ("base", "tuned"))
-        interval = scores.paired_interval(by_model["base"], by_model["tuned"])
+        found = statistics.difference(by_model["base"], by_model["tuned"], groups)
         within = "too few rows for an interval"
-        if interval is not None:
-            within = f"{100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}"
+        if found.low is not None and found.high is not None:
+            within = f"{100 * found.low:+.1f} to {100 * found.high:+.1f}"
         lines.append(f"{score:<16}{base:>7.1f}%{tuned:>7.1f}%   {tuned - base:+.1f} ({within})")
     cut = {name: sum(answer.is_cut for answer in answers) for name, answers in given.items()}
     if any(cut.values()):
@@ -307,6 +310,10 @@ def as_lines(
             line |= {f"{score.replace(' ', '_')}_{name}": by_model[name][i] for name in given}
         written.append(json.dumps(line, ensure_ascii=False) + "\n")
     return "".join(written)
+
+
+def _text(conversation: Conversation) -> str:
+    return "\n".join(f"{m.content}\n{m.context}" for m in conversation.messages)
 
 
 def _note(text: str) -> None:
