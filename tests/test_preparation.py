@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, read_jsonl, short, write_jsonl
+import yaml
+from conftest import ROOT, read_jsonl, run_main, short, tiny_llama, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -733,7 +734,9 @@ def stuff(folder: Path) -> None:
     (folder / "manuals").mkdir()
     questions = [(f"What about {part(n, 0, 9)}?", f"It is {part(n, 10, 30)}.") for n in range(30)]
     faq = "".join(f"<h2>{ask}</h2><p>{answer} &amp; more</p>" for ask, answer in questions)
-    (folder / "faq/all.html").write_text(f"<h1>FAQ</h1>{faq}<h2>Where?</h2><p>{GERMAN}</p>")
+    (folder / "faq/all.html").write_text(
+        f"<title>FAQ</title><h1>FAQ</h1>{faq}<h2>Where?</h2><p>{GERMAN}</p>"
+    )
     text = f"# Pump\n\nWrite to ann@example.org about the pump, or wait for {part(50, 0, 9)}.\n"
     (folder / "manuals/pump.md").write_text(text)
     ask = {
@@ -748,38 +751,71 @@ def stuff(folder: Path) -> None:
     (folder / "tickets.csv").write_text(
         "ticket_id,author_role,body\n"
         f'1,customer,"What about {part(3, 0, 9)} ?"\n1,agent,"it is {part(3, 10, 30)} & more!"\n'
-        f'2,customer,"Why is {part(60, 0, 20)}?"\n2,agent,Because it is so.\n'
+        f"2,customer,Why is {part(60, 0, 20)}?\n2,agent,Because it is so.\n"
     )
-    write_jsonl(folder / "exam.jsonl", [{"question": f"Why is {part(60, 0, 20)}?", "answer": "x"}])
+    copy = f"# FAQ\n\n## What about {part(3, 0, 9)}?\n\nIt is {part(3, 10, 30)} & more!\n"
+    (folder / "manuals/copy.md").write_text(copy)
+    question = f"What does FAQ say about What about {part(9, 0, 9)}??"
+    write_jsonl(folder / "exam.jsonl", [{"question": question, "answer": "x"}])
 
 
 GERMAN = "Das Wetter ist heute schön, deshalb gehen wir am Fluss entlang zur alten Mühle."
 
 
-def test_the_ten_commands_of_the_documentation(bench, monkeypatch):
+def commands(text: str) -> list[list[str]]:
+    """Return the commands of the first block of a text, as lists of words after `python`."""
+    block, *_ = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    return [shlex.split(line.removeprefix("python ")) for line in block.splitlines()]
+
+
+def test_the_sources_of_the_documentation_become_one_file(bench, monkeypatch):
     monkeypatch.chdir(bench.folder)
     stuff(Path("stuff"))
-    block, *_ = re.findall(r"```bash\n(.*?)```", DOCS, re.DOTALL)
-    commands = [shlex.split(line) for line in block.splitlines()]
-    assert len(commands) == 10
+    for command in commands(DOCS):
+        assert command[:3] == ["-m", "finetune", "data"]
+        assert bench.run(*command[3:]) == 0, bench.stderr
+    made = read_jsonl(Path("all.jsonl"))
+    assert len(made) == 31 + 2 + 1 + 2
+    assert all(row["messages"][-1]["role"] == "assistant" for row in made)
+
+
+@pytest.mark.slow
+def test_the_ten_commands_of_the_documentation(bench, monkeypatch, bytes_tokenizer):
+    """Only the model is another: a folder of its name holds one of two layers."""
+    from transformers import AutoModelForCausalLM
+
+    page = (ROOT / "docs/data.md").read_text()
+    ten = commands(page)
+    assert len(ten) == 10
+    monkeypatch.chdir(bench.folder)
+    stuff(Path("stuff"))
+    [config] = re.findall(r"```yaml\n(run:.*?)```", page, re.DOTALL)
+    Path("my_run.yaml").write_text(config)
+    model = Path(yaml.safe_load(config)["model"]["path"])
+    AutoModelForCausalLM.from_config(tiny_llama(vocab_size=261)).save_pretrained(model)
+    bytes_tokenizer.save_pretrained(model)
     counts = {}
-    for command in commands:
-        assert command[:4] == ["python", "-m", "finetune", "data"]
-        file = Path(f"{command[4]}.json")
-        assert bench.run(*command[4:], "--counts", file) == 0, bench.stderr
-        counts[command[4]] = json.loads(file.read_text())
-    assert counts["convert"]["written"] == 31 + 1 + 1 + 2
+    for command in ten[:8]:
+        assert command[:3] == ["-m", "finetune", "data"]
+        file = Path(f"{command[3]}.json")
+        assert bench.run(*command[3:], "--counts", file) == 0, bench.stderr
+        counts[command[3]] = json.loads(file.read_text())
     assert counts["clean"]["dropped"]["language de"] == 1
     assert counts["scrub"]["changed"]["email"] == 1
     assert counts["dedup"]["dropped"] == {"near-duplicate": 1}
     assert counts["decontaminate"]["dropped"] == {"the same text": 1}
-    made = [
-        row for name in ("train", "dev", "test") for row in read_jsonl(Path(f"ready/{name}.jsonl"))
-    ]
-    assert len(made) == counts["clean"]["written"] - 2 == counts["split"]["written"]
-    assert all(row["messages"][-1]["role"] == "assistant" for row in made)
-    assert "[EMAIL_1]" in str(made)
-    assert bench.run("validate", "ready") == 0
+    assert (
+        counts["validate"]["read"] == counts["split"]["written"] == counts["clean"]["written"] - 2
+    )
+    assert "[EMAIL_1]" in Path("fair.jsonl").read_text()
+    assert "overlap" in Path("card/report.html").read_text().lower()
+    assert ten[8][:2] == ["-m", "finetune"]
+    assert main(ten[8][2:]) == 0
+    assert "supervised" in Path("my_rows.html").read_text()
+    assert ten[9][0] == "train.py"
+    assert run_main(*ten[9][1:]) == 0
+    rows = counts["split"]["changed"]["in train"]
+    assert f"{rows} rows -> {rows} examples" in bench._capsys.readouterr().out
 
 
 def test_the_documentation_lists_every_program():
