@@ -19,6 +19,7 @@ EXTRA = {
     "tensorboard": "tracking",
     "trackio": "tracking",
     "wandb": "tracking",
+    "wordllama": "data",
 }
 
 

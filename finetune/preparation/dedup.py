@@ -3,6 +3,8 @@
 Exact duplicates have the same text, apart from spaces around it. Near-duplicates share at least
 --threshold of all runs of three words that either has (Jaccard similarity), without case and
 punctuation; rows that are connected by such pairs are one cluster, and one row of it stays.
+--semantic also removes rows that mean the same in other words: the cosine of their vectors, made by
+a small model on this machine, is at least --similarity.
 """
 
 import argparse
@@ -12,15 +14,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from hashlib import blake2b
 
+import numpy as np
+
+from finetune.config import paths
 from finetune.data import clusters
 from finetune.data.clusters import Fingerprints
+from finetune.data.overlap import without_template
 from finetune.data.places import Place, Row, short
-from finetune.errors import DataError
+from finetune.errors import DataError, UserError
+from finetune.preparation import embeddings, semantic, texts, workers
 from finetune.preparation import frame as frames
-from finetune.preparation import texts, workers
 from finetune.preparation.frame import Frame
 
-EXACT, NEAR = "exact duplicate", "near-duplicate"
+EXACT, NEAR, MEANING = "exact duplicate", "near-duplicate", "same meaning"
+SIMILARITY = 0.95
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = "similarity from which two rows are near-duplicates"
     add("--threshold", type=frames.fraction, default=clusters.THRESHOLD, help=what)
     add("--exact", action="store_true", help="remove exact duplicates only")
+    add("--semantic", action="store_true", help="also remove rows that mean the same")
+    what = "cosine from which two rows mean the same"
+    add("--similarity", type=frames.fraction, default=argparse.SUPPRESS, metavar="COSINE",
+        help=f"{what} (default: {SIMILARITY})")  # fmt: skip
+    what = "folder of another model that makes vectors of texts, for --semantic"
+    add("--embedding", type=paths.argument, metavar="FOLDER", help=what)
     what = "which row of a cluster stays: its first, or the best by --by"
     add("--keep", choices=("first", "best"), default="first", help=what)
     what = "column of numbers: the highest is the best (default: the longest text)"
@@ -40,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(frame: Frame, arguments: argparse.Namespace) -> None:
+    if not arguments.semantic and ("similarity" in arguments or arguments.embedding):
+        raise UserError("--similarity and --embedding are for --semantic; add it, or remove them")
+    embed = embeddings.embedder(arguments.embedding) if arguments.semantic else None
     seen = _Seen(arguments.keep == "best", arguments.by)
     found = seen.texts(frame)
     labels = exact = seen.firsts
@@ -48,15 +64,22 @@ def main(frame: Frame, arguments: argparse.Namespace) -> None:
     else:
         prints = fingerprints(found, arguments.threshold, arguments.workers)
         labels = clusters.clusters(prints, arguments.threshold).tolist() if prints else []
+    near = labels
+    if embed and labels:
+        similarity = getattr(arguments, "similarity", SIMILARITY)
+        vectors = _vectors(frame, labels, arguments, embed)
+        labels = semantic.united(labels, vectors, similarity)
     merit = seen.merit if arguments.keep == "best" else None
     stays, stays_of_equal = _staying(labels, merit), _staying(exact, merit)
+    stays_of_near = _staying(near, merit)
     frame.details["largest_clusters"] = _largest(labels)
     with frame.writing() as write:
         for number, row in enumerate(frame.rows(title="writing")):
             if stays[number] == number:
                 write(row.values, row.place)
                 continue
-            reason = EXACT if stays_of_equal[number] != number else NEAR
+            reason = NEAR if stays_of_near[number] != number else MEANING
+            reason = EXACT if stays_of_equal[number] != number else reason
             frame.drop(row, reason, kept=frame.shown(seen.places[stays[number]]))
 
 
@@ -99,6 +122,29 @@ def fingerprints(found: Iterable[str], threshold: float, count: int) -> Fingerpr
     make = partial(partial, clusters.fingerprint, threshold=threshold)
     parts = list(workers.mapped(make, workers.chunks(found), count))
     return Fingerprints.joined(parts) if parts else None
+
+
+def _vectors(
+    frame: Frame, labels: Sequence[int], arguments: argparse.Namespace, embed: embeddings.Embed
+) -> np.ndarray:
+    """Return the vectors of the first rows of clusters: [clusters, dimensions]."""
+    found = (  # what all rows share would make all of them alike
+        without_template(texts.text_of(row.values, frame.columns))
+        for number, row in enumerate(frame.rows(title="embedding"))
+        if labels[number] == number
+    )
+    parts: Iterator[np.ndarray] = map(embed, workers.chunks(found))
+    if embeddings.is_static(embed):  # an encoder uses all cores, or the GPU, by itself
+        make, folder = embeddings.embedder, arguments.embedding
+        parts = workers.mapped(make, workers.chunks(found), arguments.workers, folder)
+    vectors, done = np.zeros((0, 0), np.float32), 0
+    for part in parts:
+        if not done:  # not all parts and the whole at once
+            count = sum(number == label for number, label in enumerate(labels))
+            vectors = np.empty((count, part.shape[1]), np.float32)
+        vectors[done : done + len(part)] = part
+        done += len(part)
+    return vectors
 
 
 def _staying(labels: Sequence[int], merit: Sequence[float] | None) -> Sequence[int]:
