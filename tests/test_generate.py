@@ -101,7 +101,7 @@ def test_tasks_grow_from_seeds(bench, server, steps):
 
 
 def test_requests_show_new_tasks_too(bench, server):
-    rows = made(bench, server, bench.rows(SEEDS), "--rows", 120)
+    rows = made(bench, server, bench.rows(SEEDS), "--rows", 120, "--at-once", 1)
     later = [body["messages"][0]["content"] for body in server.seen[16:]]
     assert later
     assert all(any(row["question"] in prompt for row in rows) for prompt in later)
@@ -549,6 +549,7 @@ def test_ten_thousand_questions_are_compared_in_seconds(count):
 # ------------------------------------------------------------------------------------ this machine
 
 
+@pytest.mark.slow
 def test_a_model_on_this_machine_answers_without_a_network(bench, tmp_path):
     workshop = Workshop(tmp_path)
     model = workshop.train(train__max_steps=1) / "model"

@@ -40,8 +40,8 @@ def static_embedder(folder: str | None) -> Embed | None:
     """Return what makes vectors by adding up those of words; None if the folder has no such."""
     if folder is None:
         extras.require("wordllama", "--semantic")
-        package = Path(str(importlib.util.find_spec("wordllama").origin)).parent  # type: ignore[union-attr]
-        return _Static(*(package / name for name in SHIPPED))
+        [package] = importlib.util.find_spec("wordllama").submodule_search_locations  # type: ignore
+        return _Static(*(Path(package) / name for name in SHIPPED))
     root = Path(folder)
     if not root.is_dir():
         raise ModelError(f"--embedding: {printable(folder)}: no such folder")
