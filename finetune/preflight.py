@@ -112,12 +112,7 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     template = _template(wanted, format, tokenizer, date)
     if objective.has_turns:
         template = tokens.with_bos(template, tokenizer)
-    options = tokens.Options(
-        wanted.format, wanted.columns, wanted.text_unit, wanted.system_prompt,
-        objective.supervises(wanted.loss_on), wanted.max_length, wanted.truncation,
-        _positions(model_config), wanted.repair_turns, _skipping(wanted), bool(objective.formats),
-        wanted.special_tokens_in_text,
-    )  # fmt: skip
+    options = _options(wanted, objective, model_config)
     view = objective.view(config.objective, tokenizer, config.run.seed)
     train, evals, known, num_rows = _examples(config, sources, template, tokenizer, options, view)
     template = replace(template, learn_opening=train.learn_opening)
@@ -154,6 +149,15 @@ def _in_format(wanted: config_fields.Data, objective: Objective) -> config_field
     if wanted.format != "auto" or len(objective.formats) != 1:
         return wanted
     return wanted.model_copy(update={"format": next(iter(objective.formats))})
+
+
+def _options(wanted: config_fields.Data, objective: Objective, model_config: Any) -> tokens.Options:
+    return tokens.Options(
+        wanted.format, wanted.columns, wanted.text_unit, wanted.system_prompt,
+        objective.supervises(wanted.loss_on), wanted.max_length, wanted.truncation,
+        _positions(model_config), wanted.repair_turns, _skipping(wanted), bool(objective.formats),
+        wanted.special_tokens_in_text, wanted.thinking,
+    )  # fmt: skip
 
 
 def _columns(wanted: config_fields.Data, sources: Sources, format: str) -> str:

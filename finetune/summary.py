@@ -411,9 +411,9 @@ def _data_without_effect(config: Config, data: Data) -> Iterator[str]:
         yield f"data.group_by_length saves nothing: with attention {kernel} nothing is padded"
     if wanted.group_by_length and sequences.lengths.min() == sequences.lengths.max():
         yield "data.group_by_length has no effect: all examples have the same length"
-    if wanted.loss_on == "last_turn" and data.format != "messages":
+    if wanted.loss_on in ("each_turn", "last_turn") and data.format != "messages":
         yield (
-            "data.loss_on: last_turn is the same as completion here: rows of format "
+            f"data.loss_on: {wanted.loss_on} is the same as completion here: rows of format "
             f"{data.format} have one answer"
         )
 

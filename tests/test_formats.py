@@ -559,8 +559,8 @@ def test_new_settings_at_their_defaults_leave_the_keys_of_older_caches():
         "format", "columns", "text_unit", "system_prompt", "loss_on", "max_length", "truncation",
     ]  # fmt: skip
     skipping = Skipping(True, 0.1)
-    kept = {"special_tokens_in_text": "text"}
-    for changes in ({"repair_turns": True}, {"skipping": skipping}, kept):
+    kept, dropped = {"special_tokens_in_text": "text"}, {"thinking": "drop"}
+    for changes in ({"repair_turns": True}, {"skipping": skipping}, kept, dropped):
         changed = replace(options, **changes)
         assert changed.deciding() != options.deciding()
 

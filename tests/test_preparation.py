@@ -641,7 +641,7 @@ def test_tool_calls_are_converted_whole_or_refused(bench):
     assert bench.made("convert", rows, "--to", "messages") == rows
     target = ["--output", bench.folder / "x.jsonl"]
     assert bench.run("convert", bench.rows(rows), "--to", "sharegpt", *target) == 2
-    assert "tools and their calls, which sharegpt cannot hold" in bench.stderr
+    assert "tools, their calls or thoughts, which sharegpt cannot hold" in bench.stderr
 
 
 def test_validate_lists_what_is_wrong(bench):

@@ -22,8 +22,8 @@ def user(content: str, context: str = "") -> Message:
     return Message("user", content, context=context)
 
 
-def assistant(content: str) -> Message:
-    return Message("assistant", content, supervised=True)
+def assistant(content: str, **others: Any) -> Message:
+    return Message("assistant", content, supervised=True, **others)
 
 
 def messages(question: str, answer: str) -> list[dict[str, Any]]:
@@ -175,7 +175,7 @@ def test_the_format_of_a_file_is_that_of_its_first_row(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("thinking", "hm"), ("train", 0.5), ("weight", "0"), ("loss_mask", [0]), ("mask", True),
+        ("train", 0.5), ("weight", "0"), ("loss_mask", [0]), ("mask", True),
         ("mask", False), ("isMasked", True), ("trainable", "no"), ("learn", 0), ("rating", -1),
         ("rating", 1), ("score", "2/5"), ("label", "bad"), ("is_good", False),
         ("feedback", {"helpful": 1}),
@@ -212,6 +212,27 @@ def test_an_empty_system_message_stays_and_is_not_none():
         assert made.messages == (system(""), user("q"), assistant("a"))
     turns[0]["content"] = None
     assert "message 1 of 'messages' (system) should have text" in refused({"messages": turns})
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+def test_thoughts_beside_an_answer_are_read(key, tmp_path):
+    turns, unread = messages("q", "a"), Counter()
+    turns[1][key] = "hm"
+    [answer] = converse({"messages": turns})[1:]
+    assert answer == assistant("a", parts={"reasoning_content": "hm"})
+    path = str(write_jsonl(tmp_path / "rows.jsonl", [{"messages": turns}]))
+    assert list(rows.samples([path], "auto", {}, "line", None, Problems(), unread))
+    assert not unread
+    if key == "thinking":
+        turns[1]["reasoning_content"] = ""
+        assert converse({"messages": turns})[1] == answer
+    turns[1]["reasoning_content"] = ["hm"]
+    assert "should have text as reasoning_content, got [" in refused({"messages": turns})
+    turns[1]["reasoning_content"] = "\ud83d"
+    assert "half of a character" in refused({"messages": turns})
+    turns = messages("q", "a")
+    turns[0][key] = "hm"
+    assert f"message 1 of 'messages' has {key!r}, which would be" in refused({"messages": turns})
 
 
 def test_an_empty_cell_for_the_system_message_is_none():

@@ -132,6 +132,24 @@ def test_parts_of_a_split_row_say_so(workshop):
     assert [part.cut for part in parts] == [f"part {n} of {len(parts)} of its row" for n in (1, 2)]
 
 
+def test_each_turn_of_a_row_is_shown_with_what_is_cut(workshop):
+    texts = ("hi", "so " * 5, "and", "so " * 40)
+    turns = [{"role": ("user", "assistant")[n % 2], "content": t} for n, t in enumerate(texts)]
+    rows = str(write_jsonl(workshop.folder / "turns.jsonl", [{"messages": turns}] * 3))
+    data, view = made(
+        workshop, data__train=rows, data__loss_on="each_turn", data__max_length=120,
+        data__truncation="right", data__template="chatml",
+    )  # fmt: skip
+    first, second = (view.show(item).documents[0] for item in view.items_of(2))
+    assert (first.cut, second.num_tokens) == ("", 120)
+    assert second.cut.endswith("tokens are cut on the right")
+    assert text(second).endswith(f"{texts[3]}<|im_end|>\n")
+    shown = Counter(
+        (text(d, *SEEN), mask(d), d.padding) for i in view.items for d in view.show(i).documents
+    )
+    assert shown == learned_in_an_epoch(data.train, data.tokenizer)
+
+
 @pytest.mark.parametrize("name", ["phi-2", "phi-3-mini", "bytes"])
 def test_decoded_runs_join_to_the_text(name, bytes_tokenizer, request):
     tokenizer = bytes_tokenizer

@@ -11,7 +11,7 @@ from tokenizers.processors import TemplateProcessing
 
 from finetune.data import chat_templates, templates
 from finetune.data.built_in_templates import TOKENS
-from finetune.data.conversations import Conversation, Message
+from finetune.data.conversations import Conversation, Message, turn_by_turn, without_thoughts
 from finetune.data.places import Place
 from finetune.data.templates import Template
 from finetune.errors import ConfigError, DataError, UserError
@@ -806,6 +806,19 @@ def test_smollm3_asked_not_to_think_has_empty_thoughts_in_every_prompt(real_data
     assert own.prompt(whole.messages[:2]).endswith("<|im_start|>assistant\n<think>\n\n</think>\n")
 
 
+def test_qwen3_learns_each_answer_in_an_example_of_its_own(real_data):
+    """With its thoughts, and without those of the answers before, as it is asked."""
+    own = real_template(real_data, "qwen3")
+    texts = ("Hi", "<think>\nhm\n</think>\n\nHello", "And?", "<think>\nso\n</think>\n\nFine")
+    found = [supervised(own, each, "last_turn") for each in turn_by_turn(conversation(*texts))]
+    assert found == [[f"{texts[1]}<|im_end|>"], [f"{texts[3]}<|im_end|>"]]
+    [_, second] = turn_by_turn(conversation(*texts))
+    assert "hm" not in own.segments(second, "last_turn")[0].text
+    assert supervised(own, thoughtful("hm"), "last_turn") == [
+        "<think>\nhm\n</think>\n\nYo<|im_end|>"
+    ]
+
+
 def test_qwen3_hides_earlier_thoughts_and_needs_last_turn(real_data):
     own, hm, so = (
         real_template(real_data, "qwen3"),
@@ -902,6 +915,61 @@ def test_thoughts_of_a_row_are_supervised_without_empty_ones(source, learned):
     whole = conversation("Hi", "<think>\nhm\n</think>\n\nFine")
     assert supervised(chat(source), whole) == [learned]
     assert chat(source).opens_itself(chat(source).segments(whole))
+
+
+# As Qwen3, but for earlier answers, which stay as they are.
+READS_THOUGHTS = (
+    "{% for m in messages %}" + TURN + "{% if m.reasoning_content %}<think>\n"
+    "{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    + ASKS
+)  # fmt: skip
+
+
+def thoughtful(*thoughts: str) -> Conversation:
+    """Questions and answers with these thoughts beside them."""
+    turns = []
+    for text in thoughts:
+        parts = {"reasoning_content": text} if text else {}
+        turns += [Message("user", "Hi"), Message("assistant", "Yo", supervised=True, parts=parts)]
+    return Conversation(tuple(turns), Place("rows.jsonl", 3))
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking"])
+def test_thoughts_beside_an_answer_are_supervised_where_the_template_writes_them(
+    bytes_tokenizer, key
+):
+    own, whole = chat(READS_THOUGHTS.replace("reasoning_content", key)), thoughtful("hm", "")
+    assert supervised(own, whole) == ["<think>\nhm\n</think>\n\nYo<|im_end|>", "Yo<|im_end|>"]
+    turns = [{"role": m.role, "content": m.content, **m.parts} for m in whole.messages]
+    expected = bytes_tokenizer.apply_chat_template(turns, chat_template=own.source, tokenize=False)
+    assert rendered(own, whole) == expected
+
+
+def test_thoughts_that_the_template_leaves_out_are_refused():
+    says = r"leaves out the thoughts of message 2 \('hm'\); set data\.thinking: drop, or write them"
+    with refuses(says):
+        chat(THINKS_LAST).segments(thoughtful("hm"))
+    assert supervised(chat(THINKS_LAST), without_thoughts(thoughtful("hm"))) == ["Yo<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "left"),
+    [
+        ("<think>\nhm\n</think>\n\nFine", "Fine"), ("hm</think>Fine", "Fine"), ("Fine", "Fine"),
+        (" <thinking>a</thinking> Fine <think>b</think>", "Fine <think>b</think>"),
+    ],
+)  # fmt: skip
+def test_thoughts_of_answers_are_dropped_on_request(answer, left):
+    whole = conversation(f"Say {answer}", answer)
+    assert [m.content for m in without_thoughts(whole).messages] == [f"Say {answer}", left]
+
+
+@pytest.mark.parametrize("answer", ["<think>hm</think> ", "<think>hm"])
+def test_an_answer_of_thoughts_alone_cannot_lose_them(answer):
+    with refuses(
+        r"^rows\.jsonl:3: message 2 holds nothing but thoughts, which data\.thinking: drop"
+    ):
+        without_thoughts(conversation("Hi", answer))
 
 
 def test_rows_without_thoughts_are_supervised_on_empty_ones():

@@ -535,6 +535,44 @@ def test_a_weight_where_every_token_is_supervised_is_refused(tokenizing):
     assert says.startswith("gives an answer a weight, which would be ignored where every token")
 
 
+LAST_THINKS = (  # as Qwen3's: thoughts of the last answer alone
+    "{% for m in messages %}{{ m.role + ':' }}{% if loop.last %}{{ m.content }}{% else %}"
+    "{{ m.content.split('</think>')[-1] }}{% endif %}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def test_each_answer_may_be_an_example_of_its_own(tokenizing):
+    tokenizer = bytes_tokenizer()
+    own = chat_for(tokenizer, LAST_THINKS)
+    row = turns("q", "<think>a</think>b", "r", "c", "s", "<think>d</think>e")
+    row["messages"][3]["train"] = False
+    assert "data.loss_on: each_turn" in tokenizing.refused([row], tokenizer, own)
+    for packed in ([row], [turns("q", "a"), row]):
+        found = tokenizing.prepare(packed, tokenizer, own, loss_on="each_turn")
+        assert [tokenizer.decode(of(found, n)[0]) for n in range(len(found))][-2:] == [
+            "user:q<|im_end|>assistant:<think>a</think>b<|im_end|>",
+            "user:q<|im_end|>assistant:b<|im_end|>user:r<|im_end|>assistant:c<|im_end|>user:s"
+            "<|im_end|>assistant:<think>d</think>e<|im_end|>",
+        ]
+        assert [learned(tokenizer, *of(found, n)) for n in range(len(found))][-2:] == [
+            ["<think>a</think>b<|im_end|>"], ["<think>d</think>e<|im_end|>"],
+        ]  # fmt: skip
+    assert (found.num_rows, len(found), found.num_distinct_rows) == (2, 3, 2)
+    plain = tokenizing.prepare([row], tokenizer, own, loss_on="each_turn", thinking="drop")
+    assert [learned(tokenizer, *of(plain, n)) for n in (0, 1)] == [["b<|im_end|>"], ["e<|im_end|>"]]
+    short = tokenizing.prepare(
+        [row], tokenizer, own, loss_on="each_turn", truncation="drop", max_length=45
+    )
+    assert (len(short), short.num_dropped) == (1, 1)
+
+
+def test_each_turn_cannot_part_documents_that_belong_together(tokenizing):
+    row = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    says = tokenizing.refused([row], format="preference", loss_on="each_turn")
+    assert says.startswith("data.loss_on: each_turn parts a row into its answers")
+
+
 def test_a_template_that_ends_no_turn_gets_an_eos_behind_the_answer(tokenizing):
     tokenizer = bytes_tokenizer()
     source = (

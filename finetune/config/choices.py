@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-LossOn = Literal["completion", "all", "last_turn"]
+LossOn = Literal["completion", "each_turn", "last_turn", "all"]
 """Which turns of a conversation to train on."""
 
 

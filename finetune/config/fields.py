@@ -217,7 +217,11 @@ class Data(Section):
     The exported chat template has them as defaults.
     """
     loss_on: LossOn = "completion"
-    """Train on every answer (completion), every token (all) or only the last answer (last_turn)."""
+    """Train on every answer (completion), on every answer in an example of its own with the turns
+    before it (each_turn), only on the last answer (last_turn), or on every token (all).
+    """
+    thinking: Literal["keep", "drop"] = "keep"
+    """Whether to train on the thoughts in answers: <think> ... </think>, or reasoning_content."""
     max_length: Annotated[int, Field(gt=1)] = 1024
     """Maximum number of tokens in a sequence."""
     truncation: Literal["error", "right", "left", "drop", "split"] = "error"

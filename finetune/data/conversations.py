@@ -1,10 +1,17 @@
 """What rows become: messages, conversations of them, and samples of conversations."""
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from finetune.data.places import Place, Row
+from finetune.errors import DataError
+
+THOUGHTS = "reasoning_content"
+"""The part of an answer that holds its thoughts, in the name that templates have for it."""
+# At the beginning of an answer; some prompts already open them.
+_THOUGHTS = re.compile(r"\s*(?:<think(?:ing)?>)?.*?</think(?:ing)?>\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -20,11 +27,16 @@ class Message:
     weight: float = 1.0
     """Factor of the loss of a supervised message."""
     parts: Mapping[str, Any] = field(default_factory=dict)
-    """What a template gets beside the content: tool_calls, and tool_call_id and name of a tool."""
+    """What a template gets beside the content: tool_calls, reasoning_content, and tool_call_id and
+    name of a tool."""
 
     @property
     def has_calls(self) -> bool:
         return "tool_calls" in self.parts
+
+    @property
+    def thoughts(self) -> str:
+        return str(self.parts.get(THOUGHTS, ""))
 
 
 @dataclass(frozen=True)
@@ -37,6 +49,33 @@ class Conversation:
     """Descriptions of the tools that the model may call, for the template's own `tools`."""
     repairs: tuple[str, ...] = field(default=(), compare=False)
     """What data.repair_turns changed."""
+
+
+def without_thoughts(conversation: Conversation) -> Conversation:
+    """Return the conversation without the thoughts of its answers.
+
+    Raises DataError for an answer that is nothing else, or whose thoughts do not end.
+    """
+    messages = []
+    for number, message in enumerate(conversation.messages, 1):
+        if message.role == "assistant":
+            content = _THOUGHTS.sub("", message.content, count=1)
+            parts = {key: value for key, value in message.parts.items() if key != THOUGHTS}
+            if not (content.strip() or "tool_calls" in parts) or content.startswith("<think"):
+                raise DataError(
+                    f"{conversation.place}: message {number} holds nothing but thoughts, which "
+                    "data.thinking: drop removes; remove the row"
+                )
+            message = replace(message, content=content, parts=parts)
+        messages.append(message)
+    return replace(conversation, messages=tuple(messages))
+
+
+def turn_by_turn(conversation: Conversation) -> list[Conversation]:
+    """Return a conversation that ends with it for each supervised answer."""
+    messages = conversation.messages
+    ends = [end for end, message in enumerate(messages, 1) if message.supervised]
+    return [replace(conversation, messages=messages[:end]) for end in ends]
 
 
 @dataclass(frozen=True)

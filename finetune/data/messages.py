@@ -9,7 +9,7 @@ from typing import Any
 
 from finetune import failures
 from finetune.data import verdicts
-from finetune.data.conversations import Message
+from finetune.data.conversations import THOUGHTS, Message
 from finetune.data.places import Place, short
 from finetune.errors import DataError
 
@@ -22,14 +22,14 @@ ROLES = {
     **dict.fromkeys(("function_call", "tool_call"), "call"),  # ShareGPT's: the value is JSON
 }
 SUPERVISED: tuple[Any, ...] = (None, [], "", 1, 1.0, True)
-# Keys of a message that hold a part of it, which would be lost here.
-PARTS = set("reasoning reasoning_content thinking".split())
+# Keys that hold the thoughts of an answer, as transformers reads them: the first that is filled.
+THINKING_KEYS = (THOUGHTS, "thinking", "reasoning")
 READ_KEYS = {"role", "content", "from", "value"}
 CALL_KEYS = {"tool_calls", "function_call"}
 TOOL_KEYS = {"tool_call_id", "name"}  # of a tool's message
 # Keys that say whether to learn an answer, by 0 or 1, true or false.
 TRAINED_KEYS = ("train", "training", "trainable", "weight", "loss")
-OF_ROLE = {"tool": TOOL_KEYS, "assistant": {"weight"}}  # further keys that are read
+OF_ROLE = {"tool": TOOL_KEYS, "assistant": {"weight", *THINKING_KEYS}}  # further keys that are read
 LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6  # besides 0; float32 holds all of them
 MAPPED_ROLES = ("user", "assistant")  # which data.columns can give other names
 # System and user, answers and calls of tools with their results, each by its letter.
@@ -91,11 +91,24 @@ def _message(where: str, turn: Any, for_training: bool, columns: Mapping[str, st
         parts["tool_calls"] = calls
     if role == "tool":
         parts = {key: turn[key] for key in sorted(TOOL_KEYS) if turn.get(key) is not None}
+    if role == "assistant" and (thoughts := _thoughts(where, turn)):
+        parts[THOUGHTS] = thoughts
     _require_nothing_lost(where, role, turn, for_training, columns)
     text = _text(where, role, content, may_be_empty=bool(calls) or role == "tool")
     supervised = role == "assistant" and (not for_training or _is_trained(turn))
     weight = _weight(where, turn) if supervised and for_training else 1.0
     return Message(role, text, supervised=supervised, weight=weight, parts=parts)
+
+
+def _thoughts(where: str, turn: Mapping[str, Any]) -> str:
+    """Return the thoughts of an answer that stand beside its content."""
+    for key in THINKING_KEYS:
+        if turn.get(key) not in SUPERVISED:
+            if not isinstance(turn[key], str):
+                raise DataError(f"{where} should have text as {key}, got {short(turn[key])}")
+            require_unicode(f"{where}: {key}", turn[key])
+            return str(turn[key])
+    return ""
 
 
 def _weight(where: str, turn: Mapping[str, Any]) -> float:
@@ -230,11 +243,11 @@ def repaired(messages: list[Message]) -> tuple[list[Message], list[str]]:
     head = 1 if messages[0].role == "system" else 0
     for message in messages:
         before = kept[-1] if kept else Message("", "")
-        has_calls = before.has_calls or message.has_calls
+        has_parts = bool(before.parts or message.parts)
         is_same = (before.role, before.supervised, before.weight) == (
             message.role, message.supervised, message.weight,
         )  # fmt: skip
-        if is_same and not has_calls and message.role in ("user", "assistant"):
+        if is_same and not has_parts and message.role in ("user", "assistant"):
             kept[-1] = replace(before, content=f"{before.content}\n\n{message.content}")
             changes.append("turns of one role in a row joined")
         else:
@@ -295,7 +308,7 @@ def _require_nothing_lost(
     extra = tuple(sorted(map(str, turn.keys() - READ_KEYS - set(columns.values()))))
     for key in extra:
         value, words = turn.get(key), verdicts.words(key)
-        if key in PARTS and value not in SUPERVISED:
+        if key in THINKING_KEYS and role != "assistant" and value not in SUPERVISED:
             raise DataError(
                 f"{where} has {key!r}, which would be ignored; remove it, or write it into the "
                 "content"

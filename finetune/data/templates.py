@@ -110,7 +110,8 @@ class Template:
         so that the EOS comes right behind it. If text in between were not learned, the model would
         not reach the EOS; if it were, the model would repeat it in every answer.
 
-        `loss_on`: completion (every assistant turn), last_turn, or all. Raises DataError if the
+        `loss_on`: completion (every assistant turn), last_turn, or all; for each_turn call this for
+        each answer, with last_turn. Raises DataError if the
         template fails, drops or changes a message, renders a prompt differently once the answer is
         known, or an answer differently once later turns are there, and if an answer before the last
         one has no end.
@@ -208,6 +209,10 @@ class Template:
             renders = f"it renders {_short(text[start:end])}"
             remedy = "use another data.template, or data.loss_on: last_turn"
             raise self._wrong(conversation, f"{what}: {renders}; {remedy}")
+        if not _holds(text[start:end], messages[turn].thoughts):
+            remedy = "set data.thinking: drop, or write them into the content"
+            what = f"leaves out the thoughts of message {turn + 1}"
+            raise self._wrong(conversation, f"{what} ({_short(messages[turn].thoughts)}); {remedy}")
         return start, end
 
     def _prompt_of(self, conversation: Conversation, text: str, alone: str, turn: int) -> str:
@@ -237,8 +242,8 @@ class Template:
         return self._wrong(
             conversation,
             f"renders the answer in message {turn + 1} differently once later turns are there, so "
-            "what is trained would not be what is asked; use data.loss_on: last_turn, or make a "
-            "row of each answer with the turns before it",
+            "what is trained would not be what is asked; use data.loss_on: each_turn, which makes "
+            "an example of each answer with the turns before it, or data.loss_on: last_turn",
         )
 
     def _wrong(self, conversation: Conversation, what: str) -> DataError:
@@ -246,7 +251,7 @@ class Template:
 
     def _end(self, conversation: Conversation, text: str, start: int, turn: int) -> int:
         messages = conversation.messages
-        marked = Message("assistant", messages[turn].content.rstrip() + MARK, supervised=True)
+        marked = replace(messages[turn], content=messages[turn].content.rstrip() + MARK)
         with_mark = (*messages[:turn], marked, *messages[turn + 1 :])
         moved = self._render(replace(conversation, messages=with_mark))
         end, shown = moved.find(MARK), f"({_short(messages[turn].content)})"
@@ -367,6 +372,8 @@ class Template:
         plain = []
         for message in conversation.messages:
             turn = {"role": message.role, "content": message.content, **message.parts}
+            if message.thoughts:
+                turn["thinking"] = message.thoughts  # transformers hands both names to a template
             if message.context and own:
                 turn["context"] = message.context
             elif message.context:

@@ -19,7 +19,13 @@ from tqdm import tqdm
 
 from finetune import own_code
 from finetune.data import rows
-from finetune.data.conversations import Conversation, Message, Sample
+from finetune.data.conversations import (
+    Conversation,
+    Message,
+    Sample,
+    turn_by_turn,
+    without_thoughts,
+)
 from finetune.data.places import Place, list_columns, some
 from finetune.data.problems import ENDS, Problems, Skipping
 from finetune.data.templates import MARK, Segment, Template
@@ -55,6 +61,7 @@ class Options:
     framed: bool = False
     """Whether rows have the tokenizer's own tokens around them, not a template (`frames`)."""
     special_tokens_in_text: str = "error"
+    thinking: str = "keep"
 
     def samples(
         self, sources: Sequence[str], problems: Problems, unread: "Counter[str] | None" = None
@@ -80,6 +87,8 @@ class Options:
             del values["framed"]
         if self.special_tokens_in_text == "error":
             del values["special_tokens_in_text"]
+        if self.thinking == "keep":
+            del values["thinking"]
         if own_code.is_own(self.format):
             code, name = own_code.get(self.format), self.format.rpartition(":")[2]
             values["format"] = f"{code.sha256}:{name}"
@@ -420,9 +429,11 @@ def tokenise(
                     finish(conversation, segments, *each)
                     for conversation, segments, each in zip(sample.conversations, parts, plain)
                 ]
-                lengths.append(sum(len(ids) for ids, _ in documents))
-                place = sample.conversations[0].place
-                pieces = _pieces(documents, options, finish.bos_id, place, problems, made.counts)
+                place, pieces = sample.conversations[0].place, list[list[Tokens]]()
+                apart = options.loss_on == "each_turn"
+                for own in [[each] for each in documents] if apart else [documents]:
+                    lengths.append(sum(len(ids) for ids, _ in own))
+                    pieces += _pieces(own, options, finish.bos_id, place, problems, made.counts)
                 made.add(pieces, sample, (index[place.source], place.line, place.row))
         bar.update(len(batch))
     bar.close()
@@ -476,13 +487,28 @@ def _rendered(
             problems.note(over, TOO_LONG, ends=True)
             continue
         with problems.noted(sample.row):
-            checked = (
-                control.as_text if options.special_tokens_in_text == "text" else control.refuse
-            )
-            conversations = [checked(each) for each in sample.conversations]
-            parts = [template.segments(each, options.loss_on) for each in conversations]
+            sample = _as_asked(sample, control, options)
+            loss_on = "last_turn" if options.loss_on == "each_turn" else options.loss_on
+            parts = [template.segments(each, loss_on) for each in sample.conversations]
             rendered.append((sample, parts))
     return rendered
+
+
+def _as_asked(sample: Sample, control: "ControlTokens", options: Options) -> Sample:
+    """Return a sample with the conversations that are rendered. Raise DataError if it has none."""
+    conversations = list(sample.conversations)
+    if options.thinking == "drop":
+        conversations = [without_thoughts(each) for each in conversations]
+    checked = control.as_text if options.special_tokens_in_text == "text" else control.refuse
+    conversations = [checked(each) for each in conversations]
+    if options.loss_on == "each_turn" and conversations[0].messages[0].role != "text":
+        if len(conversations) > 1:
+            raise DataError(
+                f"{conversations[0].place}: data.loss_on: each_turn parts a row into its answers, "
+                "and a row of several documents stays whole; use data.loss_on: completion"
+            )
+        conversations = turn_by_turn(conversations[0])
+    return replace(sample, conversations=tuple(conversations))
 
 
 def _pieces(

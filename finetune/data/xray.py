@@ -86,7 +86,9 @@ class Xray:
         added = getattr(tokenizer, "added_tokens_decoder", {})
         self._special |= {number for number, token in added.items() if token.special}
         self._whole = whole
-        self._whole_of = {key: n for n, key in enumerate(_keys(whole))} if whole else {}
+        self._whole_of: dict[Key, list[int]] = {}
+        for number, key in enumerate(_keys(whole) if whole else ()):
+            self._whole_of.setdefault(key, []).append(number)
         self._keys = {
             fate: list(_keys(each.sequences.examples)) for fate, each in self._batches.items()
         }
@@ -135,10 +137,10 @@ class Xray:
                 own = [keys[example] for example in batches.sequences.members(number)]
                 seen.update(own)
                 yield Item(fate, number, tuple(sorted({self._row[key] for key in own})))
-        for key, number in self._whole_of.items():
+        for key, numbers in self._whole_of.items():
             if key not in seen:
                 assert self._whole is not None
-                is_long = self._whole.lengths[number] > self._max_length
+                is_long = self._whole.lengths[numbers].max() > self._max_length
                 yield Item(DROPPED if is_long else LEFT_OUT, None, (self._row[key],))
 
     def _documents(self, fate: str, sequence: int) -> Iterator[ShownDocument]:
@@ -170,10 +172,10 @@ class Xray:
         part, num_parts = self._parts[fate][example]
         if num_parts > 1 and self._truncation == "split":
             return ids, kinds, f"part {part} of {num_parts} of its row"
-        if key not in self._whole_of:
+        if len(self._whole_of.get(key, ())) != num_parts:  # nothing is cut, or some are dropped
             return ids, kinds, ""
         assert self._whole is not None
-        documents = self._whole.documents(self._whole_of[key])
+        documents = self._whole.documents(self._whole_of[key][part - 1])
         if len(documents) > 1:  # rows of several documents are never cut
             return ids, kinds, ""
         whole = np.asarray(self._whole.input.ids[self._whole.input.span(documents[0])])
@@ -196,8 +198,8 @@ class Xray:
         """Return a row that the model never gets, with all its documents."""
         key = self._rows[row - 1]
         assert self._whole is not None
-        example = self._whole_of[key]
-        parts = [self._whole.input.span(n) for n in self._whole.documents(example)]
+        documents = [n for each in self._whole_of[key] for n in self._whole.documents(each)]
+        parts = [self._whole.input.span(n) for n in documents]
         ids = np.concatenate([np.asarray(self._whole.input.ids[part]) for part in parts])
         why = f"over data.max_length {self._max_length}: dropped"
         if fate == LEFT_OUT:

@@ -71,7 +71,7 @@ def converted(row: Row, arguments: argparse.Namespace) -> dict[str, Any]:
     ]
     if conversation.tools or any(each.parts for each in conversation.messages):
         if arguments.to != "messages":
-            what = f"this row has tools and their calls, which {arguments.to} cannot hold"
+            what = f"this row has tools, their calls or thoughts, which {arguments.to} cannot hold"
             raise DataError(f"{row.place}: {what}; convert it --to messages")
         kept |= {"tools": list(conversation.tools)} if conversation.tools else {}
     made = MAKERS[arguments.to](row, turns)
