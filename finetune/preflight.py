@@ -109,12 +109,14 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     # Now, because building a model completes its config, and only some processes build one.
     architecture = base_identity.architecture(model_config)
     kernel = _attention(config, model_config, topology)
-    template = _template(wanted, format, tokenizer, date)
+    template = _template(wanted, "text" if objective.formats else format, tokenizer, date)
     if objective.has_turns:
         template = tokens.with_bos(template, tokenizer)
     options = _options(wanted, objective, model_config)
+    options = replace(options, labels=_known_labels(config, model_config))
     view = objective.view(config.objective, tokenizer, config.run.seed)
     train, evals, known, num_rows = _examples(config, sources, template, tokenizer, options, view)
+    families.set_labels(model_config, train.labels)
     template = replace(template, learn_opening=train.learn_opening)
     kept = None
     if objective.has_turns:
@@ -142,6 +144,20 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
         tokenizer, template, model_config, kernel, train_batches, eval_batches, num_steps, new_ids,
         sources, known, identity, format, num_rows, options, _columns(wanted, sources, format),
     )  # fmt: skip
+
+
+def _known_labels(config: Config, model_config: Any) -> tuple[str, ...]:
+    """Return the labels of objective.labels, or of a model that is such a classifier already."""
+    family, given = families.of(config), getattr(config.objective, "labels", None)
+    saved = families.labels_of(model_config) if config.model.init == "pretrained" else None
+    if saved is None or families.of_saved(model_config) != family:
+        return tuple(given or ())
+    if given and len(given) != len(saved):
+        raise ConfigError(
+            f"objective.labels: names {len(given)} labels, but the model has {len(saved)}: "
+            f"{list_columns(saved)}; give as many, or leave the setting out"
+        )
+    return tuple(given or saved)
 
 
 def _in_format(wanted: config_fields.Data, objective: Objective) -> config_fields.Data:
@@ -251,7 +267,8 @@ def _examples(
     evals = None
     if sources.eval:
         same = replace(template, learn_opening=train.learn_opening)
-        made = examples.prepare(sources.eval, same, tokenizer, options, config.cache_dir)
+        alike = replace(options, labels=tuple(train.labels))
+        made = examples.prepare(sources.eval, same, tokenizer, alike, config.cache_dir)
         evals = replace(made, view=view)
         if evals.learn_opening != train.learn_opening:
             raise DataError(

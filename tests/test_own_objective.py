@@ -213,7 +213,7 @@ def test_a_missing_file_is_refused_with_the_folders_searched(workshop, own, refu
         in message
     )
     assert "own.py?" in message
-    assert "should be 'sft', 'clm', 'mlm' or FILE.py:NAME, got 'own.py'" in refusal("own.py")
+    assert "or FILE.py:NAME, got 'own.py'" in refusal("own.py")
     assert "no module no.such.module can be imported here" in refusal("no.such.module:Own")
     long = f"objective.kind: {'o' * 100}... cannot be a file: File name too long; correct the path"
     assert long in refusal(f"{'o' * 5000}.py:Own")

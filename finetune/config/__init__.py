@@ -19,6 +19,8 @@ from finetune.config.fields import (
     Optimizer,
     QLora,
     Schedule,
+    SequenceClassification,
+    TokenClassification,
     accumulation_steps,
     usual_lr,
 )
@@ -39,7 +41,7 @@ from finetune.config.yaml_text import from_yaml, read_yaml
 __all__ = [
     "OWN_CODE", "PADDED_ATTENTION", "PUT_BACK", "Adapter", "Check", "Config", "CrossEntropy",
     "Data", "Full", "Lora", "MaskedLm", "Model", "Optimizer", "OwnObjective", "QLora", "Schedule",
-    "accumulation_steps", "base", "code_identity", "conflicts", "differences", "flatten",
-    "from_dict", "from_yaml", "json_schema", "note_repeats", "own_codes", "parse", "paths",
-    "read_resolved", "read_yaml", "to_yaml", "usual_lr",
+    "SequenceClassification", "TokenClassification", "accumulation_steps", "base", "code_identity",
+    "conflicts", "differences", "flatten", "from_dict", "from_yaml", "json_schema", "note_repeats",
+    "own_codes", "parse", "paths", "read_resolved", "read_yaml", "to_yaml", "usual_lr",
 ]  # fmt: skip

@@ -33,10 +33,13 @@ FAMILIES: Mapping[str, str] = {
 }
 """Families of models, and what they are, in messages."""
 PADDED_FAMILIES = ("sequences", "seq2seq")
+CLASSIFIERS = ("sequences", "tokens")
 OBJECTIVES: Mapping[str, ObjectiveKind] = {
     "sft": ObjectiveKind(),
     "clm": ObjectiveKind(),
     "mlm": ObjectiveKind("masked", ("text",), "the tokens that masks hide"),
+    "sequence_classification": ObjectiveKind("sequences", ("text_label",), "a label of each row"),
+    "token_classification": ObjectiveKind("tokens", ("token_labels",), "a label of each word"),
 }
 
 

@@ -29,7 +29,7 @@ BatchSize = Annotated[int, Field(gt=0, le=1_000_000)]
 COLUMNS = (
     "text", "question", "answer", "prompt", "completion", "instruction", "input", "output",
     "messages", "system", "tools", "history", "chosen", "rejected", "label", "choices", "gold",
-    "role", "content", "user", "assistant",
+    "tokens", "labels", "role", "content", "user", "assistant",
 )  # fmt: skip
 # These train padded rectangles; the others take sequences end to end in one row.
 PADDED_ATTENTION = ("sdpa", "eager")
@@ -177,13 +177,14 @@ class Data(Section):
     format: (
         Literal[
             "auto", "text", "prompt_completion", "question_answer", "instruction", "messages",
-            "preference", "unpaired", "choices",
+            "preference", "unpaired", "choices", "text_label", "token_labels",
         ]
         | OwnName
     ) = "auto"  # fmt: skip
     """Format of the rows.
     auto: detect it from the columns of the first row; preference, unpaired, choices: rated answers,
-    for an objective of your own; FILE.py:NAME: a function of your own (docs/data.md).
+    for an objective of your own; text_label, token_labels: for classification;
+    FILE.py:NAME: a function of your own (docs/data.md).
     """
     columns: dict[str, str] = {}
     """Map columns with other names, as {question: Patient, answer: Doctor}.
@@ -258,6 +259,28 @@ class MaskedLm(CrossEntropy, Kind):
     """
 
 
+class SequenceClassification(CrossEntropy, Kind):
+    """A label for each row."""
+
+    kind: Literal["sequence_classification"]
+    """Train encoders on the label of each row."""
+    labels: list[str] | None = None
+    """Names of the labels, in the order of their numbers.
+    null: those of the model if it is such a classifier, else those of the rows, sorted.
+    """
+
+
+class TokenClassification(CrossEntropy, Kind):
+    """A label for each word."""
+
+    kind: Literal["token_classification"]
+    """Train encoders on the label of each word, at its first token."""
+    labels: list[str] | None = None
+    """Names of the labels, in the order of their numbers.
+    null: those of the model if it is such a classifier, else those of the rows, sorted.
+    """
+
+
 class Clm(CrossEntropy, Kind):
     """Causal language modelling."""
 
@@ -293,7 +316,9 @@ class Optimizer(Section):
     embedding_lr: PositiveNumber | None = None
     """Peak learning rate of embeddings and head; null: optimizer.lr."""
     head_lr: PositiveNumber | None = None
-    """Peak learning rate of value and score heads (docs/objectives.md); null: optimizer.lr."""
+    """Peak learning rate of value and score heads, and of the head of a classifier.
+    null: optimizer.lr (docs/objectives.md).
+    """
     lora_plus_ratio: PositiveNumber | None = None
     """LoRA+ (Hayou et al., 2024): learning rate of B divided by that of A matrices; null: 1."""
     betas: (
@@ -447,8 +472,10 @@ class Config(Section):
     """What to train: all weights, or low-rank adapters on top of frozen weights."""
     data: Data
     objective: Annotated[
-        SerializeAsAny[Clm | MaskedLm | Sft | OwnObjective],
-        by_kind(Sft, Clm, MaskedLm, own=own_objective),
+        SerializeAsAny[
+            Clm | MaskedLm | SequenceClassification | TokenClassification | Sft | OwnObjective
+        ],
+        by_kind(Sft, Clm, MaskedLm, SequenceClassification, TokenClassification, own=own_objective),
     ] = Sft()
     """The loss."""
     optimizer: Optimizer = Optimizer()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from finetune import own_code
 from finetune.config.choices import (
+    CLASSIFIERS,
     FAMILIES,
     OBJECTIVES,
     OPTIMIZERS,
@@ -84,7 +85,8 @@ def _objective_conflicts(config: Config) -> Iterator[str]:
     """List settings of `data` that do not fit the objective."""
     data, objective = config.data, config.objective
     name = own_code.without_folder(objective.kind)
-    if not (isinstance(objective, OwnObjective) and objective.objective.needs):
+    needs_heads = isinstance(objective, OwnObjective) and objective.objective.needs
+    if not (needs_heads or objective_kind(objective.kind).family in CLASSIFIERS):
         why = f"objective.kind: {name} has no value or score head in its `needs`"
         yield from _ignored(config, why, "optimizer.head_lr")
     if isinstance(objective, OwnObjective):

@@ -186,6 +186,8 @@ class Batches:
             each for number in sequences for each in self.sequences.documents(number, epoch)
         ]
         batch = (_pad if self.padded else _lay_end_to_end)(documents, self.pad_id)
+        if self.sequences.examples.view.predicts_documents:  # the model answers once for each row
+            batch = replace(batch, positions=batch.document)
         columns = {}
         for name, values in self.sequences.examples.columns.items():
             # Of no document: none of its shape.

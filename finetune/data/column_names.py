@@ -21,6 +21,11 @@ RATED: dict[str, tuple[str, ...]] = {
     "unpaired": ("label",),
     "choices": ("choices", "gold"),
 }
+# Formats of classification, each for one objective.
+LABELLED: dict[str, tuple[str, ...]] = {
+    "text_label": ("text", "label"),
+    "token_labels": ("tokens", "labels"),
+}
 # Format -> columns that it reads where a row has them -> their names in rows.
 OPTIONAL: dict[str, dict[str, tuple[str, ...]]] = {
     "messages": {"system": ("system", "system_prompt"), "tools": ("tools",)},
@@ -82,6 +87,8 @@ def by_other_case(row: Row) -> str | None:
 @functools.cache
 def columns_of(format: str) -> tuple[str, ...]:
     """Return the names that data.columns may have for a format."""
+    if format in LABELLED:
+        return LABELLED[format]
     if format in RATED:
         asked = [name for each in FORMATS.values() for name in each]
         return tuple(dict.fromkeys([*RATED[format], *asked, "input", "system", "tools"]))
@@ -106,8 +113,10 @@ def taken_from(row: Row, format: str, columns: Mapping[str, str]) -> dict[str, s
 
 def described(row: Row, format: str, columns: Mapping[str, str]) -> str:
     """Return the columns that are read, each with the row's own name of it, for the summary."""
-    taken = {} if format in RATED else taken_from(row, format, columns)
-    taken |= {name: columns[name] for name in columns if name not in taken}
+    taken = {name: name for name in LABELLED.get(format, ())}
+    if format in FORMATS:
+        taken = taken_from(row, format, columns)
+    taken |= {name: columns[name] for name in columns if taken.get(name, name) == name}
     return ", ".join(
         ours if ours == theirs else f"{ours} from {short(theirs)!r}"
         for ours, theirs in taken.items()

@@ -78,14 +78,22 @@ def turn_by_turn(conversation: Conversation) -> list[Conversation]:
     return [replace(conversation, messages=messages[:end]) for end in ends]
 
 
+Label = str | int
+"""The name of a label, or its number."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """What a row asks to be learned together: one conversation, or several, as two answers are.
 
     fields: what is known of it and never tokenised; for each name a number for each conversation.
+    labels: one of the row, or one of each of its `words`, which the text holds between spaces; None
+    for a word that is not learned.
     """
 
     conversations: tuple[Conversation, ...]
     fields: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     row: Row | None = field(default=None, compare=False)
     """What stands in the user's file."""
+    labels: tuple[Label | None, ...] = ()
+    words: tuple[str, ...] = ()

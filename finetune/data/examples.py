@@ -59,7 +59,8 @@ class Ragged:
 class Examples:
     """Tokenised rows in memory-mapped arrays.
 
-    streams: what a model takes, by name; `input` is all of a causal model.
+    streams: what a model takes, by name; `input` is all of a causal model. `target` is of an
+    encoder-decoder what it writes, or has a label for each token of the input, -1 for none.
     supervised: bool [all tokens of the input].
     source, line, row: int64 [examples], where the row of an example stands in the user's files.
     example_ends: int64 [examples], the number of documents of all examples up to each; None: each
@@ -95,6 +96,8 @@ class Examples:
     weights: np.ndarray | None = None
     learn_opening: bool = False
     """`templates.Template.learn_opening`: whether some answers begin in their own way."""
+    labels: list[str] = field(default_factory=list)
+    """Names of the labels that rows have, in the order of their numbers."""
     view: View = NEXT_TOKEN
     """What a model gets of each document in an epoch."""
 
@@ -185,7 +188,8 @@ class Examples:
         for example in range(len(self)) if examples is None else examples:
             digest = hashlib.blake2b(digest_size=16)
             for number in self.documents(example):
-                digest.update(self.input.ids[self.input.span(number)].tobytes())
+                for stream in self.streams.values():
+                    digest.update(stream.ids[stream.span(number)].tobytes())
             found.append(digest.digest())
         return found
 
@@ -420,6 +424,9 @@ def _build(
     }
     if made.example_ends[-1] > len(made.example_ends):
         arrays[EXAMPLE_ENDS] = np.array(made.example_ends, np.int64)
+    if made.target_ids:
+        arrays["target_ids"] = np.concatenate(made.target_ids)
+        arrays["target_ends"] = np.cumsum([len(part) for part in made.target_ids])
     if made.columns:
         arrays[COLUMNS] = np.array(list(made.columns.values()), np.float32)
         made.counts["columns"] = list(made.columns)
@@ -465,6 +472,10 @@ def _described(array: np.ndarray) -> dict[str, Any]:
     }
 
 
+def _stream(ids: np.ndarray, ends: np.ndarray) -> Ragged:
+    return Ragged(ids, np.concatenate([[0], ends[:-1]]), ends)
+
+
 def _open(
     folder: Path, sources: list[str], fingerprint: str, note: bool = False
 ) -> Examples | None:
@@ -485,14 +496,16 @@ def _open(
             if _described(arrays[name]) != meta["arrays"][name]:
                 raise ValueError(f"{name}.npy has changed")
         ends, places = np.asarray(arrays["ends"]), np.asarray(arrays["places"])
-        stream = Ragged(arrays["input_ids"], np.concatenate([[0], ends[:-1]]), ends)
+        streams = {"input": _stream(arrays["input_ids"], ends)}
+        if "target_ids" in arrays:
+            streams["target"] = _stream(arrays["target_ids"], np.asarray(arrays["target_ends"]))
         source, line, row = places.T
         rejects = folder / REJECTS if counts.get("bad") else None
         if rejects and not rejects.is_file():
             raise ValueError(f"{REJECTS} is missing")
         counts["columns"] = dict(zip(counts.get("columns", ()), arrays.get(COLUMNS, ())))
         return Examples(
-            {"input": stream}, arrays["supervised"], source, line, row, sources, fingerprint,
+            streams, arrays["supervised"], source, line, row, sources, fingerprint,
             example_ends=arrays.get(EXAMPLE_ENDS), weights=arrays.get(WEIGHTS), rejects=rejects,
             **counts,
         )  # fmt: skip

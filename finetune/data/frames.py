@@ -6,14 +6,15 @@ instead: `tokens.tokenise`.
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from finetune.data import tokens
-from finetune.data.conversations import Sample
+from finetune.data.conversations import Label, Sample
+from finetune.data.places import Place, list_columns, short, some
 from finetune.data.problems import Problems
 from finetune.data.tokens import TOO_LONG, ControlTokens, Options, Tokenised
 from finetune.errors import DataError
@@ -29,8 +30,12 @@ class Frame:
     def __len__(self) -> int:
         return len(self.head) + len(self.tail)
 
-    def around(self, ids: np.ndarray) -> np.ndarray:
-        return np.concatenate([self.head, ids, self.tail])
+    def around(self, values: np.ndarray, filler: Any = None) -> np.ndarray:
+        """Return the frame around values of tokens; `filler` in place of the frame's tokens."""
+        ends = [self.head, self.tail]
+        if filler is not None:
+            ends = [np.full(len(end), filler, values.dtype) for end in ends]
+        return np.concatenate([ends[0], values, ends[1]])
 
 
 def frame_of(tokenizer: Any) -> Frame:
@@ -55,9 +60,12 @@ class _Tokenising:
         self.frame, self.made = frame_of(tokenizer), Tokenised()
         self.made.counts = dict.fromkeys(("num_rows", "num_truncated", "num_dropped"), 0)
         own = (tokenizer.cls_token, tokenizer.sep_token, tokenizer.mask_token)
-        self.control = ControlTokens(tokenizer, [token for token in own if token])
+        control = ControlTokens(tokenizer, [token for token in own if token])
+        stay = options.special_tokens_in_text == "text"
+        self.check = control.as_text if stay else control.refuse
         self.index = {source: number for number, source in enumerate(sources)}
         self.problems, self.lengths = Problems(options.skipping), list[int]()
+        self.labels = _Labels(options.labels)
 
     def run(self) -> Tokenised:
         unread = Counter[str]()
@@ -67,49 +75,130 @@ class _Tokenising:
             bar.update(len(batch))
         bar.close()
         too_long = self.problems.count(TOO_LONG)
-        self.problems.raise_if_any({TOO_LONG: tokens._lengths(
-            self.lengths, too_long, self.options, 1
-        )})  # fmt: skip
+        why = tokens._lengths(self.lengths, too_long, self.options, 1)
+        self.problems.raise_if_any({TOO_LONG: why})
         self.made.note(self.problems, unread)
         tokens._require_any(self.made, self.sources, self.options)
+        if self.labels.numbers:
+            self.made.counts["labels"] = self.labels.settle(self.made, some(list(self.sources)))
         return self.made
 
     def _add(self, batch: Sequence[Sample]) -> None:
-        texts = [sample.conversations[0].messages[0].content for sample in batch]
-        # A longer one has more than max_length tokens in any case, as in `tokens.tokenise`.
-        for sample, (ids, _) in zip(batch, tokens._tokenise(texts, self.tokenizer)):
+        checked = list[tuple[Sample, str]]()
+        for sample in batch:
+            with self.problems.noted(sample.row):
+                conversation = self.check(sample.conversations[0])
+                checked.append((sample, conversation.messages[0].content))
+        texts = [text for _, text in checked]
+        encoded = tokens._tokenise(texts, self.tokenizer) if texts else []
+        for (sample, text), (ids, starts) in zip(checked, encoded):
             self.made.counts["num_rows"] += 1
             with self.problems.noted(sample.row):
-                self.control.refuse(sample.conversations[0])
                 place = sample.conversations[0].place
                 if not len(ids):
                     raise DataError(f"{place}: the text has no tokens; remove the row")
                 self.lengths.append(len(ids) + len(self.frame))
-                pieces = list(self._pieces(ids, sample))
-                self.made.add(pieces, sample, (self.index[place.source], place.line, place.row))
+                numbers = [self.labels.number(label, place) for label in sample.labels]
+                if sample.words:
+                    of_tokens = _of_tokens(text.split(" "), numbers, starts)
+                    pieces = list(self._pieces(ids, place, of_tokens))
+                else:
+                    pieces = list(self._pieces(ids, place))
+                    fields = {"label": (float(numbers[0]),)} if numbers else {}
+                    sample = replace(sample, fields=fields)
+                where = (self.index[place.source], place.line, place.row)
+                self.made.add([[piece] for piece in pieces], sample, where)
 
-    def _pieces(self, ids: np.ndarray, sample: Sample) -> Iterator[list[tokens.Tokens]]:
-        """Cut a text to max_length, and put the frame around each piece."""
-        options, counts, place = self.options, self.made.counts, sample.conversations[0].place
-        room = options.max_length - len(self.frame)
-        if len(ids) > room and options.truncation == "error":
-            length = len(ids) + len(self.frame)
-            over = tokens._over(place, f"{length} tokens", options, length, 1)
-            self.problems.note(over, TOO_LONG, ends=True)
-            return
-        if len(ids) > room and options.truncation == "drop":
-            counts["num_dropped"] += 1
-            return
-        counts["num_truncated"] += len(ids) > room
-        parts = [ids]
-        if len(ids) > room:
-            kept = {"right": slice(0, room), "left": slice(len(ids) - room, None)}
-            if options.truncation in kept:
-                parts = [ids[kept[options.truncation]]]
-            else:
-                parts = [ids[start : start + room] for start in range(0, len(ids), room)]
+    def _pieces(
+        self, ids: np.ndarray, place: Place, labels: np.ndarray | None = None
+    ) -> Iterator[tokens.Tokens]:
+        """Cut a text to max_length, and put the frame around each piece.
+
+        `labels`: of its tokens, -1 for none; without them, all of the text is supervised.
+        """
+        options, counts, size = self.options, self.made.counts, len(ids) + len(self.frame)
+        parts = [slice(0, len(ids))]
+        if size > options.max_length:
+            if options.truncation == "error":
+                over = tokens._over(place, f"{size} tokens", options, size, 1)
+                self.problems.note(over, TOO_LONG, ends=True)
+            parts = self._cut(len(ids), options.max_length - len(self.frame))
+            counts["num_dropped"] += options.truncation == "drop"
+            counts["num_truncated"] += bool(parts)
         for part in parts:
-            framed = self.frame.around(part)
-            supervised = np.zeros(len(framed), bool)
-            supervised[len(self.frame.head) : len(self.frame.head) + len(part)] = True
-            yield [(framed, supervised)]
+            supervised = np.ones(len(ids[part]), bool) if labels is None else labels[part] >= 0
+            if not supervised.any():
+                raise DataError(
+                    f"{place}: no word with a label is left in {size} tokens cut to "
+                    f"{options.max_length}; raise data.max_length, or set data.truncation to drop"
+                )
+            if labels is not None:
+                self.made.target_ids.append(self.frame.around(labels[part], -1))
+            yield self.frame.around(ids[part]), self.frame.around(supervised, False)
+
+    def _cut(self, length: int, room: int) -> list[slice]:
+        """Return the parts of a text that are kept."""
+        kept = {
+            "right": [slice(0, room)],
+            "left": [slice(length - room, length)],
+            "split": [slice(start, start + room) for start in range(0, length, room)],
+        }
+        return kept.get(self.options.truncation, [])
+
+
+def _of_tokens(words: Sequence[str], numbers: Sequence[int], starts: np.ndarray) -> np.ndarray:
+    """Return the label of each token, int32: that of a word at its first token, -1 elsewhere.
+
+    words: the text between spaces. starts: the first character of each token; that of a word is the
+    one that reaches over the word's first character, also where it has the space before it.
+    """
+    found = np.full(len(starts), -1, np.int32)
+    begins = np.cumsum([0, *(len(word) + 1 for word in words[:-1])])
+    at = np.searchsorted(starts, begins, side="right") - 1
+    # Several tokens may be parts of one character.
+    at = np.searchsorted(starts, starts[np.maximum(at, 0)], side="left")
+    found[at] = numbers
+    return found
+
+
+class _Labels:
+    """The numbers of labels: those of given names, or of names in the order of the rows."""
+
+    def __init__(self, given: Sequence[str]) -> None:
+        self.given = list(given)
+        self.numbers: dict[str, int] = {name: number for number, name in enumerate(given)}
+
+    def number(self, label: Label | None, place: Place) -> int:
+        """Return the number of a label, -1 for None. Raise DataError for one that is not given."""
+        if label is None:
+            return -1
+        if not self.given:
+            return self.numbers.setdefault(str(label), len(self.numbers))
+        known = self.numbers.get(str(label))
+        if known is None and str(label).isdigit() and int(label) < len(self.given):
+            known = int(label)  # rows may have numbers in place of names
+        if known is None:
+            raise DataError(
+                f"{place}: label {short(str(label))!r} is not one of the {len(self.given)} known: "
+                f"{list_columns(self.given)}; correct it, or name all in objective.labels"
+            )
+        return known
+
+    def settle(self, made: Tokenised, where: str) -> list[str]:
+        """Number the labels of rows in the order of their names; return the names."""
+        if self.given:
+            return self.given
+        is_number = all(name.isdigit() for name in self.numbers)
+        names = sorted(self.numbers, key=int) if is_number else sorted(self.numbers)
+        if len(names) < 2:
+            raise DataError(
+                f"{where}: all rows have the label {short(names[0])!r}, so there is nothing to "
+                "tell apart; add rows with other labels"
+            )
+        order = np.empty(len(names) + 1, np.int64)
+        order[[self.numbers[name] for name in names]] = np.arange(len(names))
+        order[-1] = -1  # the place of -1, too
+        made.target_ids = [order[target].astype(np.int32) for target in made.target_ids]
+        if "label" in made.columns:
+            made.columns["label"] = order[np.array(made.columns["label"], np.int64)].tolist()
+        return names

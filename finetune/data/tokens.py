@@ -62,6 +62,8 @@ class Options:
     """Whether rows have the tokenizer's own tokens around them, not a template (`frames`)."""
     special_tokens_in_text: str = "error"
     thinking: str = "keep"
+    labels: tuple[str, ...] = ()
+    """Names of the labels in the order of their numbers; empty: those of the rows, sorted."""
 
     def samples(
         self, sources: Sequence[str], problems: Problems, unread: "Counter[str] | None" = None
@@ -89,6 +91,8 @@ class Options:
             del values["special_tokens_in_text"]
         if self.thinking == "keep":
             del values["thinking"]
+        if not self.labels:
+            del values["labels"]
         if own_code.is_own(self.format):
             code, name = own_code.get(self.format), self.format.rpartition(":")[2]
             values["format"] = f"{code.sha256}:{name}"
@@ -110,6 +114,8 @@ class Tokenised:
     """bool [tokens] of each document."""
     weights: dict[int, np.ndarray] = field(default_factory=dict)
     """float32 [tokens] of documents whose rows have weights, by number."""
+    target_ids: list[np.ndarray] = field(default_factory=list)
+    """int32 of each document, where rows have another stream: labels of tokens, -1 for none."""
     columns: dict[str, list[float]] = field(default_factory=dict)
     """A number of each document, by name."""
     places: list[tuple[int, int, int]] = field(default_factory=list)

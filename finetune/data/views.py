@@ -93,6 +93,38 @@ class Masked(View):
         return Document(ids, labels, positions, example, _columns(examples, number))
 
 
+class TokenLabels(View):
+    """A label of some tokens, each predicted at its own place; the target stream has them."""
+
+    shift = 0
+
+    def num_labels(self, examples: "Examples") -> np.ndarray:
+        return num_supervised(examples)
+
+    def document(self, examples: "Examples", number: int, example: int, epoch: int) -> Document:
+        part, target = examples.input.span(number), examples.streams["target"]
+        ids = np.asarray(examples.input.ids[part], np.int64)
+        labels = np.asarray(target.ids[target.span(number)], np.int64)
+        positions = np.flatnonzero(examples.supervised[part])
+        return Document(ids, labels[positions], positions, example, _columns(examples, number))
+
+
+class DocumentLabels(View):
+    """One label of each document, predicted once for all of it; a column has it."""
+
+    shift = 0
+    predicts_documents = True
+
+    def num_labels(self, examples: "Examples") -> np.ndarray:
+        return np.ones(len(examples.input.starts), np.int64)
+
+    def document(self, examples: "Examples", number: int, example: int, epoch: int) -> Document:
+        ids = np.asarray(examples.input.ids[examples.input.span(number)], np.int64)
+        columns = _columns(examples, number)
+        label = np.array([columns["label"]], np.int64)
+        return Document(ids, label, np.zeros(1, np.int64), example, columns)
+
+
 def part_of(count: Any, fraction: float) -> Any:
     """Return a fraction of a number of tokens: to the nearest, at least one, at most all."""
     return np.clip(np.floor(np.asarray(count) * fraction + 0.5).astype(np.int64), 1, count)

@@ -149,8 +149,9 @@ class Xray:
         batch = batches.of_sequence(sequence)
         ids = batch.inputs["input_ids"].flatten().numpy()
         supervised = np.zeros(len(ids), bool)
-        # In a causal model a place predicts the token behind it.
-        supervised[batch.positions.numpy() + examples.view.shift] = True
+        if not examples.view.predicts_documents:
+            # In a causal model a place predicts the token behind it.
+            supervised[batch.positions.numpy() + examples.view.shift] = True
         width = int(self._widths[sequence]) if fate == TRAINED else 0
         for number, (end, length) in enumerate(zip(batch.ends.tolist(), batch.lengths)):
             part = slice(end + 1 - length, end + 1)
@@ -172,7 +173,9 @@ class Xray:
         part, num_parts = self._parts[fate][example]
         if num_parts > 1 and self._truncation == "split":
             return ids, kinds, f"part {part} of {num_parts} of its row"
-        if len(self._whole_of.get(key, ())) != num_parts:  # nothing is cut, or some are dropped
+        framed = not self._batches[fate].sequences.examples.view.shift
+        # Nothing is cut, or some are dropped, or a frame stays around what is left.
+        if len(self._whole_of.get(key, ())) != num_parts or framed:
             return ids, kinds, ""
         assert self._whole is not None
         documents = self._whole.documents(self._whole_of[key][part - 1])

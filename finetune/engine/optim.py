@@ -11,6 +11,7 @@ from torch import nn
 from finetune.config import Optimizer, Schedule
 from finetune.config.choices import OPTIMIZERS
 from finetune.engine.rounded_adamw import RoundedAdamW
+from finetune.models import families
 from finetune.models.embeddings import embedding_and_head
 from finetune.models.scalar_heads import ScalarHead
 
@@ -19,14 +20,17 @@ def parameter_groups(model: nn.Module, optimizer: Optimizer) -> list[dict[str, A
     """Group the trained weights by weight decay and by `scale` of the learning rate.
 
     Matrices decay; norms, biases and other vectors do not. Embeddings and head use
-    optimizer.embedding_lr, value and score heads optimizer.head_lr; LoRA's B matrices use
-    optimizer.lora_plus_ratio x the rate of the rest.
+    optimizer.embedding_lr, value and score heads and those of classifiers optimizer.head_lr; LoRA's
+    B matrices use optimizer.lora_plus_ratio x the rate of the rest.
     `hidden` marks the matrices that are neither embeddings nor head: muon updates these.
     """
     outer = {id(p) for module in embedding_and_head(model) for p in module.parameters()}
     # Position embeddings, too.
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     scalars = {id(m.weight) for m in model.modules() if isinstance(m, ScalarHead)}
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    new = families.new_weights(base)
+    scalars |= {id(p) for name, p in base.named_parameters() if name in new}
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -163,8 +163,9 @@ def _fresh(model: Any, adapter: Adapter, has_new_tokens: bool) -> "PeftModel":
 
     check_target_modules(model, adapter.target_modules)
     whole = _trained_whole(model, adapter, has_new_tokens)
-    keeps_tied = bool(whole) and model.config.get_text_config().tie_word_embeddings
     family, body = families.of_model(model), families.body(model)
+    is_tied = family.has_vocabulary and model.config.get_text_config().tie_word_embeddings
+    keeps_tied = bool(whole) and is_tied
     prefix = next((name for name, module in model.named_modules() if module is body), "")
     # Text never reaches the vision layers of a multimodal model: adapters there would stay zero.
     is_everywhere = prefix and adapter.target_modules == "all-linear"

@@ -19,6 +19,7 @@ from finetune.config import values as allowed
 from finetune.config.model_files import WEIGHTS, object_in
 from finetune.config.quantized import name_of
 from finetune.errors import ModelError
+from finetune.models import families
 from finetune.models.embeddings import embedding_and_head
 
 FILE = "base_weights.json"  # next to an adapter
@@ -42,6 +43,7 @@ def record(
         "architecture": _function(base),
         "new_tokens": list(new_tokens),
         "new_token_ids": list(new_token_ids),
+        "labels": families.labels_of_model(base),
         "weights": hashes(base),
         "values": values(base, _known_whole(base, bool(new_tokens))),
     }
@@ -50,14 +52,18 @@ def record(
 def _known_whole(base: nn.Module, with_new_tokens: bool) -> set[str]:
     """Return the names of the weights of which every value is compared.
 
-    All but quantised ones, whose packing may depend on the device, and, with new tokens, embedding
-    and head, which the adapter brings itself.
+    All but quantised ones, whose packing may depend on the device, and what the adapter brings
+    itself: with new tokens, embedding and head; the head of a classifier.
     """
     replaced: set[int] = set()
     if with_new_tokens:
         replaced = {id(module.weight) for module in embedding_and_head(base)}
-    named = base.named_parameters()
-    return {name for name, p in named if p.is_floating_point() and id(p) not in replaced}
+    new = families.new_weights(base)
+    return {
+        name
+        for name, p in base.named_parameters()
+        if p.is_floating_point() and id(p) not in replaced and name not in new
+    }
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -119,9 +125,10 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "values": _are_texts,
     "new_tokens": allowed.are_words,
     "new_token_ids": _are_ids,
+    "labels": allowed.are_words,
 }
 # Fields that records of older versions lack.
-OLDER: dict[str, Any] = {"loftq": False, "architecture": {}, "values": {}}
+OLDER: dict[str, Any] = {"loftq": False, "architecture": {}, "values": {}, "labels": []}
 
 
 def _function(base: nn.Module) -> dict[str, Any]:
@@ -240,11 +247,12 @@ def describe(quantization: dict[str, Any] | None) -> str:
 def hashes(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, str]:
     """Return name -> hash of each weight's shape and up to 64 of its values.
 
-    Values are rounded to `dtype`, if given, and then to bfloat16.
+    Not of the head of a classifier, which may be new: it comes with the adapter. Values are rounded
+    to `dtype`, if given, and then to bfloat16.
     """
-    found = {}
+    found, new = {}, families.new_weights(model)
     for name, weight in model.named_parameters():
-        if weight.is_meta:
+        if weight.is_meta or name in new:
             continue
         flat = weight.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 64)][:64].to(dtype or weight.dtype).to(COMPARED)

@@ -166,10 +166,24 @@ def set_labels(config: Any, labels: Sequence[str] | None) -> None:
 
 
 def labels_of(config: Any) -> list[str] | None:
-    """Return the labels of a model that is a classifier already; None for any other."""
-    if of_saved(config) not in (SEQUENCES, TOKENS):
-        return None
+    """Return the labels of a model that was saved as a classifier; None for any other."""
+    return _names(config) if of_saved(config).has_new_head else None
+
+
+def _names(config: Any) -> list[str]:
     return [str(name) for _, name in sorted(config.id2label.items())]
+
+
+def labels_of_model(model: Any) -> list[str]:
+    """Return the labels of a classifier; none of any other model."""
+    return _names(model.config) if of_model(model).has_new_head else []
+
+
+def new_weights(model: Any) -> set[str]:
+    """Return the names of the weights that may be new: of the head of a classifier."""
+    if not hasattr(model, "base_model_prefix") or not of_model(model).has_new_head:
+        return set()
+    return {name for name, _ in model.named_parameters() if is_of_new_head(name, model)}
 
 
 def body(model: Any) -> Any:

@@ -4,12 +4,16 @@ from typing import Any
 
 from finetune.config import OwnObjective
 from finetune.objectives.base import Objective, Term
+from finetune.objectives.classification import SequenceLabels, WordLabels
 from finetune.objectives.clm import Clm
 from finetune.objectives.mlm import Mlm
 from finetune.objectives.own import Own
 from finetune.objectives.sft import Sft
 
-OBJECTIVES: dict[str, Objective] = {"clm": Clm(), "mlm": Mlm(), "sft": Sft()}
+OBJECTIVES: dict[str, Objective] = {
+    "clm": Clm(), "mlm": Mlm(), "sequence_classification": SequenceLabels(), "sft": Sft(),
+    "token_classification": WordLabels(),
+}  # fmt: skip
 
 __all__ = ["OBJECTIVES", "Objective", "Own", "Term", "chosen"]
 

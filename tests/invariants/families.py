@@ -19,9 +19,33 @@ def texts(count=40):
     ]
 
 
-ROWS = {"mlm": texts}
-SETTINGS = {"mlm": {"model__config": BERT, "objective__kind": "mlm"}}
-PACKED = ["mlm"]
+def reviews(count=40):
+    """Texts of very different lengths, whose label follows from one word in them."""
+    words = {"good": "praise", "fine": "praise", "dull": "blame", "weak": "blame"}
+    filler = ["the", "plot", "of", "it", "was", "so"]
+    rows = []
+    for i in range(count):
+        word = [*words][i * 3 % 4]
+        text = [*filler[: 1 + i * 5 % 6], word, *filler[i % 6 :]]
+        rows.append({"text": " ".join(text), "label": words[word]})
+    return rows
+
+
+def entities(count=40):
+    """Sentences whose words are names, places or neither."""
+    names, towns = ["ann", "bob", "eva", "ian"], ["rome", "oslo", "bonn"]
+    rows = []
+    for i in range(count):
+        words = [names[i % 4], *["really"] * (i * 7 % 5), "likes", towns[i % 3], "in", "may"]
+        labels = ["O"] * len(words)
+        labels[0], labels[-3] = "PER", "LOC"
+        rows.append({"tokens": words, "labels": labels})
+    return rows
+
+
+ROWS = {"mlm": texts, "sequence_classification": reviews, "token_classification": entities}
+SETTINGS = {name: {"model__config": BERT, "objective__kind": name} for name in ROWS}
+PACKED = ["mlm", "token_classification"]
 
 
 def settings(workshop, name):

@@ -96,7 +96,15 @@ def test_packed_examples_get_the_gradients_they_get_alone(workshop, objective):
 # Layers stay whole until a backward pass: after one without gradient they would be stale.
 WHOLE = "fsdp2:--fsdp_reshard_after_forward:false"
 LAUNCHES = {
-    "two": (2, {"ddp": ["Unlikelihood"], WHOLE: ["Scored"], "fsdp2": ["mlm"]}),
+    "two": (
+        2,
+        {
+            "ddp": ["Unlikelihood"],
+            WHOLE: ["Scored"],
+            "fsdp2": ["mlm"],
+            "zero3": ["sequence_classification"],
+        },
+    ),
     # Sums of documents and their columns, of processes that share a sequence
     "context": (4, {"fsdp2_context": ["Pairwise"]}),
     "two in full": (2, {"ddp": ALL, "fsdp2": ALL, WHOLE: ALL, "zero3": ALL}),
@@ -111,9 +119,11 @@ def test_several_processes_train_like_one(workshop, launched):
     processes, topologies = LAUNCHES[launched]
     settings = {"train__micro_batch_size": 1, "data__packing": True, "train__max_steps": 3}
     settings |= {"evaluation__every_steps": 1}
+    unpacked = {*families.SETTINGS} - {*families.PACKED}
     arguments, runs, alone, own = [], [], {}, {}
     for name in sorted({name for names in topologies.values() for name in names}):
         own[name] = settings_of(workshop, name) | settings
+        own[name]["data__packing"] = name not in unpacked
         alone[name] = workshop.train(f"{name}_alone", **own[name])
     for topology, names in topologies.items():
         arguments += [f"topology:{topology}"] if processes == 2 else []
