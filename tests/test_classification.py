@@ -55,6 +55,14 @@ def test_the_first_token_of_a_word_has_its_label(tmp_path, bytes_tokenizer):
     assert made.target_ids[1].tolist() == [1, -1, -1, 0, -1, -1, -1]
 
 
+def test_special_tokens_may_stay_as_text(tmp_path, bytes_tokenizer):
+    rows = [{"tokens": ["<|eos|>", "b"], "labels": ["X", "Y"]}]
+    made = tokenised(tmp_path, bytes_tokenizer, TAGS, rows, special_tokens_in_text="text")
+    assert bytes_tokenizer.eos_token_id not in made.ids[0].tolist()
+    assert bytes_tokenizer.decode(made.ids[0]) == "<|eos|> b"
+    assert made.target_ids[0].tolist() == [0, *[-1] * 7, 1]
+
+
 def test_tokens_that_hold_the_space_before_a_word_have_its_label():
     """As those of GPT-2: ' b' begins at the space."""
     assert _of_tokens(["aa", "b", "c"], [3, 4, 5], np.array([0, 1, 2, 4])).tolist() == [3, -1, 4, 5]
