@@ -135,6 +135,7 @@ def test_a_sentence_of_ones_own_is_turned(plain, turned):
     "sentence",
     [
         "Who are you?", "Go home.", "I will", "I do", "He is", "Is he?", "", "...", "42", "é",
+        "After Anna was ill she slept.", "They have a plan - to go.", "He has it--all of it.",
         "You are late, I sense.", "I think you are right.", "They quickly left the hall.",
         "My sister knows the way is long.", "The teacher says Anna is ill.",
         "The man who is tired sleeps.", "You read and write the book.",
@@ -155,14 +156,14 @@ def test_the_rule_agrees_with_sentences_of_known_structure():
     assert not [row for row in rows if re.search(r"\ba [aeiou]|\ban [^aeiou]", row["question"])]
 
 
-def test_what_cannot_be_turned_is_counted(made, tmp_path, capsys):
+def test_what_cannot_be_turned_is_counted(made, tmp_path):
     adjectives = "tired late ill calm cold proud lost shy sad glad odd".split()
-    text = "".join(f"Books are {word}.\n" for word in adjectives) + "Who are you?\nRead books!\n"
-    error_file = tmp_path / "counts.json"
-    parts = made("yoda", *sentences(tmp_path, text), "--counts", error_file)
-    counts = json.loads(error_file.read_text())
-    assert (counts["read"], counts["written"]) == (13, 11)
-    assert counts["dropped"] == {"cannot be turned by the rule": 2}
+    texts = [f"Books are {word}." for word in adjectives] + ["Who are you?", "Read books!", " "]
+    path = write_jsonl(tmp_path / "mine.jsonl", [{"text": text} for text in texts])
+    parts = made("yoda", "--sentences", path, "--counts", tmp_path / "counts.json")
+    counts = json.loads((tmp_path / "counts.json").read_text())
+    assert (counts["read"], counts["written"]) == (14, 11)
+    assert counts["dropped"] == {"cannot be turned by the rule": 2, "empty": 1}
     assert {len(parts["dev"]), len(parts["test"])} == {1}
     answers = [row["answer"] for own in parts.values() for row in own]
     assert sorted(answers) == sorted(f"{word.capitalize()}, books are." for word in adjectives)
@@ -190,6 +191,15 @@ def test_the_notes_dialogues_become_the_notes_rows(made, tmp_path):
     assert f"{path}:31: no column 'Doctor'" in error
     assert f"{path}:32: column 'Patient'" in error
     assert "do not go with rows of your own" in made("patient_doctor", path, *FEW, code=2)
+
+
+def test_the_notes_dialogues_come_from_the_hub(made, monkeypatch):
+    import datasets
+
+    rows = [{"Patient": f"I have {n} spots.", "Doctor": f"Wash them {n} times."} for n in range(9)]
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, subset, split: rows)
+    parts = made("patient_doctor", "sid6i7/patient-doctor")
+    assert sum(map(len, parts.values())) == len(rows)
 
 
 def test_a_held_out_question_asks_for_a_fact_that_training_tells(made):

@@ -4,7 +4,8 @@
 
 Each request to refuse has a neighbour of nearly the same words that is answered, so a model cannot
 go by a word alone. No pair of a person and a thing in dev or test is in training. With --sentences
-the requests to refuse are your own; as many harmless ones of ours are answered beside them.
+the requests to refuse are your own; as many harmless ones of ours, up to the sizes without it, are
+answered beside them.
 """
 
 import argparse
@@ -81,7 +82,8 @@ def main(frame: Frame, arguments: argparse.Namespace) -> None:
         return
     texts = [row.values["text"].strip() for row in sets.sentences(frame, arguments)]
     numbers = sets.parted(texts, arguments.seed)
-    sizes = {name: len(own) for name, own in numbers.items()}
+    most = sets.sizes(arguments)
+    sizes = {name: min(len(own), most[name]) for name, own in numbers.items()}
     parts = sets.drawn(_harmless, sizes, arguments.seed)
     for name, own in numbers.items():
         parts[name] += [{"question": texts[number], "answer": REFUSAL} for number in own]

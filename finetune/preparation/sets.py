@@ -92,15 +92,20 @@ def require_no_sizes(arguments: argparse.Namespace) -> None:
 
 
 def sentences(frame: Frame, arguments: argparse.Namespace) -> list[Row]:
-    """Read --sentences. Raise DataError for rows without text."""
+    """Read --sentences, without empty ones. Raise DataError for rows without the column text."""
     require_no_sizes(arguments)
     frame.unit = "sentences"
     frame.sources = frame.expanded([arguments.sentences], "--sentences")
-    found = list(frame.rows())
-    for row in found:
-        if not isinstance(row.values.get("text"), str):
+    found = []
+    for row in frame.rows():
+        text = row.values.get("text")
+        if not isinstance(text, str):
             what = f"this row has no text in column 'text'; it has {list(row.values)[:20]}"
             raise DataError(f"{row.place}: --sentences: {what}; rename its column to text")
+        if text.strip():
+            found.append(row)
+        else:
+            frame.drop(row, "empty")
     return found
 
 

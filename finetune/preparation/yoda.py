@@ -126,7 +126,8 @@ BE = frozenset("am is are was were".split())
 HAVE = frozenset("have has had".split())
 MODAL = frozenset("will must can could should would may might shall cannot do does did".split())
 BEFORE_NOUNS = frozenset(
-    "in on at of by for from with without near under over behind beside between to into".split()
+    "in on at of by for from with without near under over behind beside between to into after "
+    "before during about against among through".split()
 )
 # Words that join clauses, ask, or stand where the rule expects a verb.
 CLAUSES = frozenset(
@@ -149,8 +150,8 @@ def turned(sentence: str, lower: set[str] | frozenset[str] = frozenset()) -> str
     for short, long in SHORT.items():
         text = re.sub(short, long, text, flags=re.IGNORECASE)
     match = re.fullmatch(r"([^\W\d_][\w' -]*\w)([.!]?)", text)
-    if match is None:  # a question, or several clauses
-        return None
+    if match is None or re.search(r"(?:^| )[-']+(?: |$)|--", text):
+        return None  # a question, or several clauses
     words = match[1].split()
     known = [word.lower() for word in words]
     size = _subject_size(words, known)
@@ -183,7 +184,8 @@ def _subject_size(words: list[str], known: list[str]) -> int:
         return 1
     if known[0] in OPENERS:
         return size if _is_noun_phrase(words[1:size], known[1:size]) else 0
-    return size if size in (1, 2) and all(word[0].isupper() for word in words[:size]) else 0
+    is_name = size in (1, 2) and all(word[0].isupper() for word in words[:size])
+    return size if is_name and known[0] not in BEFORE_NOUNS else 0
 
 
 def _is_noun_phrase(words: list[str], known: list[str]) -> bool:
