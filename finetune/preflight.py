@@ -13,10 +13,13 @@ from finetune.data import (
     batches,
     examples,
     file_types,
+    layout,
     order,
     remote,
     rows,
+    shards,
     source_files,
+    stream,
     templates,
     tokens,
 )
@@ -115,9 +118,12 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     options = _options(wanted, objective, model_config)
     options = replace(options, labels=_known_labels(config, model_config))
     view = objective.view(config.objective, tokenizer, config.run.seed)
-    train, evals, known, num_rows = _examples(config, sources, template, tokenizer, options, view)
-    families.set_labels(model_config, train.labels)
-    template = replace(template, learn_opening=train.learn_opening)
+    make = _streamed if wanted.streaming else _sequences
+    train, evals, known, num_rows = make(
+        config, sources, template, tokenizer, options, view, format
+    )
+    families.set_labels(model_config, train.examples.labels)
+    template = replace(template, learn_opening=train.examples.learn_opening)
     kept = None
     if objective.has_turns:
         example = tokens.first_that_fits(sources.train, template, options)
@@ -129,7 +135,7 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
         config, topology, objective, train, evals, kernel, tokenizer
     )
     num_steps = min(natural_steps(config, train_batches), config.train.max_steps or sys.maxsize)
-    check_lengths(train, config, model_config, num_steps)
+    check_lengths(train.examples, config, model_config, num_steps)
     topology.on_every(lambda: _rehearse_objective(config, objective, train_batches))
     _check_sample_prompts(config, kept, tokenizer)
     identity = {
@@ -256,32 +262,15 @@ def _template(
     )  # fmt: skip
 
 
-def _examples(
+def _sequences(
     config: Config, sources: Sources, template: templates.Template, tokenizer: Any,
-    options: tokens.Options, view: View,
+    options: tokens.Options, view: View, _: str,
 ) -> tuple[Any, Any, int, int]:  # fmt: skip
-    """Return (training examples, evaluation examples or None, how many are in both, all rows)."""
+    """Return (training sequences, those of evaluation or None, how many are in both, all rows)."""
     wanted, seed = config.data, config.run.seed
     made = examples.prepare(sources.train, template, tokenizer, options, config.cache_dir)
     train = replace(made, view=view)
-    evals = None
-    if sources.eval:
-        same = replace(template, learn_opening=train.learn_opening)
-        alike = replace(options, labels=tuple(train.labels))
-        made = examples.prepare(sources.eval, same, tokenizer, alike, config.cache_dir)
-        evals = replace(made, view=view)
-        if evals.learn_opening != train.learn_opening:
-            raise DataError(
-                f"data.eval: some of its answers do not begin with {template.opening!r}, which the "
-                "template puts before every answer of data.train; evaluation rows have thoughts "
-                "that no training row has"
-            )
-        if evals.columns.keys() != train.columns.keys():
-            here, there = (list_columns(sorted(e.columns)) for e in (evals, train))
-            raise DataError(
-                f"data.eval: data.format gives its rows the fields {here}, and those of data.train "
-                f"{there}; return the same for every row"
-            )
+    evals = _evaluation(config, sources, train, template, tokenizer, options, view)
     num_rows = train.num_rows
     if wanted.max_rows is not None:
         train = examples.draw(train, wanted.max_rows, seed)
@@ -289,12 +278,81 @@ def _examples(
         train, evals = examples.hold_out(train, wanted.eval_fraction, seed)
     train = _mixed(wanted, sources, train, seed)
     known = examples.num_trained_on(evals, train) if evals else 0
+    _require_other_rows(evals, known)
+    found, held = (
+        each and order.Sequences(each, wanted.packing, wanted.max_length, seed)
+        for each in (train, evals)
+    )
+    return found, held, known, num_rows
+
+
+def _streamed(
+    config: Config, sources: Sources, template: templates.Template, tokenizer: Any,
+    options: tokens.Options, view: View, format: str,
+) -> tuple[Any, Any, int, int]:  # fmt: skip
+    """Return the same of rows that stay on the disk."""
+    wanted, seed = config.data, config.run.seed
+    if hasattr(config.objective, "labels") and not options.labels:
+        raise ConfigError(
+            "objective.labels: name the labels, as data.streaming does not have all rows when it "
+            "numbers the first"
+        )
+    if not own_code.is_own(options.format):
+        options = replace(options, format=format)  # a shard cannot detect it by its own first row
+    plan = layout.Plan(wanted.packing, wanted.max_length, seed, wanted.eval_fraction)
+    recipe, folder = shards.prepare(shards.Recipe(
+        shards.root(config.cache_dir), sources.train, template, tokenizer, options, plan,
+        config.cache_dir, view,
+    ))  # fmt: skip
+    evals: Any
+    train, evals = stream.opened(recipe, folder)
+    if sources.eval:
+        found = _evaluation(config, sources, train.examples, template, tokenizer, options, view)
+        evals = order.Sequences(found, wanted.packing, wanted.max_length, seed)
+    for part, what in ((train, "leaves no rows to train on"), (evals, "holds none out")):
+        if part is not None and not len(part):
+            raise DataError(
+                f"data.eval_fraction: {wanted.eval_fraction} of {train.examples.num_rows:,} rows "
+                f"{what}: each row is drawn by its content; change the fraction or run.seed"
+            )
+    known = stream.num_known(evals.examples.digests(), train.examples) if evals else 0
+    _require_other_rows(evals and evals.examples, known)
+    return train, evals, known, train.examples.num_rows
+
+
+def _require_other_rows(evals: Any, known: int) -> None:
+    """Raise DataError if too many evaluation rows are also trained on."""
     if evals and known > MAX_EVAL_OVERLAP * len(evals):
         raise DataError(
             f"data.eval: {known:,} of its {len(evals):,} examples are also trained on, so it would "
             "measure memorisation; remove them from one of the two"
         )
-    return train, evals, known, num_rows
+
+
+def _evaluation(
+    config: Config, sources: Sources, train: Any, template: templates.Template, tokenizer: Any,
+    options: tokens.Options, view: View,
+) -> Any:  # fmt: skip
+    """Return the examples of data.eval, or None. Raise DataError if they do not fit `train`."""
+    if not sources.eval:
+        return None
+    same = replace(template, learn_opening=train.learn_opening)
+    alike = replace(options, labels=tuple(train.labels))
+    made = examples.prepare(sources.eval, same, tokenizer, alike, config.cache_dir)
+    evals = replace(made, view=view)
+    if evals.learn_opening != train.learn_opening:
+        raise DataError(
+            f"data.eval: some of its answers do not begin with {template.opening!r}, which the "
+            "template puts before every answer of data.train; evaluation rows have thoughts "
+            "that no training row has"
+        )
+    if evals.columns.keys() != train.columns.keys():
+        here, there = (list_columns(sorted(e.columns)) for e in (evals, train))
+        raise DataError(
+            f"data.eval: data.format gives its rows the fields {here}, and those of data.train "
+            f"{there}; return the same for every row"
+        )
+    return evals
 
 
 def _mixed(wanted: config_fields.Data, sources: Sources, train: Any, seed: int) -> Any:
@@ -315,18 +373,18 @@ def _batched(
     tokenizer: Any,
 ) -> tuple[batches.Batches, batches.Batches | None]:  # fmt: skip
     """Return the batches of training and of evaluation."""
-    wanted, seed = config.data, config.run.seed
+    seed = config.run.seed
     padded, pad_id = attention_choice.is_padded(kernel), tokenizer.pad_token_id or 0
 
-    def batched(examples: Any, size: int, micro_size: int, group: bool) -> batches.Batches:
+    def batched(sequences: Any, size: int, micro_size: int, group: bool) -> batches.Batches:
         return batches.Batches(
-            order.Sequences(examples, wanted.packing, wanted.max_length, seed), seed=seed,
-            global_batch_size=size, micro_batch_size=micro_size, group_by_length=group,
-            rank=topology.data_rank, num_processes=topology.num_data, padded=padded, pad_id=pad_id,
+            sequences, seed=seed, global_batch_size=size, micro_batch_size=micro_size,
+            group_by_length=group, rank=topology.data_rank, num_processes=topology.num_data,
+            padded=padded, pad_id=pad_id,
         )  # fmt: skip
 
     size, micro_size = config.train.global_batch_size, config.micro_batch_size
-    of_train = batched(train, size, micro_size, wanted.group_by_length)
+    of_train = batched(train, size, micro_size, config.data.group_by_length)
     if not evals:
         return of_train, None
     at_once = config.evaluation.micro_batch_size or config.micro_batch_size
@@ -354,12 +412,9 @@ def _positions(model_config: Any) -> int | None:
 
 def check_lengths(examples: Any, config: Config, model_config: Any, num_steps: int) -> None:
     """Raise ConfigError for too few positions in the model, or too few steps for the warm-up."""
-    document = int(examples.input.lengths.argmax())
-    longest = int(examples.input.lengths[document])
+    longest, where, num_documents = examples.longest_document()
     positions = _positions(model_config)
     if positions is not None and positions < longest:
-        example = examples.example_of(document)
-        where, num_documents = examples.place(example), len(examples.documents(example))
         raise ConfigError(
             f"data.max_length: {where} has {longest} tokens, but the model has only {positions} "
             "positions (max_position_embeddings); "

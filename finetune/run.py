@@ -92,7 +92,8 @@ class Run:
     def settle_compilation(self, num_parameters: int) -> None:
         """Replace train.compile: auto in the config."""
         data, size = self.data, self.config.train.global_batch_size
-        num_tokens = data.num_steps * size * float(data.train.sequences.lengths.mean())
+        sequences = data.train.sequences
+        num_tokens = data.num_steps * size * sequences.num_tokens / len(sequences)
         self.config, line = with_compilation(self.config, self.topology, num_parameters, num_tokens)
         if line:
             self.log(line)
@@ -155,8 +156,8 @@ class Run:
             )
         self.directory.create(config)
         of_both = (data.train, data.eval) if data.eval else (data.train,)
-        rejects = {batches.sequences.examples.rejects: None for batches in of_both}
-        self.directory.write_rejects(list(rejects))
+        rejects = [path for each in of_both for path in each.sequences.examples.reject_files]
+        self.directory.write_rejects(list(dict.fromkeys(rejects)))
         self._write_held_out()
         wanted = config.evaluation.every_steps if data.eval else None
         for note in (
@@ -331,7 +332,7 @@ class Run:
                 about={"config": config.model_dump(), "receipt": directory.receipt()},
                 history=directory.logs.history(), log=log,
             )  # fmt: skip
-        lengths = self.data.train.sequences.examples.input.lengths.tolist()
+        lengths = self.data.train.sequences.examples.document_lengths()
         attention = parameters.attention_per_token(self.data.model_config, lengths)
         flops = parameters.flops_per_token(*self.state.facts.products, attention)
         return Metrics(

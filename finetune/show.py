@@ -26,7 +26,7 @@ from finetune.data.xray import (
 )
 from finetune.engine.rundir import RunDirectory
 from finetune.engine.topology import Topology
-from finetune.errors import DataError, RunDirectoryError
+from finetune.errors import ConfigError, DataError, RunDirectoryError
 from finetune.preflight import Data
 from finetune.run import as_base_is
 
@@ -67,6 +67,11 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.html:
         page.require_writable(Path(arguments.html), "--html")
     config, run = _config(arguments)
+    if config.data.streaming:
+        raise ConfigError(
+            "data.streaming: show reads all rows into memory; draw some into a file (finetune data "
+            "sample), and add --data.train FILE --data.streaming false"
+        )
     topology = Topology(config.train.precision, check_only=True)
     data = preflight.prepare(config, topology, RunDirectory(config, True).template_date())
     if run and not arguments.settings:
@@ -121,7 +126,7 @@ def _require_same(run: Path, data: Data) -> None:
 
 def of_run(config: Config, data: Data) -> Xray:
     """Return the view of everything that a run makes of data.train."""
-    train, wanted = data.train.sequences.examples, config.data
+    train, wanted = data.train.in_memory.examples, config.data
     whole = None
     leaves_out = wanted.max_rows is not None or wanted.weights or wanted.token_budgets
     if train.num_truncated or train.num_dropped or leaves_out:
@@ -175,7 +180,7 @@ def _head(xray: Xray, data: Data, colours: bool) -> Iterator[str]:
 
 def _sums(xray: Xray, data: Data) -> str:
     """Count rows, sequences and tokens in one line."""
-    train = data.train.sequences
+    train = data.train.in_memory
     fates = ", ".join(f"{count:,} {fate}" for fate, count in xray.counts().items())
     num_tokens, supervised = int(train.lengths.sum()), train.examples.num_supervised_tokens
     return (
@@ -317,7 +322,7 @@ def _page(config: Config, data: Data, xray: Xray, items: list[Item]) -> str:
         '<label><input type="checkbox" name="cut"> cut or split</label>'
         '<span id="count" class="soft"></span></form>'
     )
-    lengths = data.train.sequences.examples.lengths.tolist()
+    lengths = data.train.in_memory.examples.lengths.tolist()
     body = [
         f"<p>{page.text(_sums(xray, data))}</p><p class=soft>{shown}; template "
         f"{page.text(data.template.name)}, data.max_length {config.data.max_length}</p>",

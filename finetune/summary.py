@@ -14,6 +14,7 @@ from finetune.config import fields as config_fields
 from finetune.data import chat_templates, readers, repeats, templates, xray
 from finetune.data.examples import Examples
 from finetune.data.places import short
+from finetune.data.stream import StreamedExamples
 from finetune.engine.topology import Topology
 from finetune.errors import ConfigError, DataError
 from finetune.objectives import chosen
@@ -49,15 +50,17 @@ def summary(
     lines += [f"note        {note}" for note in notes]
     train = data.train.sequences
     examples = train.examples
-    lines += ["first example, what is learned in [[ ]]:", _marked(examples, data.tokenizer)]
+    shown = _marked(examples.first_ones(), data.tokenizer)
+    lines += ["first example, what is learned in [[ ]]:", shown]
     on_gpu = topology.device.type == "cuda"
     if topology.is_main and (on_gpu or (check_only and total >= WORTH_A_FORECAST)):
         from finetune.forecast import outlook
 
-        num_tokens = data.num_steps * config.train.global_batch_size * train.lengths.mean()
+        num_sequences = data.num_steps * config.train.global_batch_size
+        num_tokens = num_sequences * train.num_tokens / len(train)
         lines += outlook.lines(
             config, topology.parallel, topology.device, topology.precision, num_tokens,
-            float(np.median(examples.lengths)),
+            examples.quartiles()[1],
         )  # fmt: skip
     return "\n".join(lines)
 
@@ -74,11 +77,12 @@ def notes(config: Config, data: Data, model: ModelFacts, check_only: bool = Fals
     found += [*_stops_without_effect(config, data), *_data_without_effect(config, data)]
     if not check_only:
         return found
-    train = data.train.sequences.examples
-    found += repeats.notes(train)
+    train = data.train.sequences.examples.first_ones()
+    of = f", of the first {len(train):,} examples" if config.data.streaming else ""
+    found += [note + of for note in repeats.notes(train)]
     if data.eval:
-        evals = data.eval.sequences.examples
-        found += repeats.overlap_notes(train, evals, list(data.sources.eval), data.options)
+        evals, files = data.eval.sequences.examples.first_ones(), list(data.sources.eval)
+        found += [note + of for note in repeats.overlap_notes(train, evals, files, data.options)]
     needed, _, free, where = _disk(config, data, model)
     if needed > free:
         found.append(
@@ -119,12 +123,12 @@ def _disk_line(config: Config, data: Data, model: ModelFacts) -> str:
     )
 
 
-def _weights(examples: Examples) -> str:
+def _weights(examples: Examples | StreamedExamples) -> str:
     """Say which weights rows give to their answers, if they give any."""
-    if examples.weights is None:
+    if (found := examples.weight_range) is None:
         return ""
-    given = examples.weights[examples.supervised]
-    return f" with weights from {given.min():g} to {given.max():g}"
+    least, most = found
+    return f" with weights from {least:g} to {most:g}"
 
 
 def _data_lines(config: Config, topology: Topology, data: Data) -> list[str]:
@@ -135,8 +139,8 @@ def _data_lines(config: Config, topology: Topology, data: Data) -> list[str]:
         f"data        {_rows(config, data)} -> {_counted(len(examples), 'example')} -> "
         f"{_counted(len(train), 'sequence')} of at most {config.data.max_length} tokens"
         + _changed(config, examples),
-        f"tokens      {examples.lengths.sum():,}, {examples.num_supervised_tokens:,} of them "
-        f"learned{_weights(examples)}; an example has {_quartiles(examples.lengths)}",
+        f"tokens      {examples.num_tokens:,}, {examples.num_supervised_tokens:,} of them "
+        f"learned{_weights(examples)}; an example has {_quartiles(*examples.quartiles())}",
         f"template    {data.template.name}, objective "
         f"{own_code.without_folder(config.objective.kind)}",
         f"steps       {_counted(data.num_steps, 'step')}, each of {config.train.global_batch_size} "
@@ -148,7 +152,7 @@ def _data_lines(config: Config, topology: Topology, data: Data) -> list[str]:
         *_methods(config, quantized.quantization(data.model_config.to_dict()) is not None),
     ]
     if config.data.packing:
-        full = train.lengths.sum() / (len(train) * config.data.max_length)
+        full = train.num_tokens / (len(train) * config.data.max_length)
         lines.append(f"packing     {full:.1%} full")
     if data.eval:
         evals, known = data.eval.sequences.examples, data.num_eval_known
@@ -226,7 +230,7 @@ def _file_lines(config: Config, data: Data) -> list[str]:
 
 def _mix(data: Data) -> str:
     """List how much of an epoch comes from each file, by tokens."""
-    examples, names = data.train.sequences.examples, list(data.sources.train)
+    examples, names = data.train.in_memory.examples, list(data.sources.train)
     tokens = np.bincount(examples.source, examples.lengths, len(names))
     listed = [f"{share:.1%} of the tokens from {short(name)}"
               for name, share in zip(names, tokens / tokens.sum())]  # fmt: skip
@@ -409,7 +413,8 @@ def _data_without_effect(config: Config, data: Data) -> Iterator[str]:
     if wanted.group_by_length and not data.train.padded:
         kernel = data.attention
         yield f"data.group_by_length saves nothing: with attention {kernel} nothing is padded"
-    if wanted.group_by_length and sequences.lengths.min() == sequences.lengths.max():
+    shortest, _, longest = sequences.examples.quartiles()
+    if wanted.group_by_length and shortest == longest:
         yield "data.group_by_length has no effect: all examples have the same length"
     if wanted.loss_on in ("each_turn", "last_turn") and data.format != "messages":
         yield (
@@ -437,8 +442,8 @@ def _counted(number: int, noun: str) -> str:
     return f"{number:,} {plural}"
 
 
-def _quartiles(lengths: np.ndarray) -> str:
-    low, middle, high = np.percentile(lengths, [0, 50, 100]).astype(int)
+def _quartiles(*lengths: float) -> str:
+    low, middle, high = map(int, lengths)
     if low == high:
         return f"{low} tokens"
     return f"{low} to {high} tokens, half of them at most {middle}"

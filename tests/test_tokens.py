@@ -1078,14 +1078,15 @@ def test_no_length_is_advised_where_rows_are_too_long_to_be_tokenised(tokenizing
 
 def test_a_file_that_changes_while_it_is_read_is_refused(tokenizing, monkeypatch):
     """Its rows would be kept under the hash of other rows, for every run to come."""
-    whole = stored._build
+    whole = tokens.tokenise
 
-    def build(folder, sources, *rest):
-        whole(folder, sources, *rest)
+    def tokenise(sources, *rest):
+        made = whole(sources, *rest)
         with open(sources[0], "a") as file:
             file.write('{"question": "new", "answer": "row"}\n')
+        return made
 
-    monkeypatch.setattr(stored, "_build", build)
+    monkeypatch.setattr(tokens, "tokenise", tokenise)
     with pytest.raises(DataError, match="changed while being read"):
         tokenizing.prepare(BASE)
     monkeypatch.undo()
@@ -1275,7 +1276,7 @@ def test_leftovers_of_killed_runs_are_removed_but_not_of_live_ones(tokenizing):
         (root / f".building-{name}-0123").mkdir(parents=True)
         (root / f"{name}.lock").touch()
     (root / ".removing-dead-0123").mkdir()
-    with stored._locked(root / "alive.lock", "cache") as held:
+    with stored.locked(root / "alive.lock", "cache") as held:
         assert held
         tokenizing.prepare(BASE)
         assert [path.name for path in root.glob(".*")] == [".building-alive-0123"]
@@ -1374,7 +1375,7 @@ def test_a_second_builder_without_locks_deletes_nothing(tokenizing):
 def test_a_full_disk_is_reported():
     with (
         pytest.raises(Outage, match=r"data\.cache_dir: /cache: .*No space left"),
-        stored._writable("/cache"),
+        stored.writable("/cache"),
     ):
         stored._write(Path("/dev/full"), np.zeros(5000))
 

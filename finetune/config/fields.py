@@ -235,6 +235,10 @@ class Data(Section):
     """
     group_by_length: bool = False
     """Put examples of similar length into the same step, to reduce padding."""
+    streaming: bool = False
+    """Keep rows on the disk, in shards, for more rows than memory holds (docs/data.md).
+    Memory does not grow with the number of rows; the order differs from that of false.
+    """
     cache_dir: str = paths.DEFAULT_CACHE
     """Folder for tokenised data, keyed by a hash of its content.
     run.dir/.cache if the home directory is not writable.

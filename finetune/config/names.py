@@ -126,7 +126,6 @@ _ADVICE = {
         "overwrite_cache"
     ),
     "nothing to set: the summary names the columns that are not read": "remove_unused_columns",
-    "not yet supported; rows are tokenised into a cache before the first step": "streaming",
     "logs are in the run directory, run.dir/run.name": "logging_dir",
     "set HF_TOKEN in the environment, or call `hf auth login` once": "hub_token",
     "a run always trains, and evaluates where there are evaluation rows": "do_train do_eval",

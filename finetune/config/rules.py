@@ -178,8 +178,23 @@ def _data_conflicts(config: Config) -> Iterator[str]:
     if data.packing and model.attention in PADDED_ATTENTION:
         why = "packed documents would see each other; use auto"
         yield f"data.packing: with model.attention: {model.attention} {why}"
+    if data.streaming:
+        yield from _streaming_conflicts(config)
     if data.packing and data.group_by_length:
         yield "data.group_by_length: would be ignored: data.packing fills every sequence; remove it"
+
+
+def _streaming_conflicts(config: Config) -> Iterator[str]:
+    """List settings that would need all rows at once."""
+    instead = {
+        "weights": "mix the rows into one file first: finetune data mix",
+        "token_budgets": "mix the rows into one file first: finetune data mix",
+        "max_rows": "draw the rows into a file first: finetune data sample",
+        "group_by_length": "remove it; data.packing leaves no padding",
+    }
+    for name, remedy in instead.items():
+        if getattr(config.data, name):
+            yield f"data.{name}: cannot be used with data.streaming; {remedy}"
 
 
 def _memory_conflicts(config: Config) -> Iterator[str]:

@@ -14,8 +14,10 @@ import numpy as np
 import torch
 
 from finetune.data.columns import Columns
-from finetune.data.order import Sequences, order
+from finetune.data.order import Sequences
+from finetune.data.stream import StreamedSequences
 from finetune.data.views import Document
+from finetune.data.windows import WindowedOrder
 
 Counts = dict[str, int]
 """What losses are divided by: supervised `tokens`, `documents`, `examples`; and `input_tokens`."""
@@ -122,7 +124,8 @@ class Batches:
     """Micro-batches by step number, for one process of several."""
 
     def __init__(
-        self, sequences: Sequences, *, seed: int, global_batch_size: int, micro_batch_size: int,
+        self, sequences: Sequences | StreamedSequences, *, seed: int, global_batch_size: int,
+        micro_batch_size: int,
         rank: int = 0, num_processes: int = 1, padded: bool = False, group_by_length: bool = False,
         pad_id: int = 0,
     ) -> None:  # fmt: skip
@@ -132,7 +135,13 @@ class Batches:
         self.rank, self.num_processes = rank, num_processes
         self.padded, self.pad_id = padded, pad_id
         self.steps_per_epoch = -(-len(sequences) // global_batch_size)
-        self._order: tuple[int, np.ndarray] | None = None
+        self._order: tuple[int, np.ndarray | WindowedOrder] | None = None
+
+    @property
+    def in_memory(self) -> Sequences:
+        """Return the sequences where all their lengths are in memory: without data.streaming."""
+        assert isinstance(self.sequences, Sequences)
+        return self.sequences
 
     def of_all(self) -> "Batches":
         """Return the same steps as one process alone sees them."""
@@ -148,16 +157,18 @@ class Batches:
     def of_step(self, step: int) -> np.ndarray:
         """Return a step's sequences over all processes; the last of an epoch may have fewer."""
         epoch, number = divmod(step, self.steps_per_epoch)
-        size, lengths = self.global_batch_size, self.sequences.lengths
+        size = self.global_batch_size
         known = self._order  # one read: a thread that makes batches ahead may be in the next epoch
         if known is None or known[0] != epoch:
-            known = (epoch, order(self.seed, epoch, lengths, size, self.group_by_length))
+            made = self.sequences.order(self.seed, epoch, size, self.group_by_length)
+            known = (epoch, made)
             self._order = known
         return known[1][number * size : (number + 1) * size]
 
     def places(self, step: int) -> list[str]:
         """Return file:line of every row of a step."""
-        return [self.sequences.examples.place(example) for example in self._members(step)]
+        members = [self.sequences.members(each) for each in self.of_step(step)]
+        return [self.sequences.examples.place(example) for example in np.concatenate(members)]
 
     def at(self, step: int) -> list[Batch]:
         """Return this process's micro-batches of a step; every process gets as many."""
@@ -171,15 +182,11 @@ class Batches:
 
     def totals(self, step: int) -> Counts:
         """Count what a step is divided by, over all processes: from the order alone."""
-        return self.sequences.examples.counts(self._members(step))
+        return self.sequences.counts(self.of_step(step))
 
     def all_totals(self) -> Counts:
         """Count the same over an epoch."""
-        return self.sequences.examples.counts(np.arange(len(self.sequences.examples)))
-
-    def _members(self, step: int) -> np.ndarray:
-        """Return the examples of a step, int64."""
-        return np.concatenate([self.sequences.members(each) for each in self.of_step(step)])
+        return self.sequences.all_counts()
 
     def _collated(self, sequences: np.ndarray, epoch: int = 0) -> Batch:
         documents = [
@@ -194,7 +201,7 @@ class Batches:
             own = [each.columns[name] for each in documents] or np.empty((0, *values.shape[1:]))
             columns[name] = torch.from_numpy(np.asarray(own, np.float32))
         weights = None
-        if self.sequences.examples.weights is not None:
+        if self.sequences.examples.weight_range is not None:
             given = [each.weights for each in documents if each.weights is not None]
             weights = torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *given]))
         return replace(batch, columns=columns, weights=weights)
@@ -209,11 +216,7 @@ class Batches:
 
     def largest(self) -> Batch:
         """Return as many of the largest sequences as a micro-batch may hold."""
-        sizes = self.sequences.lengths
-        if self.padded:  # each document is a row, as long as the longest of all
-            examples = self.sequences.examples
-            sizes = examples.most_tokens() * examples.num_documents
-        return self._collated(np.argsort(-sizes, kind="stable")[: self.micro_batch_size])
+        return self._collated(self.sequences.largest(self.micro_batch_size, self.padded))
 
     def epoch(self, epoch: int = 0) -> Iterator[list[Batch]]:
         for step in range(epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch):

@@ -14,7 +14,7 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -144,6 +144,48 @@ class Examples:
         return self._per_example(self.view.num_labels(self))
 
     @property
+    def num_tokens(self) -> int:
+        return int(self.lengths.sum())
+
+    @functools.cached_property
+    def weight_range(self) -> tuple[float, float] | None:
+        """Return the least and the largest weight of a supervised token, where rows give some."""
+        if self.weights is None:
+            return None
+        given = self.weights[self.supervised]
+        return float(given.min()), float(given.max())
+
+    @property
+    def reject_files(self) -> list[Path]:
+        """Return the files of wrong rows that were skipped."""
+        return [self.rejects] if self.rejects else []
+
+    def quartiles(self) -> tuple[float, float, float]:
+        """Return the tokens of the shortest, the middle and the longest example."""
+        shortest, middle, longest = np.percentile(self.lengths, [0, 50, 100])
+        return float(shortest), float(middle), float(longest)
+
+    def document_lengths(self) -> list[int]:
+        """Return the tokens of each document."""
+        found: list[int] = self.input.lengths.tolist()
+        return found
+
+    def longest_document(self) -> tuple[int, str, int]:
+        """Return the tokens of the longest document, its place, and its example's documents."""
+        document = int(self.input.lengths.argmax())
+        example = self.example_of(document)
+        longest = int(self.input.lengths[document])
+        return longest, self.place(example), len(self.documents(example))
+
+    def first_ones(self) -> "Examples":
+        """Return the first examples: as all are in memory, these."""
+        return self
+
+    def places(self) -> Iterator[tuple[int, int, int]]:
+        """Yield (source, line, row) of each example."""
+        return zip(self.source.tolist(), self.line.tolist(), self.row.tolist())
+
+    @property
     def num_supervised_tokens(self) -> int:
         return int(self.num_supervised.sum())
 
@@ -171,7 +213,7 @@ class Examples:
             "examples": len(self),
             "truncated": self.num_truncated,
             "dropped": self.num_dropped,
-            "tokens": int(self.lengths.sum()),
+            "tokens": self.num_tokens,
         }
 
     def place(self, example: int) -> str:
@@ -227,15 +269,15 @@ def prepare(
         "options": options.deciding(),
     }
     fingerprint = files.json_sha256(identity)[:32]
-    with _writable(cache_dir):
+    with writable(cache_dir):
         root = Path(cache_dir).expanduser() / "tokens"
     folder = root / fingerprint
     # First without a lock: a read-only cache cannot have one.
-    if (found := _open(folder, names, fingerprint)) is None:
-        with _writable(cache_dir):
+    if (found := opened(folder, names, fingerprint)) is None:
+        with writable(cache_dir):
             root.mkdir(parents=True, exist_ok=True)
-        with _locked(root / f"{fingerprint}.lock", cache_dir):
-            if (found := _open(folder, names, fingerprint, note=True)) is None:
+        with locked(root / f"{fingerprint}.lock", cache_dir):
+            if (found := opened(folder, names, fingerprint, note=True)) is None:
                 found = _make(folder, sources, template, tokenizer, options, cache_dir)
     _sweep(root, cache_dir)
     return found
@@ -245,21 +287,41 @@ def _make(
     folder: Path, sources: Mapping[str, str], template: Template, tokenizer: Any, options: Options,
     cache_dir: str,
 ) -> Examples:  # fmt: skip
-    """Build an entry of the cache next to its place, and move it there once it is whole.
+    """Build an entry of the cache. Raise DataError, or Outage for a full disk."""
 
-    Raises DataError, or Outage for a full disk.
+    def build(folder: Path) -> None:
+        if options.framed:
+            made = frames.tokenise(list(sources), tokenizer, options)
+        else:
+            made = tokens.tokenise(list(sources), template, tokenizer, options)
+        require_unchanged(sources)
+        store(folder, made, cache_dir)
+
+    return placed(folder, build, list(sources), cache_dir)
+
+
+def require_unchanged(sources: Mapping[str, str]) -> None:
+    """Raise DataError if a source (name -> hash) has changed while it was read."""
+    if changed := [name for name in sources if source_files.fingerprint(name) != sources[name]]:
+        raise DataError(
+            f"{printable(changed[0])}: changed while being read; start again once it is whole"
+        )
+
+
+def placed(
+    folder: Path, fill: Callable[[Path], None], sources: list[str], cache_dir: str
+) -> Examples:
+    """Let `fill` write an entry of the cache next to its place, and move it there once it is whole.
+
+    Raises Outage for a full disk.
     """
-    names, root, fingerprint = list(sources), folder.parent, folder.name
+    root, fingerprint = folder.parent, folder.name
     build = root / f".building-{fingerprint}-{secrets.token_hex(4)}"
-    with _writable(cache_dir):
+    with writable(cache_dir):
         build.mkdir()
     try:
-        _build(build, names, template, tokenizer, options, cache_dir)
-        if changed := [name for name in names if source_files.fingerprint(name) != sources[name]]:
-            raise DataError(
-                f"{printable(changed[0])}: changed while being read; start again once it is whole"
-            )
-        with _writable(cache_dir):
+        fill(build)
+        with writable(cache_dir):
             if os.path.lexists(folder):  # a rename does not replace a folder that is not empty
                 os.rename(folder, root / build.name.replace(".building-", ".removing-"))
             try:
@@ -268,7 +330,7 @@ def _make(
                 if not folder.is_dir():  # without locks another process may have built it, too
                     raise
             files.flush(root)
-            made = _open(folder, names, fingerprint)
+            made = opened(folder, sources, fingerprint)
     finally:
         shutil.rmtree(build, ignore_errors=True)
     if made is None:
@@ -279,13 +341,13 @@ def _make(
 
 
 @contextmanager
-def _locked(path: Path, cache_dir: str, wait: bool = True) -> Iterator[bool]:
+def locked(path: Path, cache_dir: str, wait: bool = True) -> Iterator[bool]:
     """Hold a lock file, which the kernel releases when the process ends, however it ends.
 
     Yields whether the lock is held: False on a file system without locks, and, unless `wait`, while
     another process holds it.
     """
-    with _writable(cache_dir):
+    with writable(cache_dir):
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except PermissionError:
@@ -314,13 +376,13 @@ def _sweep(root: Path, cache_dir: str) -> None:
                 left.unlink()
         for left in root.glob(".building-*"):
             lock = root / f"{left.name.split('-')[1]}.lock"
-            with _locked(lock, cache_dir, wait=False) as held:
+            with locked(lock, cache_dir, wait=False) as held:
                 if held:
                     shutil.rmtree(left, ignore_errors=True)
 
 
 @contextmanager
-def _writable(cache_dir: str) -> Iterator[None]:
+def writable(cache_dir: str) -> Iterator[None]:
     try:
         yield
     # ValueError: a path with a NUL. RuntimeError: ~ without a home directory.
@@ -408,21 +470,17 @@ def num_trained_on(evals: Examples, train: Examples) -> int:
     return sum(digest in known for digest in evals.digests())
 
 
-def _build(
-    folder: Path, sources: Sequence[str], template: Template, tokenizer: Any, options: Options,
-    cache_dir: str,
-) -> None:  # fmt: skip
-    if options.framed:
-        made = frames.tokenise(sources, tokenizer, options)
-    else:
-        made = tokens.tokenise(sources, template, tokenizer, options)
+def store(
+    folder: Path, made: tokens.Tokenised, cache_dir: str, notes: Mapping[str, Any] | None = None
+) -> None:
+    """Write the examples of rows into a folder of the cache, and `notes` into its META."""
     arrays = {
-        "input_ids": np.concatenate(made.ids),
-        "supervised": np.concatenate(made.supervised),
-        "ends": np.cumsum([len(part) for part in made.ids]),
-        "places": np.array(made.places, np.int64),
+        "input_ids": np.concatenate(made.ids or [np.zeros(0, np.int32)]),
+        "supervised": np.concatenate(made.supervised or [np.zeros(0, bool)]),
+        "ends": np.cumsum([len(part) for part in made.ids], dtype=np.int64),
+        "places": np.array(made.places, np.int64).reshape(-1, 3),
     }
-    if made.example_ends[-1] > len(made.example_ends):
+    if made.example_ends and made.example_ends[-1] > len(made.example_ends):
         arrays[EXAMPLE_ENDS] = np.array(made.example_ends, np.int64)
     if made.target_ids:
         arrays["target_ids"] = np.concatenate(made.target_ids)
@@ -433,13 +491,13 @@ def _build(
     if made.weights:
         weights = (made.weights.get(n, np.ones(len(ids))) for n, ids in enumerate(made.ids))
         arrays[WEIGHTS] = np.concatenate([each.astype(np.float32) for each in weights])
-    with _writable(cache_dir):
-        _store(folder, arrays, made.counts, made.rejects)
+    with writable(cache_dir):
+        _store(folder, arrays, made.counts, made.rejects, notes or {})
 
 
 def _store(
     folder: Path, arrays: dict[str, np.ndarray], counts: dict[str, Any],
-    rejects: list[dict[str, Any]],
+    rejects: list[dict[str, Any]], notes: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """Write the arrays and the rejected rows, and META with the hashes of the arrays."""
     if rejects:
@@ -447,7 +505,7 @@ def _store(
         _write(folder / REJECTS, "".join(lines).encode())
     for name, array in arrays.items():
         _write(folder / f"{name}.npy", array)
-    meta: dict[str, Any] = {"fingerprint": folder.name.split("-")[1], "counts": counts}
+    meta: dict[str, Any] = {"fingerprint": folder.name.split("-")[1], "counts": counts, **notes}
     meta |= {"arrays": {name: _described(array) for name, array in arrays.items()}}
     _write(folder / META, json.dumps({**meta, "sha256": files.json_sha256(meta)}).encode())
     files.flush(folder)
@@ -476,12 +534,13 @@ def _stream(ids: np.ndarray, ends: np.ndarray) -> Ragged:
     return Ragged(ids, np.concatenate([[0], ends[:-1]]), ends)
 
 
-def _open(
-    folder: Path, sources: list[str], fingerprint: str, note: bool = False
+def opened(
+    folder: Path, sources: list[str], fingerprint: str, note: bool = False, check: bool = True
 ) -> Examples | None:
     """Open an entry of the cache; None if it is missing, or is not bit for bit what was written.
 
-    `note`: print what is wrong with a damaged entry.
+    `note`: print what is wrong with a damaged entry. `check`: hash its arrays, which an entry that
+    this process has checked before does not need.
     """
     if not os.path.lexists(folder):
         return None
@@ -493,7 +552,7 @@ def _open(
         for name in {*ARRAYS, *meta["arrays"]}:
             mapped = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
             arrays[name] = np.asarray(mapped)  # the same memory; slices of a memmap take 1 us more
-            if _described(arrays[name]) != meta["arrays"][name]:
+            if check and _described(arrays[name]) != meta["arrays"][name]:
                 raise ValueError(f"{name}.npy has changed")
         ends, places = np.asarray(arrays["ends"]), np.asarray(arrays["places"])
         streams = {"input": _stream(arrays["input_ids"], ends)}

@@ -49,7 +49,20 @@ def frame_of(tokenizer: Any) -> Frame:
 
 def tokenise(sources: Sequence[str], tokenizer: Any, options: Options) -> Tokenised:
     """Tokenise all rows of all sources. Raise DataError that names file and line."""
-    return _Tokenising(sources, tokenizer, options).run()
+    tokenising = _Tokenising(sources, tokenizer, options)
+    made = tokenising.run(quiet=False)
+    tokens.raise_if_any(made.problems, made.lengths, options, made.most_documents)
+    tokens._require_any(made, sources, options)
+    if tokenising.labels.numbers:
+        made.counts["labels"] = tokenising.labels.settle(made, some(list(sources)))
+    return made
+
+
+def tokenise_part(
+    sources: Sequence[str], tokenizer: Any, options: Options, quiet: bool = False
+) -> Tokenised:
+    """Tokenise rows, and note in `problems` what is wrong with them. `quiet`: show no progress."""
+    return _Tokenising(sources, tokenizer, options).run(quiet)
 
 
 class _Tokenising:
@@ -64,23 +77,18 @@ class _Tokenising:
         stay = options.special_tokens_in_text == "text"
         self.check = control.as_text if stay else control.refuse
         self.index = {source: number for number, source in enumerate(sources)}
-        self.problems, self.lengths = Problems(options.skipping), list[int]()
+        self.problems = self.made.problems = Problems(options.skipping)
+        self.lengths = self.made.lengths
         self.labels = _Labels(options.labels)
 
-    def run(self) -> Tokenised:
+    def run(self, quiet: bool) -> Tokenised:
         unread = Counter[str]()
-        bar = tqdm(desc="tokenising", unit=" rows", disable=None, leave=False)
+        bar = tqdm(desc="tokenising", unit=" rows", disable=quiet or None, leave=False)
         for batch in tokens._batches(self.options.samples(self.sources, self.problems, unread)):
             self._add(batch)
             bar.update(len(batch))
         bar.close()
-        too_long = self.problems.count(TOO_LONG)
-        why = tokens._lengths(self.lengths, too_long, self.options, 1)
-        self.problems.raise_if_any({TOO_LONG: why})
         self.made.note(self.problems, unread)
-        tokens._require_any(self.made, self.sources, self.options)
-        if self.labels.numbers:
-            self.made.counts["labels"] = self.labels.settle(self.made, some(list(self.sources)))
         return self.made
 
     def _add(self, batch: Sequence[Sample]) -> None:

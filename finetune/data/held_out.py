@@ -1,27 +1,32 @@
 """Write the rows that are held out of training, as they were given."""
 
 import json
+from itertools import groupby
 from pathlib import Path
 
 from finetune import failures, files
 from finetune.data import readers
 from finetune.data.examples import Examples
 from finetune.data.places import Row
+from finetune.data.stream import StreamedExamples
 
 
-def write(path: Path, held_out: Examples, text_unit: str) -> None:
+def write(path: Path, held_out: Examples | StreamedExamples, text_unit: str) -> None:
     """Write the rows of these examples as JSON lines, in their order; whole or not at all.
 
-    `evaluate --data` reads them as training would have. Raises Outage if the disk fails.
+    `evaluate --data` reads them as training would have. The examples stand in the order of their
+    rows, so that any number takes no memory. Raises Outage if the disk fails.
     """
-    wanted: dict[int, set[tuple[int, int]]] = {}
-    for source, line, row in zip(held_out.source, held_out.line, held_out.row):
-        wanted.setdefault(int(source), set()).add((int(line), int(row)))
+    wanted = (place for place, _ in groupby(held_out.places()))
+    following = next(wanted, None)
     with failures.writing(path), files.replacing(path) as file:
-        for source, places in sorted(wanted.items()):
-            for given in readers.read(held_out.sources[source], text_unit):
-                if (given.place.line, given.place.row) in places:
+        for number, source in enumerate(held_out.sources):
+            if following is None or following[0] != number:
+                continue
+            for given in readers.read(source, text_unit):
+                if following == (number, given.place.line, given.place.row):
                     file.write(_line(given))
+                    following = next(wanted, None)
 
 
 def _line(row: Row) -> bytes:

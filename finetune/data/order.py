@@ -32,6 +32,29 @@ class Sequences:
         """Return the examples of one sequence."""
         return self._packs[sequence] if self._packs else np.array([sequence])
 
+    @property
+    def num_tokens(self) -> int:
+        return int(self.lengths.sum())
+
+    def order(self, seed: int, epoch: int, batch_size: int, group_by_length: bool) -> np.ndarray:
+        """Order the sequences of one epoch; see `order`."""
+        return order(seed, epoch, self.lengths, batch_size, group_by_length)
+
+    def counts(self, sequences: np.ndarray) -> dict[str, int]:
+        """Return the supervised tokens, documents, examples and input tokens of these sequences."""
+        return self.examples.counts(np.concatenate([self.members(each) for each in sequences]))
+
+    def all_counts(self) -> dict[str, int]:
+        """Return the same of all sequences."""
+        return self.examples.counts(np.arange(len(self.examples)))
+
+    def largest(self, count: int, padded: bool) -> np.ndarray:
+        """Return the largest sequences; `padded`: each document is a row as long as the longest."""
+        sizes = self.lengths
+        if padded:
+            sizes = self.examples.most_tokens() * self.examples.num_documents
+        return np.argsort(-sizes, kind="stable")[:count]
+
     def documents(self, sequence: int, epoch: int = 0) -> list[Document]:
         """Return every document in a sequence, as the model gets it in an epoch."""
         members = self.members(sequence)

@@ -83,6 +83,16 @@ class Problems:
             if len(kept) < MOST_PROBLEMS:
                 kept.append(message)
 
+    def add(self, other: "Problems") -> None:
+        """Take over what was noted of a later part of the rows, without the rejected rows."""
+        self.num_rows += other.num_rows
+        self._cannot_skip = self._cannot_skip or other._cannot_skip
+        self._counts.update(other._counts)
+        groups = [(self._first, other._first)]
+        groups += [(self._kinds.setdefault(kind, []), m) for kind, m in other._kinds.items()]
+        for kept, messages in groups:
+            kept.extend(messages[: MOST_PROBLEMS - len(kept)])
+
     def count(self, kind: str) -> int:
         return self._counts[kind]
 

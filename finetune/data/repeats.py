@@ -98,15 +98,11 @@ def overlap_notes(
     `eval_sources`: the files of data.eval; empty if the rows are held out of data.train.
     """
     wanted = _rows_of(evals, most=None)
-    known: list[tuple[str, Text]] = []
-    for sample in options.samples(eval_sources or train.sources, Problems()):
-        place = sample.conversations[0].place
-        if (place.source, place.line, place.row) in wanted:
-            known.append((str(place), _text(sample)))
+    known = list(_texts_of(eval_sources or train.sources, options, wanted))
     overlap = Overlap([text for _, text in known])
     trained, compared, found = _rows_of(train, most=MOST_COMPARED), 0, list[tuple[str, str]]()
     batch: list[tuple[str, Text]] = []
-    stream = _texts_of(train, options, trained)  # (place, text)
+    stream = _texts_of(train.sources, options, trained)  # (place, text)
     while batch := list(islice(stream, AT_ONCE)):
         compared += len(batch)
         for (here, _), match in zip(batch, overlap.matches([text for _, text in batch])):
@@ -131,11 +127,11 @@ def _rows_of(examples: Examples, most: int | None) -> set[tuple[str, int, int]]:
 
 
 def _texts_of(
-    train: Examples, options: Options, wanted: set[tuple[str, int, int]]
+    sources: Sequence[str], options: Options, wanted: set[tuple[str, int, int]]
 ) -> Iterator[tuple[str, Text]]:
     """Yield (place, text) of the rows that are wanted."""
     left = len(wanted)
-    for sample in options.samples(train.sources, Problems()):
+    for sample in options.samples(sources, Problems()):
         place = sample.conversations[0].place
         if (place.source, place.line, place.row) in wanted:
             left -= 1

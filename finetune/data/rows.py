@@ -1,7 +1,7 @@
 """Turn the rows of all sources into samples, and report wrong rows."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -16,6 +16,8 @@ from finetune.data.places import Row, printable, short, some
 from finetune.data.problems import ENDS, Problems, Skipping
 from finetune.errors import ConfigError, DataError
 
+Records = Callable[[str, str], Iterator[Row | DataError]]
+"""(source, data.text_unit) -> its rows, and a DataError in place of each wrong one."""
 MOST_CHECKED = 10_000  # rows: reading takes 0.1 ms a row, and every start reads them again
 
 
@@ -90,14 +92,17 @@ def samples(
     unread: "Counter[str] | None" = None,
     for_training: bool = True,
     repair_turns: bool = False,
+    records: Records = readers.records,
+    unseen: set[str] | None = None,
 ) -> Iterator[Sample]:
     """Yield the rows of all sources as samples.
 
     `format` may be auto, or name a function of the user's own. Wrong rows are noted in `problems`;
     `unread` counts the rows that have a column that is not read. `for_training`: whether answers
     will be trained on; if so, a column that rates an answer makes its row wrong, as bad answers
-    would be learned, too. `repair_turns`: see `to_conversation`. Raises ConfigError if no row has a
-    column that `columns` names.
+    would be learned, too. `repair_turns`: see `to_conversation`. `records`: where the rows of a
+    source come from. Raises ConfigError if no row has a column that `columns` names; of a part of
+    the rows, `unseen` takes the names of such columns.
     """
     missing = {ours: theirs for ours, theirs in columns.items() if ours not in IN_MESSAGES}
 
@@ -105,7 +110,9 @@ def samples(
     for source in sources:
         with problems.noted(ends=True):  # stop reading a broken file
             own, before = "auto" if own_code.is_own(format) else format, problems.num_rows
-            for row, (rows, fields) in _formatted_rows(source, format, text_unit, problems):
+            for row, (rows, fields) in _formatted_rows(
+                records(source, text_unit), format, problems
+            ):
                 if own == "auto":
                     with problems.noted(row) if problems.skipping.skips else nullcontext():
                         own = detect(rows[0], columns, for_training)
@@ -119,11 +126,13 @@ def samples(
                     sample = reading.sample(row, rows, fields, own)
                 if sample:
                     yield sample
-            if problems.num_rows == before:
+            if problems.num_rows == before and unseen is None:
                 raise DataError(
                     f"{printable(source)}: all its rows are empty; is it the right file?"
                 )
-    if missing and not problems:
+    if unseen is not None:
+        unseen.update(missing)
+    elif missing and not problems:
         ours, theirs = next(iter(missing.items()))
         raise ConfigError(
             f"data.columns: {ours}: no row has a column {short(theirs)!r}; correct the name, or "
@@ -171,10 +180,10 @@ class _Reading:
 
 
 def _formatted_rows(
-    source: str, format: str, text_unit: str, problems: Problems
+    records: Iterator[Row | DataError], format: str, problems: Problems
 ) -> Iterator[tuple[Row, Formatted]]:
     """Yield the rows of a source, and formatted; note or count the others in `problems`."""
-    for row in readers.records(source, text_unit):
+    for row in records:
         if isinstance(row, DataError):
             problems.num_rows += 1
             problems.note(str(row))

@@ -126,6 +126,12 @@ class Tokenised:
     """The fields of `Examples` that count rows."""
     rejects: list[dict[str, Any]] = field(default_factory=list)
     """Wrong rows that were skipped, each with its problem."""
+    problems: Problems = field(default_factory=Problems)
+    """Wrong rows, and what else was noted while reading."""
+    lengths: list[int] = field(default_factory=list)
+    """Tokens of each row that was tokenised, before it was cut."""
+    most_documents: int = 1
+    """Of a row."""
 
     def note(self, problems: Problems, unread: "Counter[str]") -> None:
         """Take over what was skipped, repaired and not read."""
@@ -405,27 +411,41 @@ def tokenise(
     sources: Sequence[str], template: Template, tokenizer: Any, options: Options
 ) -> Tokenised:
     """Tokenise all rows of all sources. Raise DataError that names file and line."""
-    made = Tokenised()
+    made = tokenise_part(sources, template, tokenizer, options)
+    raise_if_any(made.problems, made.lengths, options, made.most_documents)
+    _require_any(made, sources, options)
+    return made
+
+
+def tokenise_part(
+    sources: Sequence[str],
+    template: Template,
+    tokenizer: Any,
+    options: Options,
+    quiet: bool = False,
+) -> Tokenised:
+    """Tokenise rows, and note in `problems` what is wrong with them. `quiet`: show no progress."""
+    made = Tokenised(problems=Problems(options.skipping))
     made.counts = dict.fromkeys(("num_rows", "num_truncated", "num_dropped"), 0)
     made.counts["learn_opening"] = template.learn_opening
     finish, control = _Finisher(template, tokenizer), ControlTokens(tokenizer, template.turn_ends)
     index = {source: number for number, source in enumerate(sources)}
-    bar = tqdm(desc="tokenising", unit=" rows", disable=None, leave=False)
-    problems, unread = Problems(options.skipping), Counter[str]()
-    lengths, num_documents = list[int](), 1
+    bar = tqdm(desc="tokenising", unit=" rows", disable=quiet or None, leave=False)
+    problems, unread = made.problems, Counter[str]()
     stream = options.samples(sources, problems, unread)
     # A longer row always has more than max_length tokens, so it is not tokenised, which would take
     # a minute for 50 MB.
     most = max(WINDOW, options.max_length * max(map(len, tokenizer.get_vocab())))
     for batch in _batches(stream):
-        num_documents = max(num_documents, *(len(each.conversations) for each in batch))
+        made.most_documents = max(made.most_documents, *(len(each.conversations) for each in batch))
         rendered = _rendered(batch, template, control, options, most, problems, made.counts)
         if problems.must_end and len(problems) > problems.count(TOO_LONG):
             continue  # read the rest only to count wrong rows
         texts = [segments for _, parts in rendered for segments in parts]
         if not template.learn_opening and any(map(template.opens_itself, texts)):
             bar.close()
-            return tokenise(sources, replace(template, learn_opening=True), tokenizer, options)
+            again = replace(template, learn_opening=True)
+            return tokenise_part(sources, again, tokenizer, options, quiet)
         encoded = iter(encode(texts, tokenizer))
         for sample, parts in rendered:
             made.counts["num_rows"] += 1
@@ -438,30 +458,41 @@ def tokenise(
                 place, pieces = sample.conversations[0].place, list[list[Tokens]]()
                 apart = options.loss_on == "each_turn"
                 for own in [[each] for each in documents] if apart else [documents]:
-                    lengths.append(sum(len(ids) for ids, _ in own))
+                    made.lengths.append(sum(len(ids) for ids, _ in own))
                     pieces += _pieces(own, options, finish.bos_id, place, problems, made.counts)
                 made.add(pieces, sample, (index[place.source], place.line, place.row))
         bar.update(len(batch))
     bar.close()
-    problems.raise_if_any(
-        {TOO_LONG: _lengths(lengths, problems.count(TOO_LONG), options, num_documents)}
-    )
     made.note(problems, unread)
-    _require_any(made, sources, options)
     return made
+
+
+def raise_if_any(
+    problems: Problems, lengths: Sequence[int], options: Options, most_documents: int
+) -> None:
+    """Raise DataError for wrong rows; it sums up those that are too long.
+
+    `lengths`: the tokens of each row that was tokenised; most_documents: of a row.
+    """
+    too_long = problems.count(TOO_LONG)
+    problems.raise_if_any({TOO_LONG: _lengths(lengths, too_long, options, most_documents)})
 
 
 def _require_any(made: Tokenised, sources: Sequence[str], options: Options) -> None:
     """Raise DataError if no row is left to train on."""
-    if made.ids:
-        return
-    if not made.counts["num_rows"]:
-        raise DataError(
+    if not made.ids:
+        raise none_left(made.counts, sources, options)
+
+
+def none_left(counts: Mapping[str, Any], sources: Sequence[str], options: Options) -> DataError:
+    """Return the error for rows of which none is left to train on."""
+    if not counts["num_rows"]:
+        return DataError(
             f"{some(list(sources), most=1)}: data.format skips all "
-            f"{made.counts['num_skipped']:,} rows; correct the function"
+            f"{counts['num_skipped']:,} rows; correct the function"
         )
-    raise DataError(
-        f"{some(list(sources), most=1)}: all {made.counts['num_rows']} rows are over "
+    return DataError(
+        f"{some(list(sources), most=1)}: all {counts['num_rows']} rows are over "
         f"data.max_length {options.max_length} and dropped; raise it"
     )
 
@@ -715,7 +746,7 @@ def fitting(longest: int, limit: int, positions: int | None, num_documents: int 
     return f"set data.max_length: {min(enough, positions or enough)}, or {_cut(num_documents)}"
 
 
-def _lengths(lengths: list[int], too_long: int, options: Options, num_documents: int) -> str:
+def _lengths(lengths: Sequence[int], too_long: int, options: Options, num_documents: int) -> str:
     """Say how many rows are too long, and which data.max_length would fit."""
     limit = options.max_length
     if not lengths:

@@ -90,7 +90,7 @@ class Xray:
         for number, key in enumerate(_keys(whole) if whole else ()):
             self._whole_of.setdefault(key, []).append(number)
         self._keys = {
-            fate: list(_keys(each.sequences.examples)) for fate, each in self._batches.items()
+            fate: list(_keys(each.in_memory.examples)) for fate, each in self._batches.items()
         }
         self._rows = sorted(set(self._whole_of).union(*self._keys.values()))
         self._row = {key: number for number, key in enumerate(self._rows, 1)}
@@ -133,8 +133,8 @@ class Xray:
         seen = set[Key]()
         for fate, batches in self._batches.items():
             keys = self._keys[fate]
-            for number in range(len(batches.sequences)):
-                own = [keys[example] for example in batches.sequences.members(number)]
+            for number in range(len(batches.in_memory)):
+                own = [keys[example] for example in batches.in_memory.members(number)]
                 seen.update(own)
                 yield Item(fate, number, tuple(sorted({self._row[key] for key in own})))
         for key, numbers in self._whole_of.items():
@@ -145,7 +145,7 @@ class Xray:
 
     def _documents(self, fate: str, sequence: int) -> Iterator[ShownDocument]:
         batches = self._batches[fate]
-        examples, members = batches.sequences.examples, batches.sequences.members(sequence)
+        examples, members = batches.in_memory.examples, batches.in_memory.members(sequence)
         batch = batches.of_sequence(sequence)
         ids = batch.inputs["input_ids"].flatten().numpy()
         supervised = np.zeros(len(ids), bool)
@@ -212,7 +212,7 @@ class Xray:
 
     def _place(self, key: Key) -> str:
         batches = self._batches[TRAINED]
-        return batches.sequences.examples.place_of(*key)
+        return batches.in_memory.examples.place_of(*key)
 
     def _spans(self, ids: np.ndarray, kinds: np.ndarray) -> list[Span]:
         special = np.array([number in self._special for number in ids.tolist()], bool)
@@ -240,8 +240,8 @@ def _parts(keys: list[Key]) -> list[tuple[int, int]]:
 
 def _first_epoch(train: Batches) -> tuple[np.ndarray, np.ndarray]:
     """Return the step of each sequence, and the width of its micro-batch; 0 without padding."""
-    steps, widths = np.zeros((2, len(train.sequences)), np.int64)
-    longest = train.sequences.examples.most_tokens() if train.padded else None
+    steps, widths = np.zeros((2, len(train.in_memory)), np.int64)
+    longest = train.in_memory.examples.most_tokens() if train.padded else None
     for step in range(train.steps_per_epoch):
         chosen = train.of_step(step)
         steps[chosen] = step + 1

@@ -61,7 +61,7 @@ def take_kernels(
     if attention in (DOCUMENTS, BOTH_WAYS) and topology.precision in DTYPES:
         work = varlen_choice.work_of(
             base.config, DTYPES[topology.precision], train.largest().lengths,
-            train.sequences.examples.input.lengths.tolist(), topology.parallel.num_context,
+            train.sequences.examples.document_lengths(), topology.parallel.num_context,
             causal=attention == DOCUMENTS,
         )  # fmt: skip
         named = config.model.attention if config.model.attention in BY_SETTING else None

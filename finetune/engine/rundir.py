@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 from collections.abc import Iterator, Sequence
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -165,12 +166,13 @@ class RunDirectory:
             self._sweep()
             self.is_open = True
 
-    def write_rejects(self, sources: Sequence[Path | None]) -> None:
+    def write_rejects(self, sources: Sequence[Path]) -> None:
         """Write the wrong rows that data.on_bad_row skips, from the files of the token cache."""
-        texts = [path.read_text(encoding="utf-8") for path in sources if path]
-        if texts:
-            with self._writing():
-                files.write_synced(self.rejects, "".join(texts))
+        if sources:
+            with self._writing(), files.replacing(self.rejects) as file:
+                for path in sources:
+                    with path.open("rb") as part:
+                        shutil.copyfileobj(part, file)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

@@ -89,12 +89,13 @@ def by_config(path: str, sources: list[str]) -> TokenLengths:
         truncation="drop",
         weights={},
         token_budgets={},
+        streaming=False,
     )
     micro = config.train.micro_batch_size
     if micro == "auto":
         config = config.changed("train", micro_batch_size=1)
     data = preflight.prepare(config, Topology(config.train.precision, check_only=True))
-    rows = data.train.sequences.examples
+    rows = data.train.in_memory.examples
     if rows.num_dropped:
         options = replace(data.options, max_length=NO_LIMIT, truncation="error", positions=None)
         rows = examples.prepare(

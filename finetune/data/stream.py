@@ -1,0 +1,298 @@
+"""Sequences and examples of rows that do not fit into memory, by the faces of those that do.
+
+An example's number is that of its shard and its own in the shard; shards are opened as steps come
+to them, and the last few stay open.
+"""
+
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune import files
+from finetune.data import examples as entries
+from finetune.data import layout, shards, windows
+from finetune.data.examples import Examples
+from finetune.data.layout import MEMBERS, SEQUENCES, Layout
+from finetune.data.order import Sequences
+from finetune.data.places import Place
+from finetune.data.shards import Recipe
+from finetune.data.views import Document
+from finetune.errors import Outage
+
+MOST_OPEN = 32  # shards: of short rows 64 MB if all of them were read
+SHARD = 32  # bits of an example's number below that of its shard
+SOME = 100_000  # examples that stand for all where only the shape of lengths counts
+
+
+class OpenShards:
+    """The shards of a stream by number; the last ones that were read stay open."""
+
+    def __init__(self, recipe: Recipe, laid_out: Layout) -> None:
+        self.recipe, self.laid_out = recipe, laid_out
+        self._key, self._sources = recipe.key, list(recipe.sources)
+        self._open: OrderedDict[int, Sequences] = OrderedDict()
+        self._checked: set[int] = set()
+        self._lock = threading.Lock()  # batches are made on a thread
+
+    def __getitem__(self, number: int) -> Sequences:
+        """Return the examples of a shard as sequences of one each. Raise Outage for damage."""
+        with self._lock:
+            found = self._open.pop(number, None)
+            if found is None:
+                found = Sequences(self._opened(number), packing=False, max_length=0, seed=0)
+            self._open[number] = found
+            while len(self._open) > MOST_OPEN:
+                self._open.popitem(last=False)
+            return found
+
+    def folder(self, number: int) -> Path:
+        """Return the folder of a shard's entry."""
+        return self.recipe.root / self._key / shards.entry_name(self._key, number)
+
+    def _opened(self, number: int) -> Examples:
+        """Open a shard; this process checks the hashes of each once."""
+        folder, is_new = self.folder(number), number not in self._checked
+        found = entries.opened(folder, self._sources, folder.name, note=True, check=is_new)
+        found = found and replace(found, view=self.recipe.view)
+        same = found is not None and (
+            not is_new or files.sha256(folder / entries.META) == self.laid_out.lines[number]["meta"]
+        )
+        if found is None or not same:
+            raise Outage(
+                f"data.cache_dir: {folder} is damaged; remove it, and run the same command again: "
+                "it will be made anew"
+            )
+        self._checked.add(number)
+        return found
+
+
+class StreamedExamples:
+    """The examples of one part of a stream: facts from the lines of its layout, and places."""
+
+    def __init__(self, opened: OpenShards, part: str) -> None:
+        self.opened, self.part = opened, part
+        self.laid_out, recipe = opened.laid_out, opened.recipe
+        self.sources = list(recipe.sources)
+        self.fingerprint = f"{recipe.fingerprint}:{part}"
+        self.learn_opening = recipe.template.learn_opening
+        self.labels = list(recipe.options.labels)
+        counts = [line["counts"] for line in self.laid_out.lines]
+        for name in shards.COUNTED:
+            setattr(self, name, sum(each[name] for each in counts))
+        self.unread, self.repairs, self.bad = (
+            dict(sum((Counter(each[name]) for each in counts), Counter[str]()))
+            for name in ("unread", "repairs", "bad")
+        )
+        names: list[str] = next((each["columns"] for each in counts if each["columns"]), [])
+        ranges = [line["weights"] for line in self.laid_out.lines if line["weights"]]
+        if ranges and len(ranges) < len(counts):
+            ranges.append([1.0, 1.0])  # of shards whose rows give none
+        least, most = zip(*ranges) if ranges else ((), ())
+        self.weight_range = (min(least), max(most)) if ranges else None
+        self.columns = {name: np.zeros(0, np.float32) for name in names}
+
+    num_rows: int
+    num_truncated: int
+    num_dropped: int
+    num_empty: int
+    num_skipped: int
+
+    def __len__(self) -> int:
+        return self.laid_out.count(self.part, "examples")
+
+    @property
+    def num_distinct_rows(self) -> int:
+        """Return how many rows these examples come from."""
+        return self.laid_out.count(self.part, "rows")
+
+    @property
+    def num_tokens(self) -> int:
+        return self.laid_out.count(self.part, "input_tokens")
+
+    @property
+    def num_supervised_tokens(self) -> int:
+        return self.laid_out.count(self.part, "tokens")
+
+    @property
+    def reject_files(self) -> list[Path]:
+        """Return the files of wrong rows that were skipped."""
+        bad = [number for number, line in enumerate(self.laid_out.lines) if line["counts"]["bad"]]
+        return [self.opened.folder(number) / entries.REJECTS for number in bad]
+
+    def receipt(self) -> dict[str, Any]:
+        """Return what a run's receipt records of its data."""
+        return {
+            "sources": self.sources, "fingerprint": self.fingerprint, "rows": self.num_rows,
+            "examples": len(self), "truncated": self.num_truncated, "dropped": self.num_dropped,
+            "tokens": self.num_tokens, "shards": len(self.laid_out.lines),
+        }  # fmt: skip
+
+    def quartiles(self) -> tuple[float, float, float]:
+        """Return the tokens of the shortest, the middle and the longest example."""
+        counts = np.zeros(1, np.int64)
+        for members in self.laid_out.all_records(self.part, MEMBERS):
+            found = np.bincount(members["length"], minlength=len(counts))
+            found[: len(counts)] += counts
+            counts = found
+        lengths = np.flatnonzero(counts)
+        below = np.cumsum(counts[lengths])
+        middle = lengths[np.searchsorted(below, [(below[-1] - 1) // 2, below[-1] // 2], "right")]
+        return float(lengths[0]), float(middle.mean()), float(lengths[-1])
+
+    def document_lengths(self) -> list[int]:
+        """Return the tokens of documents, of examples at even distances."""
+        every = max(1, len(self) // SOME)
+        found: list[int] = []
+        for members in self.laid_out.all_records(self.part, MEMBERS):
+            found += members["length"][::every].tolist()
+        return found
+
+    def longest_document(self) -> tuple[int, str, int]:
+        """Return the tokens of the longest document, its place, and its example's documents."""
+        lines = [line[self.part].get("longest", [0]) for line in self.laid_out.lines]
+        shard = max(range(len(lines)), key=lambda number: lines[number][0])
+        tokens, example, num_documents = lines[shard]
+        return tokens, self.place(self._numbered(shard, example)), num_documents
+
+    def first_ones(self) -> Examples:
+        """Return the examples of the first shard that has some of this part, in their order."""
+        number = next(n for n, line in enumerate(self.laid_out.lines)
+                      if line[self.part]["examples"])  # fmt: skip
+        return self._of_shard(number)
+
+    def places(self) -> Iterator[tuple[int, int, int]]:
+        """Yield (source, line, row) of each example, as they stand in the sources."""
+        for number, line in enumerate(self.laid_out.lines):
+            if line[self.part]["examples"]:
+                found = self._of_shard(number)
+                yield from zip(found.source.tolist(), found.line.tolist(), found.row.tolist())
+
+    def digests(self) -> Iterator[np.ndarray]:
+        """Yield a hash of the tokens of each example, uint64, some at a time."""
+        for members in self.laid_out.all_records(self.part, MEMBERS):
+            yield members["digest"]
+
+    def place(self, example: int) -> str:
+        """Return file:line of the row that an example came from."""
+        own = self.opened[int(example) >> SHARD].examples
+        number = int(example) & ((1 << SHARD) - 1)
+        source, line, row = (each[number] for each in (own.source, own.line, own.row))
+        return str(Place(self.sources[source], int(line), int(row)))
+
+    def _of_shard(self, number: int) -> Examples:
+        """Return the examples of this part of a shard, in the order of the rows."""
+        before = sum(line[self.part]["records"][MEMBERS] for line in self.laid_out.lines[:number])
+        count = self.laid_out.lines[number][self.part]["records"][MEMBERS]
+        members = self.laid_out.read(self.part, MEMBERS, before, count)
+        own = np.sort(members["example"].astype(np.int64))
+        return self.opened[number].examples.subset(own)
+
+    def _numbered(self, shard: int, example: int) -> int:
+        return (shard << SHARD) | example
+
+
+class StreamedSequences:
+    """The sequences of one part of a stream: what its order orders and batch sizes count."""
+
+    def __init__(self, opened: OpenShards, part: str, window: int | None = None) -> None:
+        """`window`: bytes of the shards that are shuffled together; None: all."""
+        self.examples = StreamedExamples(opened, part)
+        self.opened, self.laid_out, self.part = opened, opened.laid_out, part
+        lines = self.laid_out.lines
+        self.windows = windows.spans([line["bytes"] for line in lines], window)
+        held = [line[part]["records"][SEQUENCES] for line in lines]
+        self._sizes = [sum(held[begin:end]) for begin, end in self.windows]
+
+    def __len__(self) -> int:
+        return self.laid_out.num_records(self.part, SEQUENCES)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.examples.num_tokens
+
+    def order(self, seed: int, epoch: int, *_: Any) -> windows.WindowedOrder:
+        """Return the order of an epoch, which is computed where it is read."""
+        return windows.WindowedOrder(self._sizes, seed, epoch)
+
+    def members(self, sequence: int) -> np.ndarray:
+        """Return the numbers of the examples of a sequence, int64."""
+        [found] = self.laid_out.sequences(self.part, np.array([sequence]))
+        shard = int(found["shard"]) << SHARD
+        own = self.laid_out.members(self.part, found)["example"].astype(np.int64)
+        return own | shard
+
+    def documents(self, sequence: int, epoch: int = 0) -> list[Document]:
+        """Return every document in a sequence, as the model gets it in an epoch."""
+        found = []
+        for example in self.members(sequence).tolist():
+            shard, number = example >> SHARD, example & ((1 << SHARD) - 1)
+            # What is drawn for a document depends on its number, which it has in its shard alone.
+            own = self.opened[shard].documents(number, epoch + (shard << SHARD))
+            found += [replace(document, example=example) for document in own]
+        if self.examples.weight_range is None:
+            return found
+        return [  # a shard whose rows give no weights does not keep any
+            replace(each, weights=np.ones(len(each.labels), np.float32))
+            if each.weights is None
+            else each
+            for each in found
+        ]
+
+    def counts(self, sequences: np.ndarray) -> dict[str, int]:
+        """Return the supervised tokens, documents, examples and input tokens of these sequences."""
+        return _counted(self.laid_out.sequences(self.part, sequences))
+
+    def all_counts(self) -> dict[str, int]:
+        """Return the same of all sequences."""
+        names = {"tokens": "tokens", "documents": "documents", "examples": "examples",
+                 "input_tokens": "input_tokens"}  # fmt: skip
+        return {ours: self.laid_out.count(self.part, name) for ours, name in names.items()}
+
+    def largest(self, count: int, padded: bool) -> np.ndarray:
+        """Return the largest sequences; `padded`: by rows as long as the longest document."""
+        kept, sizes, begin = np.zeros(0, np.int64), np.zeros(0, np.int64), 0
+        for records in self.laid_out.all_records(self.part, SEQUENCES):
+            size = records["input_tokens"].astype(np.int64)
+            if padded:
+                size = records["longest"].astype(np.int64) * records["documents"]
+            kept = np.concatenate([kept, np.arange(begin, begin + len(records))])
+            sizes = np.concatenate([sizes, size])
+            best = np.argsort(-sizes, kind="stable")[:count]
+            kept, sizes, begin = kept[best], sizes[best], begin + len(records)
+        return kept
+
+
+def _counted(records: np.ndarray) -> dict[str, int]:
+    sums = {
+        name: int(records[name].sum(dtype=np.int64))
+        for name in ("tokens", "documents", "members", "input_tokens")
+    }
+    sums["examples"] = sums.pop("members")
+    return sums
+
+
+def opened(
+    recipe: Recipe, laid_out: Path, window: int | None = None
+) -> tuple[StreamedSequences, StreamedSequences | None]:
+    """Open a stream that `shards.prepare` made: what is trained on, and what is held out of it."""
+    found = OpenShards(recipe, Layout(laid_out))
+    train = StreamedSequences(found, layout.TRAIN, window)
+    held_out = StreamedSequences(found, layout.EVAL) if recipe.plan.eval_fraction else None
+    return train, held_out
+
+
+def num_known(evals: Sequence[bytes] | Iterator[np.ndarray], train: StreamedExamples) -> int:
+    """Return how many examples of the evaluation are also trained on, by a hash of their tokens."""
+    parts = [
+        part if isinstance(part, np.ndarray) else np.frombuffer(part[:8], "<u8") for part in evals
+    ]
+    wanted = np.concatenate(parts) if parts else np.zeros(0, np.uint64)
+    known = np.zeros(len(wanted), bool)
+    for digests in train.digests():
+        known |= np.isin(wanted, digests)
+    return int(known.sum())

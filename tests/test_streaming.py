@@ -1,0 +1,490 @@
+"""Rows that stay on the disk: any kill, world size and position gives the same stream of tokens."""
+
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import losses, pairs, read_jsonl, write_jsonl
+from faults.forked import assert_same_end, forget
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_tokens import chat_for, load_template, options
+
+from finetune import workers
+from finetune.data import examples as entries
+from finetune.data import layout, shards, source_files, stream
+from finetune.data.batches import Batches
+from finetune.data.layout import Layout
+from finetune.data.views import Document
+from finetune.errors import ConfigError, DataError, Outage
+from finetune.models.load import bytes_tokenizer
+
+ROWS, SHARD = 203, 20
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(shards, "SHARD_ROWS", SHARD)
+    monkeypatch.setattr(workers, "cores", lambda: 1)  # a process more costs 2 s
+
+
+class Streaming:
+    """Writes rows to a file, and makes shards of them in this process."""
+
+    def __init__(self, folder: Path, rows: Any = None) -> None:
+        self.folder, self.cache = folder, folder / "cache"
+        self.rows = write_jsonl(folder / "rows.jsonl", pairs(ROWS) if rows is None else rows)
+        self.num_workers = 1
+
+    def recipe(self, packing: bool = False, eval_fraction: float = 0.0, seed: int = 3,
+               template: Any = None, **changes: Any) -> shards.Recipe:  # fmt: skip
+        tokenizer = bytes_tokenizer()
+        template = template or load_template(tokenizer, "plain")
+        changes = {"format": "question_answer", "max_length": 120} | changes
+        plan = layout.Plan(packing, changes["max_length"], seed, eval_fraction)
+        sources = source_files.sources(str(self.rows), None).train
+        return shards.Recipe(
+            shards.root(str(self.cache)), sources, template, tokenizer, options(**changes), plan,
+            str(self.cache),
+        )  # fmt: skip
+
+    def make(self, **changes: Any) -> tuple[shards.Recipe, Path]:
+        return shards.prepare(self.recipe(**changes), self.num_workers)
+
+    def open(self, window: int | None = None, **changes: Any) -> stream.StreamedSequences:
+        return stream.opened(*self.make(**changes), window)[0]
+
+    def whole(self, **changes: Any) -> Any:
+        """Return the same rows as examples in memory."""
+        recipe = self.recipe(**changes)
+        return entries.prepare(
+            recipe.sources, recipe.template, recipe.tokenizer, recipe.options, str(self.cache)
+        )
+
+    def contents(self) -> dict[str, bytes]:
+        """Return the bytes of every file of the shards."""
+        root = self.cache / "shards"
+        return {
+            str(path.relative_to(root)): path.read_bytes()
+            for path in sorted(root.rglob("*"))
+            if path.is_file() and path.suffix != ".lock"
+        }
+
+
+@pytest.fixture
+def streaming(tmp_path):
+    return Streaming(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Streams of the same rows: alone and in packs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "SHARD_ROWS", SHARD)
+        found = Streaming(tmp_path_factory.mktemp("made"))
+        for packing in (False, True):
+            found.make(packing=packing)
+        window = 3 * Layout(found.make()[1]).lines[0]["bytes"]
+        yield (
+            {
+                (packing, size): found.open(size, packing=packing)
+                for packing in (False, True)
+                for size in (None, window)
+            },
+            found.whole(),
+        )
+
+
+def key(document: Document) -> tuple[bytes, bytes]:
+    return document.ids.tobytes(), document.labels.tobytes()
+
+
+def batches_of(sequences: Any, rank: int = 0, world: int = 1, **changes: Any) -> Batches:
+    size = {"global_batch_size": 24, "micro_batch_size": 1, "pad_id": 0, "seed": 5, **changes}
+    return Batches(sequences, rank=rank, num_processes=world, **size)
+
+
+def tokens_of(batches: list[Any]) -> Counter[tuple[bytes, bytes]]:
+    """Return what these micro-batches teach: each document's tokens, and its labels."""
+    found: Counter[tuple[bytes, bytes]] = Counter()
+    for batch in batches:
+        bounds = batch.inputs["cu_seq_lens_q"]
+        for number in range(batch.counts["documents"]):
+            ids = batch.inputs["input_ids"][0, bounds[number] : bounds[number + 1]]
+            labels = batch.labels[batch.document == number]
+            found[ids.numpy().tobytes(), labels.numpy().tobytes()] += 1
+    return found
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_streaming_trains_on_the_tokens_that_memory_would_hold(made, packing):
+    """No supervised token is lost or invented, and totals are those of the documents."""
+    streams, whole = made
+    sequences = streams[packing, None]
+    documents = [each for number in range(len(sequences)) for each in sequences.documents(number)]
+    from finetune.data.order import Sequences
+
+    alone = Sequences(whole, False, 120, 0)
+    wanted = [each for number in range(len(alone)) for each in alone.documents(number)]
+    assert Counter(map(key, documents)) == Counter(map(key, wanted))
+    assert len({each.example for each in documents}) == len(whole) == len(sequences.examples)
+    assert sequences.all_counts() == whole.counts(np.arange(len(whole)))
+    assert sequences.counts(np.arange(len(sequences))) == sequences.all_counts()
+    for number in range(len(sequences)):
+        members = sequences.documents(number)
+        assert sequences.counts(np.array([number])) == {
+            "tokens": sum(len(each.labels) for each in members), "documents": len(members),
+            "examples": len(members), "input_tokens": sum(len(each.ids) for each in members),
+        }  # fmt: skip
+        assert sum(len(each.ids) for each in members) <= 120
+    assert (len(sequences) < len(whole)) == packing
+
+
+def test_facts_of_a_stream_are_those_of_its_rows(made):
+    streams, whole = made
+    examples = streams[False, None].examples
+    assert examples.quartiles() == whole.quartiles()
+    assert sorted(examples.document_lengths()) == sorted(whole.document_lengths())
+    assert examples.longest_document() == whole.longest_document()
+    assert list(examples.places()) == list(whole.places())
+    assert {examples.place(each) for number in range(len(streams[False, None]))
+            for each in streams[False, None].members(number)} == {
+        whole.place(number) for number in range(len(whole))}  # fmt: skip
+    mine, own = examples.receipt(), whole.receipt()
+    assert {**mine, "fingerprint": 0} == {**own, "fingerprint": 0, "shards": 11}
+    largest = streams[False, None].largest(3, padded=False)
+    assert streams[False, None].counts(largest)["input_tokens"] == sum(sorted(whole.lengths)[-3:])
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    world=st.integers(1, 8), start=st.integers(0, 40), packing=st.booleans(),
+    windowed=st.booleans(), seed=st.integers(0, 3),
+)  # fmt: skip
+def test_any_position_and_world_size_gives_the_same_stream(
+    made, world, start, packing, windowed, seed
+):
+    """A process that starts at any step makes what one process alone makes there."""
+    streams = made[0]
+    window = next(size for name, size in streams if (size is not None) == windowed)
+    sequences = streams[packing, window]
+    alone = batches_of(sequences, seed=seed)
+    for step in (start, start + 1):
+        together = [
+            batch
+            for rank in range(world)
+            for batch in batches_of(sequences, rank, world, seed=seed).at(step)
+        ]
+        assert tokens_of(together) == tokens_of(alone.at(step))
+        sums = Counter()
+        for batch in together:
+            sums.update(batch.counts)
+        assert sums == alone.totals(step)
+
+
+@pytest.mark.parametrize("windowed", [False, True])
+def test_an_epoch_has_every_row_once_in_another_order(made, windowed):
+    streams = made[0]
+    window = next(size for name, size in streams if (size is not None) == windowed)
+    sequences = streams[False, window]
+    batches = batches_of(sequences)
+    epochs = [
+        [batches.of_step(step) for step in range(n * batches.steps_per_epoch,
+                                                 (n + 1) * batches.steps_per_epoch)]
+        for n in range(3)
+    ]  # fmt: skip
+    orders = [np.concatenate(steps).tolist() for steps in epochs]
+    assert all(sorted(order) == list(range(ROWS)) for order in orders)
+    assert len(set(map(tuple, orders))) == 3
+    if windowed:  # rows of the first window come first
+        assert len(sequences.windows) > 3
+        first = SHARD * sequences.windows[0][1]
+        assert set(orders[0][:first]) == set(range(first))
+        assert orders[0][:first] != list(range(first))
+
+
+# ------------------------------------------------------------------------------------- building
+
+
+def test_shards_do_not_depend_on_the_number_of_workers(tmp_path):
+    found = []
+    for number in (1, 2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        each = Streaming(folder)
+        each.num_workers = number
+        each.make(packing=True, eval_fraction=0.2)
+        found.append(each.contents())
+    assert found[0] == found[1]
+    assert len(found[0]) > 40
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("number", [0, 1, 5, 10])
+def test_a_killed_build_goes_on_with_its_shards(streaming, monkeypatch, number, tmp_path):
+    """Finished shards are kept as they are, and half a line of the index is written again."""
+    (tmp_path / "other").mkdir()
+    uninterrupted = Streaming(tmp_path / "other")
+    shutil.copy2(streaming.rows, uninterrupted.rows)
+    uninterrupted.make()
+    take = shards.Builder._take
+
+    def dying(self, finished, known):
+        if finished.number == number:
+            raise Killed
+        take(self, finished, known)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.Builder, "_take", dying)
+        with pytest.raises(Killed):
+            streaming.make()
+    [index] = streaming.cache.rglob("index.jsonl") if number else [None]
+    kept = {path: path.stat().st_mtime_ns for path in streaming.cache.rglob("input_ids.npy")}
+    assert len(kept) >= number
+    if index:
+        index.write_bytes(index.read_bytes() + b'{"meta": "half a li')
+        with (index.parent / "train.members").open("ab") as file:
+            file.write(b"behind the last line")
+    streaming.make()
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert streaming.contents() == uninterrupted.contents()
+
+
+def test_another_seed_lays_the_same_shards_out_anew(streaming, monkeypatch):
+    first = streaming.open(packing=True)
+    monkeypatch.setattr(shards, "records", None)  # rows need not be read again
+    other = streaming.open(packing=True, seed=4)
+    packs = [
+        {tuple(sorted(each.members(number).tolist())) for number in range(len(each))}
+        for each in (first, other)
+    ]
+    assert packs[0] != packs[1]
+    assert first.all_counts() == other.all_counts()
+
+
+def test_a_damaged_shard_is_refused_and_made_anew(streaming, capfd):
+    recipe, laid_out = streaming.make()
+    before = streaming.contents()
+    folder = recipe.root / recipe.key / shards.entry_name(recipe.key, 4)
+    with (folder / "input_ids.npy").open("r+b") as file:
+        file.seek(400)
+        file.write(b"\0\1\2")
+    sequences = stream.opened(recipe, laid_out)[0]
+    with pytest.raises(Outage, match=r"000004 is damaged; remove it, and run the same command"):
+        sequences.documents(4 * SHARD)
+    shutil.rmtree(folder)
+    streaming.make()
+    assert streaming.contents() == before
+
+
+def test_a_damaged_shard_is_made_anew_before_it_is_laid_out(streaming, capfd):
+    recipe, laid_out = streaming.make()
+    before = streaming.contents()
+    shutil.rmtree(laid_out)
+    folder = recipe.root / recipe.key / shards.entry_name(recipe.key, 4)
+    (folder / "meta.json").write_text("{}")
+    streaming.make()
+    assert "is damaged and will be built again" in capfd.readouterr().err
+    assert streaming.contents() == before
+
+
+def test_records_of_sequences_that_changed_are_written_again(streaming):
+    _, laid_out = streaming.make()
+    before = streaming.contents()
+    with (laid_out / "train.sequences").open("r+b") as file:
+        file.write(b"\7")
+    streaming.make()
+    assert streaming.contents() == before
+
+
+def test_rows_that_change_while_they_are_read_are_refused(streaming, monkeypatch):
+    take = shards.Builder._take
+
+    def changing(self, finished, known):
+        with streaming.rows.open("a") as file:
+            file.write("\n")
+        take(self, finished, known)
+
+    monkeypatch.setattr(shards.Builder, "_take", changing)
+    with pytest.raises(DataError, match="changed while being read"):
+        streaming.make()
+
+
+def refused(call: Any) -> str:
+    with pytest.raises((DataError, ConfigError)) as caught:
+        call()
+    return str(caught.value)
+
+
+WRONG = {
+    "one": (lambda rows: rows[90].pop("answer"), {}),
+    "many of several kinds": (
+        lambda rows: [rows[n].update(answer=None if n % 2 else 7) for n in range(15, 200, 9)],
+        {},
+    ),
+    "too long": (lambda rows: [rows[n].update(answer="long " * n) for n in range(30, 200, 30)], {}),
+    "all dropped": (
+        lambda rows: [row.update(answer="x" * 300) for row in rows],
+        {"truncation": "drop"},
+    ),
+    "columns": (lambda rows: None, {"columns": {"system": "prompt"}}),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_rows_are_reported_as_they_are_without_streaming(tmp_path, name):
+    change, more = WRONG[name]
+    rows = pairs(ROWS)
+    change(rows)
+    each = Streaming(tmp_path, rows)
+    assert refused(lambda: each.make(**more)) == refused(lambda: each.whole(**more))
+
+
+def test_skipped_rows_are_counted_and_kept_as_without_streaming(tmp_path):
+    from finetune.data.problems import Skipping
+
+    rows: list[Any] = pairs(ROWS)
+    rows[30]["answer"] = rows[130]["answer"] = 7
+    rows[90] = "no object"
+    each = Streaming(tmp_path, rows)
+    skips = {"skipping": Skipping(True, 0.1)}
+    streamed, whole = each.open(**skips).examples, each.whole(**skips)
+    for name in ("num_rows", "bad", "unread", "num_dropped"):
+        assert getattr(streamed, name) == getattr(whole, name)
+    kept = "".join(path.read_text() for path in streamed.reject_files)
+    assert kept == whole.rejects.read_text()
+    few = {"skipping": Skipping(True, 0.01)}
+    assert refused(lambda: each.make(**few)) == refused(lambda: each.whole(**few))
+
+
+def test_a_file_that_breaks_off_is_reported(streaming, tmp_path):
+    import gzip
+
+    whole = gzip.compress(streaming.rows.read_bytes())
+    streaming.rows = tmp_path / "cut.jsonl.gz"
+    streaming.rows.write_bytes(whole[: len(whole) // 2])
+    assert "cut.jsonl.gz: damaged or incomplete" in refused(streaming.make)
+
+
+def test_shards_without_examples_take_no_place(tmp_path):
+    rows = pairs(ROWS)
+    for row in rows[20:60]:
+        row["answer"] = "x" * 300
+    each = Streaming(tmp_path, rows)
+    sequences = each.open(truncation="drop", packing=True)
+    assert [line["train"]["examples"] for line in sequences.laid_out.lines[:4]] == [20, 0, 0, 20]
+    assert sequences.examples.num_dropped == 40
+    order = sequences.order(1, 1)[:]
+    assert sum(len(sequences.documents(number)) for number in order) == ROWS - 40
+
+
+def test_rows_with_thoughts_late_in_the_stream_change_all_shards(tmp_path):
+    from test_templates import THINKS_LAST
+
+    rows = pairs(ROWS)
+    rows[150]["answer"] = "<think>hm</think>a"
+    each = Streaming(tmp_path, rows)
+    template = chat_for(bytes_tokenizer(), THINKS_LAST)
+    for _ in range(2):  # the second time from the cache
+        streamed = each.open(template=template, max_length=200).examples
+        assert streamed.learn_opening
+    whole = each.whole(template=template, max_length=200)
+    assert streamed.num_supervised_tokens == whole.num_supervised_tokens
+
+
+# ------------------------------------------------------------------------------------ held out
+
+
+def test_equal_rows_are_held_out_together(tmp_path):
+    rows = pairs(100) * 3
+    each = Streaming(tmp_path, rows)
+    recipe, folder = each.make(eval_fraction=0.3, packing=True)
+    train, evals = stream.opened(recipe, folder)
+    assert len(train.examples) + len(evals.examples) == 300
+    assert 45 < len(evals.examples) < 135
+    assert len(evals.examples) % 3 == 0
+    assert stream.num_known(evals.examples.digests(), train.examples) == 0
+    _, held = stream.opened(*each.make(eval_fraction=0.3, packing=True, seed=9))
+    assert list(held.examples.places()) != list(evals.examples.places())
+
+
+# ------------------------------------------------------------------------------------- whole runs
+
+
+def test_a_streaming_run_resumes_to_the_bit(workshop):
+    """In the middle of the second epoch, with held-out rows and packs."""
+    write_jsonl(workshop.rows, pairs(150))
+    settings = {
+        "data__streaming": True, "data__packing": True, "data__eval_fraction": 0.1,
+        "train__epochs": 3, "train__max_steps": 11, "checkpoint__every_steps": 8,
+        "evaluation__every_steps": 4,
+    }  # fmt: skip
+    run, whole = workshop.train(**settings), workshop.folder / "whole"
+    assert losses(run)[-1] < losses(run)[0]
+    receipt = workshop.receipt()
+    assert receipt["train_data"]["shards"] == 8
+    held_out = read_jsonl(run / "held_out.jsonl")
+    assert len(held_out) == receipt["eval_data"]["examples"]
+    assert all(row in pairs(150) for row in held_out)
+    shutil.copytree(run, whole)
+    forget(run, 8)
+    shutil.rmtree(workshop.folder / "cache")
+    assert_same_end(workshop.train(**settings), whole)
+
+
+def test_check_reports_on_the_first_shard(workshop, capsys):
+    write_jsonl(workshop.rows, [*pairs(70), *pairs(3)])
+    evals = write_jsonl(workshop.folder / "eval.jsonl", [{"question": "q", "answer": "a"}])
+    settings = {"data__streaming": True, "data__eval": str(evals)}
+    workshop.check(**settings)
+    printed = capsys.readouterr().out
+    assert "73 rows -> 73 examples -> 73 sequences" in printed
+    write_jsonl(workshop.rows, [*pairs(3), *pairs(70)])
+    workshop.check(**settings)
+    printed = capsys.readouterr().out
+    assert "3 examples are the same as an earlier one" in printed
+    assert "of the first 20 examples" in printed
+
+
+def test_evaluation_rows_that_are_trained_on_are_refused(workshop):
+    write_jsonl(workshop.rows, pairs(70))
+    evals = write_jsonl(workshop.folder / "eval.jsonl", pairs(66)[60:])
+    with pytest.raises(DataError, match="6 of its 6 examples are also trained on"):
+        workshop.check(data__streaming=True, data__eval=str(evals))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "remedy"),
+    [
+        ("weights", {"rows": 2}, "finetune data mix"),
+        ("token_budgets", {"rows": 20}, "finetune data mix"),
+        ("max_rows", 10, "finetune data sample"),
+        ("group_by_length", True, "data.packing leaves no padding"),
+    ],
+)
+def test_settings_that_need_all_rows_at_once_are_refused(workshop, setting, value, remedy):
+    if isinstance(value, dict):
+        value = {str(workshop.rows): value["rows"]}
+    with pytest.raises(ConfigError, match=rf"data\.{setting}: cannot .*data\.streaming.*{remedy}"):
+        workshop.check(data__streaming=True, **{f"data__{setting}": value})
+
+
+def test_too_few_rows_to_hold_some_out_is_an_error(workshop):
+    write_jsonl(workshop.rows, pairs(30))
+    says = r"data\.eval_fraction: 0\.001 of 30 rows holds none out"
+    with pytest.raises(DataError, match=says):
+        workshop.check(data__streaming=True, data__eval_fraction=0.001)
+
+
+def test_show_says_how_to_see_rows_of_a_stream(workshop, capsys):
+    from finetune import __main__ as commands
+
+    config = workshop.write(workshop.config(data__streaming=True))
+    assert commands.main(["show", str(config)]) == 2
+    assert "finetune data sample" in capsys.readouterr().err
