@@ -243,8 +243,8 @@ class Layout:
         read = os.pread(self._files[part, kind], count * size, start * size)
         if len(read) < count * size:
             raise Outage(
-                f"data.cache_dir: {self.folder}: {part}.{kind} is too short; remove the folder, and "
-                "run the same command again"
+                f"data.cache_dir: {self.folder}: {part}.{kind} is too short; remove the folder, "
+                "and run the same command again"
             )
         return np.frombuffer(read, TYPES[kind])
 
