@@ -80,6 +80,7 @@ class StreamedExamples:
         self.sources = list(recipe.sources)
         self.fingerprint = f"{recipe.fingerprint}:{part}"
         self.learn_opening = recipe.template.learn_opening
+        self.view = recipe.view
         self.labels = list(recipe.options.labels)
         counts = [line["counts"] for line in self.laid_out.lines]
         for name in shards.COUNTED:
