@@ -2,7 +2,9 @@
 
     finetune data convert rows.csv --to messages --output rows.jsonl
 
-Formats are those that training reads, and sharegpt (conversations of from and value). Columns that
+Formats are those that training reads, sharegpt (conversations of from and value) and openai
+(messages). Rows with a chosen and a rejected answer become preference, openai (input,
+preferred_output, non_preferred_output) or sharegpt (conversations, chosen, rejected). Columns that
 a format does not read stay. What the other format cannot hold, such as a second question in
 prompt_completion, is an error. The input of an instruction joins its question after a blank line.
 """
@@ -11,11 +13,12 @@ import argparse
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from finetune.data.column_names import taken_from
+from finetune.data.column_names import RATED, fitting, taken_from
 from finetune.data.formats import detect, to_conversation
 from finetune.data.places import Row, short
 from finetune.errors import DataError
 from finetune.preparation import frame as frames
+from finetune.preparation import rated
 from finetune.preparation.frame import Frame
 
 # Formats whose columns the new ones replace.
@@ -25,8 +28,8 @@ PAIRS = {
     "prompt_completion": ("prompt", "completion"),
     "instruction": ("instruction", "output"),
 }
-SHAREGPT = {"user": "human", "assistant": "gpt"}
-FORMATS = (*READ, "sharegpt")
+COMPARED = ("preference", "openai", "sharegpt")  # what rows of a chosen answer become
+FORMATS = (*READ, "sharegpt", "openai", *RATED)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     frames.add_rejects(parser)
     what = f"{', '.join(FORMATS)} (default: as it is, for another type of file)"
     add("--to", choices=FORMATS, metavar="FORMAT", help=what)
-    frames.add_format(parser)
+    frames.add_format(parser, also=tuple(RATED))
     what = "drop rows that the new format cannot hold, and count them"
     add("--drop", action="store_true", help=what)
 
@@ -56,25 +59,40 @@ def main(frame: Frame, arguments: argparse.Namespace) -> None:
 
 def converted(row: Row, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return a row in the format --to. Raise DataError if it does not fit."""
-    format, columns = arguments.format, arguments.columns
-    if format == "auto":
-        format = detect(row, columns, for_training=False)
-    if format not in READ:
-        raise DataError(f"{row.place}: rows of format {format} cannot be converted")
+    format, columns = _format(row, arguments), arguments.columns
+    if format in RATED:
+        made, read = rated.converted(row, format, columns, arguments.to)
+        return _joined(row, made, read)
+    if arguments.to in RATED:
+        what = f"holds no rated answers, as {arguments.to} does"
+        raise DataError(f"{row.place}: {what}; give --format or --columns if it does")
     conversation = to_conversation(row, format, columns, None, for_training=False)
-    read = set(taken_from(row, format, columns).values())
-    kept = {name: value for name, value in row.values.items() if name not in read}
-    turns: list[dict[str, Any]] = [
-        {"role": each.role, "content": "\n\n".join(filter(None, (each.content, each.context)))}
-        | dict(each.parts)
-        for each in conversation.messages
-    ]
+    turns = [rated.turn(each) for each in conversation.messages]
+    tools: dict[str, Any] = {}
     if conversation.tools or any(each.parts for each in conversation.messages):
-        if arguments.to != "messages":
+        if arguments.to not in ("messages", "openai"):
             what = f"this row has tools, their calls or thoughts, which {arguments.to} cannot hold"
             raise DataError(f"{row.place}: {what}; convert it --to messages")
-        kept |= {"tools": list(conversation.tools)} if conversation.tools else {}
-    made = MAKERS[arguments.to](row, turns)
+        tools = {"tools": list(conversation.tools)} if conversation.tools else {}
+    made = MAKERS[arguments.to](row, turns) | tools
+    return _joined(row, made, set(taken_from(row, format, columns).values()))
+
+
+def _format(row: Row, arguments: argparse.Namespace) -> str:
+    """Return the format of a row; rated answers count where the new format can hold them."""
+    if arguments.format != "auto":
+        return str(arguments.format)
+    found = rated.rated_format(row, arguments.columns)
+    if arguments.to == found or (found == "preference" and arguments.to in COMPARED):
+        return str(found)
+    if found and not fitting(row, arguments.columns):
+        return found  # which says what it can become
+    return detect(row, arguments.columns, for_training=False)
+
+
+def _joined(row: Row, made: dict[str, Any], read: set[str]) -> dict[str, Any]:
+    """Return a new row with the columns that were not read."""
+    kept = {name: value for name, value in row.values.items() if name not in read}
     if taken := [name for name in made if name in kept]:
         what = f"column {short(taken[0])!r} would be replaced; rename or remove it first"
         raise DataError(f"{row.place}: {what}")
@@ -89,12 +107,7 @@ def _messages(row: Row, turns: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _sharegpt(row: Row, turns: list[dict[str, Any]]) -> dict[str, Any]:
     made = _messages(row, turns)["messages"]
-    return {
-        "conversations": [
-            {"from": SHAREGPT.get(turn["role"], turn["role"]), "value": turn["content"]}
-            for turn in made
-        ]
-    }
+    return {"conversations": [rated.as_sharegpt(turn) for turn in made]}
 
 
 def _text(row: Row, turns: list[dict[str, Any]]) -> dict[str, Any]:
@@ -116,6 +129,9 @@ def _pair(names: tuple[str, str]) -> Callable[[Row, list[dict[str, Any]]], dict[
 MAKERS: Mapping[str, Callable[[Row, list[dict[str, Any]]], dict[str, Any]]] = {
     "messages": _messages,
     "sharegpt": _sharegpt,
+    "openai": lambda row, turns: {
+        "messages": list(map(rated.as_openai, _messages(row, turns)["messages"]))
+    },
     "text": _text,
     **{name: _pair(names) for name, names in PAIRS.items()},
 }

@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +79,10 @@ def add_columns(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--columns", type=names, metavar="NAMES", help=what)
 
 
-def add_format(parser: argparse.ArgumentParser) -> None:
-    """Add how columns are read, as training reads them."""
+def add_format(parser: argparse.ArgumentParser, also: Sequence[str] = ()) -> None:
+    """Add how columns are read, as training reads them. `also`: formats that it may have, too."""
     what = "format of the rows (default: by the columns of the first row of each file)"
-    known = ["auto", *FORMATS]
+    known = ["auto", *FORMATS, *also]
     parser.add_argument("--format", choices=known, default="auto", help=what)
     what = "other names of columns, as 'question: Patient, answer: Doctor'"
     parser.add_argument("--columns", type=mapping, default={}, metavar="MAP", help=what)
