@@ -744,6 +744,7 @@ def real_template(real_data, name: str) -> Template:
     return chat((real_data / "chat_templates" / f"{name}.jinja").read_text())
 
 
+REAL_STOPS = {"<|im_start|": "<|im_end|>", "<|bos|": "<end_of_turn>"}  # by how a text begins
 REAL = {
     "qwen2.5": "<|im_end|>",
     "qwen3": "<|im_end|>",
@@ -765,6 +766,104 @@ def test_a_real_template_renders_as_inference_does(real_data, bytes_tokenizer, n
     for turn, message in enumerate(whole.messages):
         if message.role == "assistant":
             assert rendered(own, whole).startswith(own.prompt(whole.messages[:turn]))
+
+
+def turn(role: str, content: str, **parts: Any) -> Message:
+    return Message(role, content, supervised=role == "assistant", parts=parts)
+
+
+ASKED = (turn("user", "Hi"), turn("assistant", "Hello"), turn("user", "And?"))
+TOOL = {"type": "function", "function": {"name": "f", "description": "It.", "parameters": {}}}
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": "y"}}}
+KINDS = {
+    "one": ASKED[:2],
+    "several": (*ASKED, turn("assistant", "Fine")),
+    "system": (turn("system", "Be brief."), *ASKED, turn("assistant", "Fine")),
+    "empty system": (turn("system", ""), *ASKED[:2]),
+    "thoughts inside": (
+        ASKED[0], turn("assistant", "<think>\nhm\n</think>\n\nHello"), ASKED[2],
+        turn("assistant", "<think>\nso\n</think>\n\nFine"),
+    ),
+    "thoughts beside": (
+        ASKED[0], turn("assistant", "Hello", reasoning_content="hm"), ASKED[2],
+        turn("assistant", "Fine", reasoning_content="so"),
+    ),
+    "tools": (
+        ASKED[0], turn("assistant", "", tool_calls=[CALL]), turn("tool", "20", name="f"),
+        turn("assistant", "Fine"),
+    ),
+}  # fmt: skip
+LOSS_ON = ("completion", "each_turn", "last_turn", "all")
+APART = ("each_turn", "last_turn")
+# What each takes of KINDS; the rest in every way. Only Qwen3 has a place for thoughts.
+TAKES = {
+    "qwen2.5": {"thoughts beside": ()},
+    "gemma-3": {"thoughts beside": (), "tools": ()},
+    "smollm3": {"thoughts beside": (), "tools": ()},
+    "qwen3": dict.fromkeys(
+        ("several", "system", "thoughts inside", "thoughts beside", "tools"), APART
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TAKES)
+@pytest.mark.parametrize("thinks", [None, False, True], ids=["", "not thinking", "thinking"])
+def test_a_real_template_trains_what_it_asks_or_refuses(real_data, bytes_tokenizer, name, thinks):
+    """With arguments, tools and thoughts; through the exported template, without being told."""
+    source = (real_data / "chat_templates" / f"{name}.jinja").read_text()
+    given = {} if thinks is None else {"enable_thinking": thinks}
+    if given and name not in ("qwen3", "smollm3"):
+        with refuses("enable_thinking: .* does not read it, and it reads none", ConfigError):
+            with_arguments(source, **given)
+        return
+    own, takes = with_arguments(source, **given), TAKES[name]
+    if name == "qwen3" and thinks is False:  # which asks with empty thoughts
+        takes = {**takes, "thoughts inside": (), "thoughts beside": ()}
+    exported = replace(own, source=save.chat_template(own, bytes_tokenizer), arguments={})
+    for kind, messages in KINDS.items():
+        tools = (TOOL,) if kind == "tools" else ()
+        whole = Conversation(messages, Place("rows.jsonl", 3), tools)
+        for loss_on in LOSS_ON:
+            if loss_on not in takes.get(kind, LOSS_ON):
+                with refuses(r"^rows\.jsonl:3: data\.template 'chat' ", UserError):
+                    check_asked_as_trained(bytes_tokenizer, own, exported, whole, loss_on)
+            else:
+                check_asked_as_trained(bytes_tokenizer, own, exported, whole, loss_on)
+
+
+def check_asked_as_trained(
+    tokenizer: Any, own: Template, exported: Template, whole: Conversation, loss_on: str
+) -> None:
+    """Check text, prompts and ends against apply_chat_template with the exported template."""
+
+    def applied(messages: tuple[Message, ...], ask: bool) -> str:
+        turns = [{"role": m.role, "content": m.content, **m.parts} for m in messages]
+        return tokenizer.apply_chat_template(
+            turns, tools=list(whole.tools) or None, chat_template=exported.source, tokenize=False,
+            add_generation_prompt=ask,
+        )  # fmt: skip
+
+    apart = loss_on == "each_turn"
+    for each in turn_by_turn(whole) if apart else [whole]:
+        segments = own.segments(each, "last_turn" if apart else loss_on)
+        text = "".join(segment.text for segment in segments)
+        assert text == applied(each.messages, False)
+        assert own.stop_of(segments) == REAL_STOPS[text.partition(">")[0]]
+        if loss_on == "all":
+            continue
+        answers = [n for n, message in enumerate(each.messages) if message.supervised]
+        answers = answers if loss_on == "completion" else answers[-1:]
+        starts = [
+            len("".join(s.text for s in segments[:n]))
+            for n, segment in enumerate(segments)
+            if segment.supervised
+        ]
+        assert len(starts) == len(answers)
+        for turn, start in zip(answers, starts):
+            asked = applied(each.messages[:turn], True)
+            opens = replace(own, learn_opening=own.opens_itself(segments))
+            assert opens.prompt(each.messages[:turn], each.place, each.tools) == text[:start]
+            assert text[:start] in (asked, asked.removesuffix(own.opening))
 
 
 @pytest.mark.parametrize(

@@ -226,8 +226,9 @@ class Template:
             raise self._wrong(
                 conversation,
                 f"renders the prompt of message {turn + 1} differently once the answer is there, "
-                "so what is trained would not be what is asked; use data.loss_on: last_turn, or a "
-                "template whose add_generation_prompt gives what stands before the answer",
+                "so what is trained would not be what is asked; use data.loss_on: each_turn or "
+                "last_turn, or a template whose add_generation_prompt gives what stands before the "
+                "answer" + self._of_thoughts(conversation.messages[turn]),
             )
         if self.learn_opening or asked.endswith(self.opening):
             return asked
@@ -237,6 +238,13 @@ class Template:
         if alone.startswith(opened):
             raise self._differs(conversation, turn)
         return asked
+
+    @staticmethod
+    def _of_thoughts(message: Message) -> str:
+        """Say what to do where the thoughts of an answer may be the reason."""
+        if message.thoughts or _END_OF_THINKING.search(message.content):
+            return "; this answer has thoughts, which data.thinking: drop removes"
+        return ""
 
     def _differs(self, conversation: Conversation, turn: int) -> DataError:
         return self._wrong(
