@@ -1,6 +1,7 @@
 """Describe a run before it starts: model, data, steps, settings without effect, first example."""
 
 import contextlib
+import json
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -123,6 +124,12 @@ def _disk_line(config: Config, data: Data, model: ModelFacts) -> str:
     )
 
 
+def _arguments(template: templates.Template) -> str:
+    """List the arguments of a template, if it has some."""
+    listed = ", ".join(f"{name}: {json.dumps(v)}" for name, v in template.arguments.items())
+    return f" with {{{listed}}}" if listed else ""
+
+
 def _weights(examples: Examples | StreamedExamples) -> str:
     """Say which weights rows give to their answers, if they give any."""
     if (found := examples.weight_range) is None:
@@ -141,7 +148,7 @@ def _data_lines(config: Config, topology: Topology, data: Data) -> list[str]:
         + _changed(config, examples),
         f"tokens      {examples.num_tokens:,}, {examples.num_supervised_tokens:,} of them "
         f"learned{_weights(examples)}; an example has {_quartiles(*examples.quartiles())}",
-        f"template    {data.template.name}, objective "
+        f"template    {data.template.name}{_arguments(data.template)}, objective "
         f"{own_code.without_folder(config.objective.kind)}",
         f"steps       {_counted(data.num_steps, 'step')}, each of {config.train.global_batch_size} "
         f"sequences ({config.micro_batch_size} at once x "

@@ -77,6 +77,26 @@ def test_format_and_columns_are_reported(workshop, capsys):
     assert wanted in capsys.readouterr().out
 
 
+def test_settings_of_answers_reach_the_tokens(workshop, capsys):
+    """The first answer is an example of its own, without its thoughts and with its characters."""
+    turns = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "<|im_end|>", "thinking": "hm"},
+        {"role": "user", "content": "r"}, {"role": "assistant", "content": "b"},
+    ]  # fmt: skip
+    write_jsonl(workshop.rows, [{"messages": turns}] * 9)
+    given = {"data__loss_on": "each_turn", "data__thinking": "drop", "data__template": "chatml"}
+    with pytest.raises(
+        DataError, match=r"'<\|im_end\|>', .* set data\.special_tokens_in_text: text"
+    ):
+        workshop.check(**given)
+    workshop.check(**given, data__special_tokens_in_text="text")
+    said = capsys.readouterr().out
+    assert "data        9 rows -> 18 examples" in said
+    assert "<|im_start|>assistant\n  | [[<|im_end|><|im_end|>]]\n" in said
+    assert "hm" not in said
+
+
 # Several sources.
 
 

@@ -369,6 +369,7 @@ def test_an_exported_model_answers_with_the_template_arguments_of_training(works
     )  # fmt: skip
     asked = {"evaluation__sample_prompts": ["hi"], "evaluation__sample_max_new_tokens": 2}
     run = workshop.train(**given, **asked, **QUICK)
+    assert "my.jinja with {enable_thinking: false}, objective sft\n" in capsys.readouterr().out
     tokenizer = load_tokenizer(run / "model")
     messages = [{"role": "user", "content": "hi"}]
     plain = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

@@ -644,6 +644,20 @@ def test_tool_calls_are_converted_whole_or_refused(bench):
     assert "tools, their calls or thoughts, which sharegpt cannot hold" in bench.stderr
 
 
+def test_what_rows_say_of_training_on_answers_is_converted_or_refused(bench):
+    turns = [
+        {"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "train": False},
+        {"role": "user", "content": "c"}, {"role": "assistant", "content": "d", "weight": 0.5},
+    ]  # fmt: skip
+    [made] = bench.made("convert", [{"messages": turns}], "--to", "sharegpt")
+    assert made["conversations"][1] == {"from": "gpt", "value": "b", "train": False}
+    assert bench.made("convert", [made], "--to", "messages") == [{"messages": turns}]
+    target = ["--output", bench.folder / "x.jsonl"]
+    one = bench.rows([{"messages": turns[2:]}])
+    assert bench.run("convert", one, "--to", "question_answer", *target) == 2
+    assert "says how to train on an answer, which question_answer cannot hold" in bench.stderr
+
+
 def test_validate_lists_what_is_wrong(bench):
     rows = [qa("a", "b"), qa("", "b"), {"question": "x"}, qa("a", 5), {"text": "plain"}]
     source = bench.rows(rows[:4])

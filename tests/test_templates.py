@@ -414,7 +414,7 @@ def test_where_no_token_ends_an_answer_the_text_ends_with_the_answer(source):
     assert rendered(own, conversation("Hi", "Hello")) == own.prompt(whole.messages[:1]) + "Hello"
     asked, learned = own.segments(whole, "last_turn")
     assert (asked.text, learned.text) == (own.prompt(whole.messages[:3]), "Fine")
-    advice = "set data.loss_on: last_turn, or use a template"
+    advice = "set data.loss_on: each_turn or last_turn, or use a template"
     with refuses(rf"^rows\.jsonl:3: data\.template 'chat' .* {advice}"):
         own.segments(whole)
 

@@ -12,12 +12,13 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import pairs, write_jsonl
+from conftest import pairs, short, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -25,12 +26,13 @@ from transformers import PreTrainedTokenizerFast
 
 from finetune import files
 from finetune.config import Model
-from finetune.data import chat_templates, source_files, templates, tokens
+from finetune.data import chat_templates, rows, source_files, templates, tokens
 from finetune.data import examples as stored
 from finetune.data.built_in_templates import BUILT_IN, TOKENS
 from finetune.data.conversations import Conversation, Message
 from finetune.data.examples import Examples
 from finetune.data.places import Place
+from finetune.data.problems import Problems
 from finetune.errors import ConfigError, DataError, ModelError, Outage, UserError
 from finetune.export.save import chat_template, with_template
 from finetune.export.verify import verify_prompt
@@ -1457,6 +1459,53 @@ def test_a_real_tokenizer_supervises_every_answer_and_its_end(
         assert supervised == [len(asked) <= at < end for at in range(len(ids))]
         assert ids[end - 1] == real_tokenizer.convert_tokens_to_ids(own.stop_token())
         assert real_tokenizer.decode(ids[len(asked) : end - 1]).strip() == row["answer"]
+
+
+REAL_ROWS = {
+    "dolly": ["dolly/dolly_hhrlhf_small.jsonl"],
+    "gsm8k": ["gsm8k/train.jsonl", "gsm8k/test.jsonl"],
+}
+NUM_ROWS = {"dolly": 1_000, "gsm8k": 7_473 + 1_319}
+
+
+def real_templates(real_data: Path, tokenizer: Any) -> dict[str, templates.Template]:
+    """Return the built-in templates, the tokenizer's own, and those of real models."""
+    found = {name: load_template(tokenizer, name) for name in BUILT_IN}
+    if tokenizer.chat_template:
+        found["the tokenizer's own"] = chat_for(tokenizer, tokenizer.chat_template)
+    for path in sorted((real_data / "chat_templates").glob("*.jinja")):
+        found[path.stem] = chat_for(tokenizer, path.read_text())
+    return found
+
+
+@pytest.mark.parametrize("kind", ["phi-3-mini", "stories260k"])  # the second adds a BOS
+@pytest.mark.parametrize("name", REAL_ROWS)
+@pytest.mark.parametrize("most", short([8, 10_000], 8))
+def test_real_rows_train_what_apply_chat_template_gives(real_data, kind, name, most):
+    """The text of each row in each template, and the tokens of each prompt, by the export."""
+    folder = real_data / ("tokenizers/phi-3-mini" if kind == "phi-3-mini" else kind)
+    tokenizer = marked(load_tokenizer(Model(path=str(folder))))
+    sources = [str(real_data / path) for path in REAL_ROWS[name]]
+    found = islice(rows.samples(sources, "auto", {}, "line", None, Problems()), most)
+    conversations = [sample.conversations[0] for sample in found]
+    assert len(conversations) == min(most, NUM_ROWS[name])
+    for template in real_templates(real_data, tokenizer).values():
+        tokenizer.chat_template = chat_template(template, tokenizer)  # as in the export
+        texts = [template.segments(each) for each in conversations]
+        for each, segments, (ids, supervised) in zip(
+            conversations, texts, tokens.encode(texts, tokenizer)
+        ):
+            turns = [{"role": m.role, "content": m.content} for m in each.messages]
+            whole = tokenizer.apply_chat_template(turns, tokenize=False)
+            text = "".join(segment.text for segment in segments)
+            assert whole.removeprefix(tokenizer.bos_token) == text.removeprefix(tokenizer.bos_token)
+            asked = tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True)
+            asked = asked["input_ids"]
+            if tokens.uses_bos(tokenizer) and ids[0] != tokenizer.bos_token_id:
+                asked = asked[1:]  # added to the tokens last
+            assert ids[: len(asked)].tolist() == asked
+            assert supervised[len(asked)]
+            assert not supervised[: len(asked)].any()
 
 
 def test_a_real_tokenizer_keeps_prompt_and_answer_apart(real_tokenizer, tokenizing):

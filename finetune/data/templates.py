@@ -146,9 +146,9 @@ class Template:
                 raise self._wrong(
                     conversation,
                     "ends answers without a token of the tokenizer, so only the last of "
-                    f"{len(spans)} would teach the model to stop; set data.loss_on: last_turn, or "
-                    "use a template that writes {{ eos_token }} or another special token after "
-                    "each answer",
+                    f"{len(spans)} would teach the model to stop; set data.loss_on: each_turn or "
+                    "last_turn, or use a template that writes {{ eos_token }} or another special "
+                    "token after each answer",
                 )
             segments = _cut(text[: spans[-1][1]], spans, weights)
         return segments

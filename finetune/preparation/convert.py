@@ -11,6 +11,7 @@ prompt_completion, is an error. The input of an instruction joins its question a
 
 import argparse
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from finetune.data.column_names import RATED, fitting, taken_from
@@ -29,6 +30,7 @@ PAIRS = {
     "instruction": ("instruction", "output"),
 }
 COMPARED = ("preference", "openai", "sharegpt")  # what rows of a chosen answer become
+SEVERAL = ("messages", "openai", "sharegpt")  # what holds several answers
 FORMATS = (*READ, "sharegpt", "openai", *RATED)
 
 
@@ -68,6 +70,9 @@ def converted(row: Row, arguments: argparse.Namespace) -> dict[str, Any]:
         raise DataError(f"{row.place}: {what}; give --format or --columns if it does")
     conversation = to_conversation(row, format, columns, None, for_training=False)
     turns = [rated.turn(each) for each in conversation.messages]
+    if _keep_how_to_train(turns, row, format, columns) and arguments.to not in SEVERAL:
+        what = f"this row says how to train on an answer, which {arguments.to} cannot hold"
+        raise DataError(f"{row.place}: {what}; convert it --to messages")
     tools: dict[str, Any] = {}
     if conversation.tools or any(each.parts for each in conversation.messages):
         if arguments.to not in ("messages", "openai"):
@@ -97,6 +102,25 @@ def _joined(row: Row, made: dict[str, Any], read: set[str]) -> dict[str, Any]:
         what = f"column {short(taken[0])!r} would be replaced; rename or remove it first"
         raise DataError(f"{row.place}: {what}")
     return made | kept
+
+
+def _keep_how_to_train(
+    turns: list[dict[str, Any]], row: Row, format: str, columns: Mapping[str, str]
+) -> bool:
+    """Put back into answers that they are not trained on, or their weight; return whether any is.
+
+    Rows that nothing can be trained on say nothing here.
+    """
+    if format != "messages":
+        return False
+    with suppress(DataError):
+        trained = to_conversation(row, format, columns)
+        for turn, message in zip(turns, trained.messages, strict=True):
+            if message.role == "assistant" and not message.supervised:
+                turn["train"] = False
+            elif message.weight != 1:
+                turn["weight"] = message.weight
+    return any(turn.keys() & rated.HOW_TO_TRAIN for turn in turns)
 
 
 def _messages(row: Row, turns: list[dict[str, Any]]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ OPENAI = ("input", "preferred_output", "non_preferred_output")
 # Of OpenAI's input; whether calls may be parallel says nothing of what is learned.
 INPUT_KEYS = {"messages", "tools", "parallel_tool_calls"}
 SHAREGPT = {"user": "human", "assistant": "gpt"}
+HOW_TO_TRAIN = {"train", "weight"}  # keys of an answer
 Turns = list[dict[str, Any]]
 
 
@@ -143,7 +144,8 @@ def _sharegpt(row: Row, answers: Answers) -> dict[str, Any]:
 
 
 def as_sharegpt(turn: Mapping[str, Any]) -> dict[str, Any]:
-    return {"from": SHAREGPT.get(turn["role"], turn["role"]), "value": turn["content"]}
+    made = {"from": SHAREGPT.get(turn["role"], turn["role"]), "value": turn["content"]}
+    return made | {key: turn[key] for key in turn.keys() & HOW_TO_TRAIN}
 
 
 def _unpaired(row: Row, answers: Answers) -> dict[str, Any]:
