@@ -302,7 +302,8 @@ def _streamed(
     plan = layout.Plan(wanted.packing, wanted.max_length, seed, wanted.eval_fraction)
     recipe, folder = shards.prepare(shards.Recipe(
         shards.root(config.cache_dir), sources.train, template, tokenizer, options, plan,
-        config.cache_dir, view,
+        config.cache_dir, view, wanted.shards,
+        None if wanted.window_gb is None else int(wanted.window_gb * 1e9),
     ))  # fmt: skip
     evals: Any
     train, evals = stream.opened(recipe, folder)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import losses, pairs, read_jsonl, write_jsonl
+from conftest import losses, pairs, read_jsonl, short, write_jsonl
 from faults.forked import assert_same_end, forget
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -39,8 +39,10 @@ class Streaming:
         self.rows = write_jsonl(folder / "rows.jsonl", pairs(ROWS) if rows is None else rows)
         self.num_workers = 1
 
-    def recipe(self, packing: bool = False, eval_fraction: float = 0.0, seed: int = 3,
-               template: Any = None, **changes: Any) -> shards.Recipe:  # fmt: skip
+    def recipe(
+        self, packing: bool = False, eval_fraction: float = 0.0, seed: int = 3,
+        template: Any = None, url: str | None = None, window: int | None = None, **changes: Any,
+    ) -> shards.Recipe:  # fmt: skip
         tokenizer = bytes_tokenizer()
         template = template or load_template(tokenizer, "plain")
         changes = {"format": "question_answer", "max_length": 120} | changes
@@ -48,14 +50,14 @@ class Streaming:
         sources = source_files.sources(str(self.rows), None).train
         return shards.Recipe(
             shards.root(str(self.cache)), sources, template, tokenizer, options(**changes), plan,
-            str(self.cache),
+            str(self.cache), url=url, window=window,
         )  # fmt: skip
 
     def make(self, **changes: Any) -> tuple[shards.Recipe, Path]:
         return shards.prepare(self.recipe(**changes), self.num_workers)
 
-    def open(self, window: int | None = None, **changes: Any) -> stream.StreamedSequences:
-        return stream.opened(*self.make(**changes), window)[0]
+    def open(self, **changes: Any) -> stream.StreamedSequences:
+        return stream.opened(*self.make(**changes))[0]
 
     def whole(self, **changes: Any) -> Any:
         """Return the same rows as examples in memory."""
@@ -90,7 +92,7 @@ def made(tmp_path_factory):
         window = 3 * Layout(found.make()[1]).lines[0]["bytes"]
         yield (
             {
-                (packing, size): found.open(size, packing=packing)
+                (packing, size): found.open(window=size, packing=packing)
                 for packing in (False, True)
                 for size in (None, window)
             },
@@ -226,7 +228,7 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("number", [0, 1, 5, 10])
+@pytest.mark.parametrize("number", short([0, 1, 5, 10], 5))
 def test_a_killed_build_goes_on_with_its_shards(streaming, monkeypatch, number, tmp_path):
     """Finished shards are kept as they are, and half a line of the index is written again."""
     (tmp_path / "other").mkdir()
@@ -417,6 +419,7 @@ def test_equal_rows_are_held_out_together(tmp_path):
 # ------------------------------------------------------------------------------------- whole runs
 
 
+@pytest.mark.slow
 def test_a_streaming_run_resumes_to_the_bit(workshop):
     """In the middle of the second epoch, with held-out rows and packs."""
     write_jsonl(workshop.rows, pairs(150))
@@ -488,3 +491,154 @@ def test_show_says_how_to_see_rows_of_a_stream(workshop, capsys):
     config = workshop.write(workshop.config(data__streaming=True))
     assert commands.main(["show", str(config)]) == 2
     assert "finetune data sample" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------- an object store
+
+
+class Stored(Streaming):
+    """Keeps shards in a store, of which this machine holds two windows of two shards."""
+
+    def __init__(self, folder: Path, **more: Any) -> None:
+        super().__init__(folder, **more)
+        self.store = folder / "store"
+        alone = Streaming(folder)
+        size = max(line["bytes"] for line in Layout(alone.make()[1]).lines)
+        shutil.rmtree(alone.cache)
+        self.more = {"url": f"file://{self.store}", "window": 2 * size}
+
+    def recipe(self, **changes: Any) -> shards.Recipe:
+        return super().recipe(**self.more | changes)
+
+    def num_here(self) -> int:
+        return len(list(self.cache.glob("shards/*/[!.]*/input_ids.npy")))
+
+
+@pytest.fixture
+def stored(tmp_path):
+    return Stored(tmp_path)
+
+
+def epoch_of(sequences: Any, epoch: int = 1) -> list[tuple[bytes, bytes]]:
+    order = sequences.order(5, epoch)[:]
+    return [key(each) for number in order for each in sequences.documents(int(number))]
+
+
+def test_shards_in_a_store_give_the_stream_that_the_cache_gives(stored):
+    """From a machine that has built them, and from one that finds them in the store."""
+    wanted = epoch_of(stored.open(url=None))
+    shutil.rmtree(stored.cache)
+    stored.make()
+    assert stored.num_here() <= 4
+    assert len(list(stored.store.rglob("input_ids.npy"))) == 11
+    assert epoch_of(stored.open()) == wanted
+    shutil.rmtree(stored.cache)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "records", None)  # rows are not read, and not tokenised
+        sequences = stored.open()
+    assert stored.num_here() == 0
+    assert epoch_of(sequences) == wanted
+
+
+def test_this_machine_holds_two_windows_and_fetches_the_next(stored):
+    sequences = stored.open()
+    batches, most = batches_of(sequences, global_batch_size=20), 0
+    for step in range(2 * batches.steps_per_epoch):
+        batches.at(step)
+        sequences.opened.store.wait()
+        most = max(most, stored.num_here())
+    assert most <= 4
+    order = sequences.order(5, 3)
+    window, following = order.windows[:2].tolist()
+    order[0:1]
+    names = [sequences.opened.folder(n) for w in (window, following)
+             for n in range(*sequences.windows[w])]  # fmt: skip
+    sequences.opened.store.wait()
+    assert all(path.is_dir() for path in names)
+
+
+def test_a_build_that_was_killed_finds_its_shards_in_the_store(stored, monkeypatch):
+    stored.make()
+    store = {path: path.read_bytes() for path in stored.store.rglob("*") if path.is_file()}
+    shutil.rmtree(stored.cache)
+    [laid_out] = stored.store.glob("*/layout-*")
+    shutil.rmtree(laid_out)
+    lost = sorted(stored.store.glob("*/*.000003"))[0]
+    shutil.rmtree(lost)
+    made = []
+    part = shards.tokens.tokenise_part
+    monkeypatch.setattr(
+        shards.tokens, "tokenise_part", lambda *a, **k: made.append(1) or part(*a, **k)
+    )
+    stored.make()
+    assert len(made) == 1
+    assert {path: path.read_bytes() for path in stored.store.rglob("*") if path.is_file()} == store
+
+
+def test_a_shard_that_arrives_damaged_is_refused(stored):
+    stored.make()
+    shutil.rmtree(stored.cache)
+    sequences = stored.open()
+    for name, what in (("meta.json", "is not what was put there"), ("input_ids.npy", "is damaged")):
+        [path] = stored.store.glob(f"*/*.000005/{name}")
+        before = path.read_bytes()
+        path.write_bytes(before[:-1] + b"\7")
+        with pytest.raises(Outage, match=what):
+            sequences.documents(5 * SHARD)
+        path.write_bytes(before)
+        for left in stored.cache.glob("shards/*/*.000005"):
+            shutil.rmtree(left)
+    assert sequences.documents(5 * SHARD)
+
+
+def test_a_store_that_is_away_for_a_moment_is_asked_again(stored, monkeypatch):
+    from finetune.data import shard_store
+
+    monkeypatch.setattr(shard_store, "WAITS_SECONDS", (0, 0, 0))
+    stored.make()
+    shutil.rmtree(stored.cache)
+    sequences = stored.open()
+    system, failures = sequences.opened.store._system[0], [3]
+    get = system.get_file
+
+    def failing(*arguments):
+        if failures[0]:
+            failures[0] -= 1
+            raise ConnectionResetError("gone")
+        return get(*arguments)
+
+    monkeypatch.setattr(system, "get_file", failing)
+    assert sequences.documents(0)
+    failures[0] = 4
+    with pytest.raises(Outage, match="file://.*gone"):
+        sequences.documents(5 * SHARD)
+
+
+@pytest.mark.slow
+def test_a_run_on_another_machine_goes_on_with_shards_of_the_store(workshop):
+    write_jsonl(workshop.rows, pairs(150))
+    settings = {
+        "data__streaming": True, "data__shards": f"file://{workshop.folder}/store",
+        "data__window_gb": 4e-5, "train__epochs": 2, "train__max_steps": 30,
+        "checkpoint__every_steps": 22,
+    }  # fmt: skip
+    run, whole = workshop.train(**settings), workshop.folder / "whole"
+    shutil.copytree(run, whole)
+    forget(run, 22)
+    shutil.rmtree(workshop.folder / "cache")
+    assert_same_end(workshop.train(**settings), whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"shards": "s3://b/c", "streaming": False}, "data.shards: would be ignored"),
+        ({"window_gb": 3, "streaming": False}, "data.window_gb: would be ignored"),
+        ({"shards": "/a/folder"}, "data.shards: /a/folder has no protocol"),
+        ({"shards": "s3://b/c", "eval_fraction": 0.1}, "data.eval_fraction: each evaluation"),
+    ],
+)
+def test_settings_of_a_store_that_do_not_fit_are_refused(workshop, changes, says):
+    settings = {f"data__{name}": value for name, value in {"streaming": True, **changes}.items()}
+    with pytest.raises(ConfigError, match=says):
+        workshop.check(**settings)

@@ -239,6 +239,14 @@ class Data(Section):
     """Keep rows on the disk, in shards, for more rows than memory holds (docs/data.md).
     Memory does not grow with the number of rows; the order differs from that of false.
     """
+    window_gb: PositiveNumber | None = None
+    """Shuffle a streamed epoch in windows of shards of this size, one after another; null: whole.
+    The windows of the first epoch come in the order of the files.
+    """
+    shards: Annotated[str | None, ExpandedPath] = None
+    """Object store for the shards of data.streaming, as s3://bucket/folder.
+    data.cache_dir then holds two windows of data.window_gb; null: it holds all shards.
+    """
     cache_dir: str = paths.DEFAULT_CACHE
     """Folder for tokenised data, keyed by a hash of its content.
     run.dir/.cache if the home directory is not writable.

@@ -20,7 +20,7 @@ from finetune.errors import ConfigError, RunDirectoryError
 # What may differ between a run and its resumption: it changes neither the data nor the arithmetic
 # of a step (micro_batch_size and checkpointing only reorder the same float operations).
 RESUME_MAY_CHANGE = (
-    "run.dir", "data.cache_dir", "model.attention", "train.micro_batch_size",
+    "run.dir", "data.cache_dir", "data.shards", "model.attention", "train.micro_batch_size",
     "train.gradient_checkpointing", "train.activation_offload", "train.compile",
     "train.hang_minutes",
     "checkpoint.*", "evaluation.*", "tracking.*",

@@ -20,7 +20,7 @@ from finetune.config.own import OwnObjective
 
 PLACES = (
     ("run", "dir"), ("model", "path"), ("model", "tokenizer"), ("adapter", "path"),
-    ("data", "cache_dir"), ("checkpoint", "storage"),
+    ("data", "cache_dir"), ("data", "shards"), ("checkpoint", "storage"),
 )  # fmt: skip
 # Defaults that ask for nothing, so that writing them out does no harm.
 NOTHING: tuple[object, ...] = (None, False, 0, [], {}, "none", "auto", "default")
@@ -180,6 +180,9 @@ def _data_conflicts(config: Config) -> Iterator[str]:
         yield f"data.packing: with model.attention: {model.attention} {why}"
     if data.streaming:
         yield from _streaming_conflicts(config)
+    else:
+        why = "data.streaming is false"
+        yield from _ignored(config, why, "data.window_gb", "data.shards")
     if data.packing and data.group_by_length:
         yield "data.group_by_length: would be ignored: data.packing fills every sequence; remove it"
 
@@ -195,6 +198,16 @@ def _streaming_conflicts(config: Config) -> Iterator[str]:
     for name, remedy in instead.items():
         if getattr(config.data, name):
             yield f"data.{name}: cannot be used with data.streaming; {remedy}"
+    if config.data.shards is not None and "://" not in config.data.shards:
+        yield (
+            f"data.shards: {config.data.shards} has no protocol such as s3://; for a folder use "
+            "data.cache_dir"
+        )
+    if config.data.shards is not None and config.data.eval_fraction:
+        yield (
+            "data.eval_fraction: each evaluation would fetch every shard of data.shards; give the "
+            "evaluation rows in data.eval (finetune data split)"
+        )
 
 
 def _memory_conflicts(config: Config) -> Iterator[str]:

@@ -340,6 +340,14 @@ def placed(
     return made
 
 
+def remove(folder: Path) -> None:
+    """Remove an entry: at once for those who would open it."""
+    with suppress(FileNotFoundError):
+        aside = folder.with_name(f".removing-{folder.name}-{secrets.token_hex(4)}")
+        folder.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 @contextmanager
 def locked(path: Path, cache_dir: str, wait: bool = True) -> Iterator[bool]:
     """Hold a lock file, which the kernel releases when the process ends, however it ends.

@@ -120,7 +120,8 @@ def _facts(examples: Examples, chosen: np.ndarray, laid: Laid) -> dict[str, Any]
     if len(chosen):
         example = int(chosen[examples.most_tokens()[chosen].argmax()])
         longest = int(examples.most_tokens()[example])
-        facts["longest"] = [longest, example, len(examples.documents(example))]
+        place = [int(each[example]) for each in (examples.source, examples.line, examples.row)]
+        facts["longest"] = [longest, place, len(examples.documents(example))]
     return facts
 
 

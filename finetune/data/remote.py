@@ -32,12 +32,12 @@ def expand(url: str) -> list[str]:
     scheme = url.partition("://")[0]
     if scheme in ("http", "https"):  # a page that links to files looks like a folder
         return [url]
-    with _reached(url):
-        system, path = _system(url)
+    with reached(url):
+        files, path = system(url)
         if any(letter in path for letter in "*?["):
-            found = sorted(p for p in system.glob(path) if not system.isdir(p))
-        elif system.isdir(path):
-            found = sorted(system.find(path))
+            found = sorted(p for p in files.glob(path) if not files.isdir(p))
+        elif files.isdir(path):
+            found = sorted(files.find(path))
         else:
             return [url]
         return [_with_scheme(scheme, each) for each in found]
@@ -47,9 +47,9 @@ def local(source: str) -> str:
     """Return the path of a file; a URL is copied unless this version of it was copied before."""
     if not is_url(source):
         return source
-    with _reached(source):
-        system, path = _system(source)
-        version = f"{source} {system.ukey(path)}"
+    with reached(source):
+        files, path = system(source)
+        version = f"{source} {files.ukey(path)}"
         name = hashlib.sha256(version.encode("utf-8", "replace")).hexdigest()[:24]
         folder = _cache() / "files"
         folder.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ def local(source: str) -> str:
                 descriptor, temporary = tempfile.mkstemp(prefix=".copying-", dir=folder)
                 os.close(descriptor)
                 try:
-                    system.get_file(path, temporary)
+                    files.get_file(path, temporary)
                     os.replace(temporary, target)
                 finally:
                     Path(temporary).unlink(missing_ok=True)
@@ -80,15 +80,16 @@ def _with_scheme(scheme: str, path: str) -> str:
     return path if "://" in path else f"{scheme}://{path.removeprefix('/')}"
 
 
-def _system(url: str) -> tuple[Any, str]:
+def system(url: str, **options: Any) -> tuple[Any, str]:
+    """Return the file system of a URL, and the path in it. `options`: fsspec's."""
     import fsspec
 
-    system, path = fsspec.core.url_to_fs(url)
-    return system, str(path)
+    found, path = fsspec.core.url_to_fs(url, **options)
+    return found, str(path)
 
 
 @contextlib.contextmanager
-def _reached(url: str) -> Iterator[None]:
+def reached(url: str) -> Iterator[None]:
     """Translate what fsspec and its libraries raise into DataError, or Outage for a network."""
     try:
         yield

@@ -21,12 +21,13 @@ from tqdm import tqdm
 
 from finetune import files, workers
 from finetune.data import examples as entries
-from finetune.data import frames, layout, readers, rows, tokens
+from finetune.data import frames, layout, readers, rows, shard_store, tokens
 from finetune.data.conversations import Sample
 from finetune.data.examples import Examples
 from finetune.data.layout import Laid, Layout
 from finetune.data.places import Row, short
 from finetune.data.problems import Problems
+from finetune.data.shard_store import ShardStore
 from finetune.data.templates import Template
 from finetune.data.tokens import TOO_LONG, Options
 from finetune.data.views import NEXT_TOKEN, View
@@ -78,6 +79,17 @@ class Recipe:
     plan: layout.Plan
     cache_dir: str
     view: View = NEXT_TOKEN
+    url: str | None = None
+    """Where an object store has the shards; None: they stay in the cache."""
+    window: int | None = None
+    """Bytes of the shards that are shuffled together; None: all."""
+
+    def store(self, key: str) -> ShardStore | None:
+        """Return the object store of the shards, of which the cache holds two windows."""
+        if self.url is None:
+            return None
+        most = None if self.window is None else 2 * self.window
+        return ShardStore(self.url, self.root / key, most)
 
     @property
     def key(self) -> str:
@@ -155,15 +167,18 @@ class Maker:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.recipe, self.key = recipe, key
         self.folder, self.sources = recipe.root / key, list(recipe.sources)
+        self.store = recipe.store(key)
 
     def __call__(self, part: Part) -> Finished:
         """Make one shard, or open the one that is there."""
         name = entry_name(self.key, part.number)
         problems = Problems(self.recipe.options.skipping)
         if part.records is None:
+            if self.store:
+                self.store.fetch(name)
             found = entries.opened(self.folder / name, self.sources, name, note=True)
             if found is None:
-                _remove(self.folder / name)
+                entries.remove(self.folder / name)
                 return self._without(part.number, problems, was_damaged=True)
             problems = _problems_of(found, problems)
             return self._finished(part.number, found, problems)
@@ -192,6 +207,8 @@ class Maker:
             entries.store(build, made, self.recipe.cache_dir, notes)
 
         found = entries.placed(self.folder / name, fill, self.sources, self.recipe.cache_dir)
+        if self.store:
+            self.store.put(name)
         return self._finished(part.number, found, made.problems)
 
     def _options(self, records: list[Record]) -> PartOptions:
@@ -241,15 +258,6 @@ def _problems_of(found: Examples, problems: Problems) -> Problems:
     return problems
 
 
-def _remove(folder: Path) -> None:
-    """Remove an entry: at once for those who would open it."""
-    with contextlib.suppress(FileNotFoundError):
-        aside = folder.with_name(f".removing-{folder.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
-        shutil.rmtree(aside, ignore_errors=True)
-
-
 # ------------------------------------------------------------------------------------ the stream
 
 
@@ -294,7 +302,7 @@ class Builder:
 
     def __init__(self, recipe: Recipe, num_workers: int | None = None) -> None:
         self.recipe, self.key = recipe, recipe.key
-        self.folder = recipe.root / self.key
+        self.folder, self.store = recipe.root / self.key, recipe.store(self.key)
         self.num_workers = num_workers or workers.cores()
         self.problems = Problems(recipe.options.skipping)
         self.lengths: list[np.ndarray] = []
@@ -312,8 +320,10 @@ class Builder:
     def is_done(self) -> bool:
         """Return whether nothing is left to make."""
         known = Layout(self.laid_out)
-        has_all = known.is_whole and all(map(self._has, range(known.num_shards or 0)))
-        return has_all and known.check()
+        # What a store has is seen when it is fetched: asking takes 50 ms for each shard.
+        is_there = self._is_here if self.store is None else bool
+        names = [entry_name(self.key, number) for number in range(known.num_shards or 0)]
+        return known.is_whole and all(map(is_there, names)) and known.check()
 
     def build(self) -> None:
         """Make what is left. Raise DataError for wrong rows, StartAgain for another template."""
@@ -337,14 +347,22 @@ class Builder:
                 count = finished.number + 1
                 bar.update(finished.problems.num_rows)
                 self._take(finished, known)
+                if self.store:
+                    self.store.trim({})
         self._require_right(known)
         entries.require_unchanged(self.recipe.sources)
         if not known.is_whole:
             with entries.writable(self.recipe.cache_dir):
                 known.finish(max(count, len(known.lines)))
+        if self.store:
+            self.store.put(self.laid_out.name, last=layout.INDEX)
 
     def _has(self, number: int) -> bool:
-        return (self.folder / entry_name(self.key, number) / entries.META).is_file()
+        name = entry_name(self.key, number)
+        return self._is_here(name) or bool(self.store and self.store.holds(name))
+
+    def _is_here(self, name: str) -> bool:
+        return (self.folder / name / entries.META).is_file()
 
     def _finished(self, known: Layout) -> Generator[Finished]:
         """Yield what workers made of each shard that is not laid out yet, in order."""
@@ -439,6 +457,8 @@ def prepare(recipe: Recipe, num_workers: int | None = None) -> tuple[Recipe, Pat
             builder.folder.mkdir(parents=True, exist_ok=True)
         try:
             with entries.locked(recipe.root / f"{builder.key}.lock", recipe.cache_dir):
+                if builder.store and not builder.is_done():
+                    shard_store.fetch_layout(builder.store, builder.laid_out.name)
                 if not builder.is_done():
                     builder.build()
             return recipe, builder.laid_out

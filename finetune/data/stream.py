@@ -4,6 +4,7 @@ An example's number is that of its shard and its own in the shard; shards are op
 to them, and the last few stay open.
 """
 
+import os
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ from finetune.data.shards import Recipe
 from finetune.data.views import Document
 from finetune.errors import Outage
 
-MOST_OPEN = 32  # shards: of short rows 64 MB if all of them were read
+MOST_OPEN = 64  # shards: of short rows 70 MB if all of them were read
 SHARD = 32  # bits of an example's number below that of its shard
 SOME = 100_000  # examples that stand for all where only the shape of lengths counts
 
@@ -38,6 +39,8 @@ class OpenShards:
         self._open: OrderedDict[int, Sequences] = OrderedDict()
         self._checked: set[int] = set()
         self._lock = threading.Lock()  # batches are made on a thread
+        self.store = recipe.store(self._key)
+        self._entered: set[int] = set()
 
     def __getitem__(self, number: int) -> Sequences:
         """Return the examples of a shard as sequences of one each. Raise Outage for damage."""
@@ -50,6 +53,15 @@ class OpenShards:
                 self._open.popitem(last=False)
             return found
 
+    def enter(self, numbers: Sequence[int]) -> None:
+        """Fetch these shards from the store in the background; others may go from this machine."""
+        if self.store is None or self._entered.issuperset(numbers):
+            return
+        self._entered = set(numbers)
+        lines = {self.folder(number).name: self.laid_out.lines[number] for number in numbers}
+        self.store.trim({name: line["bytes"] for name, line in lines.items()})
+        self.store.prefetch((name, line["meta"]) for name, line in lines.items())
+
     def folder(self, number: int) -> Path:
         """Return the folder of a shard's entry."""
         return self.recipe.root / self._key / shards.entry_name(self._key, number)
@@ -57,8 +69,10 @@ class OpenShards:
     def _opened(self, number: int) -> Examples:
         """Open a shard; this process checks the hashes of each once."""
         folder, is_new = self.folder(number), number not in self._checked
+        if self.store:
+            self.store.fetch(folder.name, self.laid_out.lines[number]["meta"])
+            os.utime(folder)  # the least recently used goes first
         found = entries.opened(folder, self._sources, folder.name, note=True, check=is_new)
-        found = found and replace(found, view=self.recipe.view)
         same = found is not None and (
             not is_new or files.sha256(folder / entries.META) == self.laid_out.lines[number]["meta"]
         )
@@ -68,7 +82,10 @@ class OpenShards:
                 "it will be made anew"
             )
         self._checked.add(number)
-        return found
+        if is_new:  # hashing has read all of it into the memory of this process
+            found = entries.opened(folder, self._sources, folder.name, check=False)
+            assert found
+        return replace(found, view=self.recipe.view)
 
 
 class StreamedExamples:
@@ -157,8 +174,8 @@ class StreamedExamples:
         """Return the tokens of the longest document, its place, and its example's documents."""
         lines = [line[self.part].get("longest", [0]) for line in self.laid_out.lines]
         shard = max(range(len(lines)), key=lambda number: lines[number][0])
-        tokens, example, num_documents = lines[shard]
-        return tokens, self.place(self._numbered(shard, example)), num_documents
+        tokens, place, num_documents = lines[shard]
+        return tokens, self._place(*place), num_documents
 
     def first_ones(self) -> Examples:
         """Return the examples of the first shard that has some of this part, in their order."""
@@ -182,7 +199,9 @@ class StreamedExamples:
         """Return file:line of the row that an example came from."""
         own = self.opened[int(example) >> SHARD].examples
         number = int(example) & ((1 << SHARD) - 1)
-        source, line, row = (each[number] for each in (own.source, own.line, own.row))
+        return self._place(own.source[number], own.line[number], own.row[number])
+
+    def _place(self, source: int, line: int, row: int) -> str:
         return str(Place(self.sources[source], int(line), int(row)))
 
     def _of_shard(self, number: int) -> Examples:
@@ -193,19 +212,15 @@ class StreamedExamples:
         own = np.sort(members["example"].astype(np.int64))
         return self.opened[number].examples.subset(own)
 
-    def _numbered(self, shard: int, example: int) -> int:
-        return (shard << SHARD) | example
-
 
 class StreamedSequences:
     """The sequences of one part of a stream: what its order orders and batch sizes count."""
 
-    def __init__(self, opened: OpenShards, part: str, window: int | None = None) -> None:
-        """`window`: bytes of the shards that are shuffled together; None: all."""
+    def __init__(self, opened: OpenShards, part: str) -> None:
         self.examples = StreamedExamples(opened, part)
         self.opened, self.laid_out, self.part = opened, opened.laid_out, part
         lines = self.laid_out.lines
-        self.windows = windows.spans([line["bytes"] for line in lines], window)
+        self.windows = windows.spans([line["bytes"] for line in lines], opened.recipe.window)
         held = [line[part]["records"][SEQUENCES] for line in lines]
         self._sizes = [sum(held[begin:end]) for begin, end in self.windows]
 
@@ -218,7 +233,19 @@ class StreamedSequences:
 
     def order(self, seed: int, epoch: int, *_: Any) -> windows.WindowedOrder:
         """Return the order of an epoch, which is computed where it is read."""
-        return windows.WindowedOrder(self._sizes, seed, epoch)
+
+        def enter(found: list[int]) -> None:
+            if len(found) == 1:  # the last one of this epoch
+                found = [
+                    *found,
+                    int(windows.WindowedOrder(self._sizes, seed, epoch + 1).windows[0]),
+                ]
+            self._enter(found)
+
+        return windows.WindowedOrder(self._sizes, seed, epoch, enter)
+
+    def _enter(self, found: list[int]) -> None:
+        self.opened.enter([n for window in found for n in range(*self.windows[window])])
 
     def members(self, sequence: int) -> np.ndarray:
         """Return the numbers of the examples of a sequence, int64."""
@@ -277,12 +304,10 @@ def _counted(records: np.ndarray) -> dict[str, int]:
     return sums
 
 
-def opened(
-    recipe: Recipe, laid_out: Path, window: int | None = None
-) -> tuple[StreamedSequences, StreamedSequences | None]:
+def opened(recipe: Recipe, laid_out: Path) -> tuple[StreamedSequences, StreamedSequences | None]:
     """Open a stream that `shards.prepare` made: what is trained on, and what is held out of it."""
     found = OpenShards(recipe, Layout(laid_out))
-    train = StreamedSequences(found, layout.TRAIN, window)
+    train = StreamedSequences(found, layout.TRAIN)
     held_out = StreamedSequences(found, layout.EVAL) if recipe.plan.eval_fraction else None
     return train, held_out
 

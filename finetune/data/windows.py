@@ -5,7 +5,7 @@ resumes anywhere by arithmetic, and any number of processes makes the same steps
 the number of windows, never with that of sequences.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -34,14 +34,18 @@ def spans(sizes: Sequence[int], most: int | None) -> list[tuple[int, int]]:
 class WindowedOrder:
     """The order of the sequences of one epoch: slices of it are computed when they are read."""
 
-    def __init__(self, sizes: Sequence[int], seed: int, epoch: int) -> None:
-        """`sizes`: the sequences of each window.
+    def __init__(
+        self, sizes: Sequence[int], seed: int, epoch: int,
+        entered: Callable[[list[int]], None] = lambda windows: None,
+    ) -> None:  # fmt: skip
+        """`sizes`: the sequences of each window. `entered`: called with the windows of a slice that
+        is read, or with its only one and that behind it.
 
         Windows of epoch 0 come in their own order, so that training can start before the last one
         is there; those of later epochs are shuffled.
         """
         counted = np.asarray(sizes, np.int64)
-        self._seed, self._epoch, self._sizes = seed, epoch, counted
+        self._seed, self._epoch, self._sizes, self._entered = seed, epoch, counted, entered
         self._first = np.cumsum(counted) - counted  # the number of each window's first sequence
         self.windows = np.arange(len(counted))
         if epoch:
@@ -53,7 +57,11 @@ class WindowedOrder:
 
     def __getitem__(self, part: slice) -> np.ndarray:
         """Return the sequences at these positions, int64."""
-        return self.at(np.arange(*part.indices(len(self))))
+        positions = np.arange(*part.indices(len(self)))
+        if len(positions):
+            first, last = self.turn(positions[[0, -1]])
+            self._entered(self.windows[first : max(first + 2, last + 1)].tolist())
+        return self.at(positions)
 
     def at(self, positions: np.ndarray) -> np.ndarray:
         """Return the sequences at any positions of the epoch, int64."""
