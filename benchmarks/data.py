@@ -291,6 +291,7 @@ def tokenising(folder: Path, count: int) -> tuple[float, float, str]:
         return {"input_ids": whole, "completion_mask": mask}
 
     datasets.disable_caching()
+    datasets.disable_progress_bars()
     ours, theirs = [], []
     for _ in range(3):
         start = time.perf_counter()

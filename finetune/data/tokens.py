@@ -9,6 +9,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -418,21 +419,54 @@ def tokenise(
 
 
 def tokenise_part(
-    sources: Sequence[str],
-    template: Template,
-    tokenizer: Any,
-    options: Options,
+    sources: Sequence[str], template: Template, tokenizer: Any, options: Options,
     quiet: bool = False,
-) -> Tokenised:
+) -> Tokenised:  # fmt: skip
     """Tokenise rows, and note in `problems` what is wrong with them. `quiet`: show no progress."""
     made = Tokenised(problems=Problems(options.skipping))
     made.counts = dict.fromkeys(("num_rows", "num_truncated", "num_dropped"), 0)
     made.counts["learn_opening"] = template.learn_opening
-    finish, control = _Finisher(template, tokenizer), ControlTokens(tokenizer, template.turn_ends)
+    finish, unread = _Finisher(template, tokenizer), Counter[str]()
     index = {source: number for number, source in enumerate(sources)}
+    stream = options.samples(sources, made.problems, unread)
     bar = tqdm(desc="tokenising", unit=" rows", disable=quiet or None, leave=False)
-    problems, unread = made.problems, Counter[str]()
-    stream = options.samples(sources, problems, unread)
+    try:
+        with bar:
+            rendered = _all_rendered(stream, template, tokenizer, options, made)
+            for batch, encoded in _encoded(rendered, tokenizer):
+                for sample, parts in batch:
+                    plain = list(islice(encoded, len(parts)))
+                    place = sample.conversations[0].place
+                    with made.problems.noted(sample.row):
+                        made.counts["num_rows"] += 1
+                        documents = [
+                            finish(conversation, segments, *each)
+                            for conversation, segments, each
+                            in zip(sample.conversations, parts, plain)
+                        ]  # fmt: skip
+                        pieces = _all_pieces(documents, options, finish.bos_id, place, made)
+                        made.add(pieces, sample, (index[place.source], place.line, place.row))
+                bar.update(len(batch))
+    except _OpensItself:
+        again = replace(template, learn_opening=True)
+        return tokenise_part(sources, again, tokenizer, options, quiet)
+    made.note(made.problems, unread)
+    return made
+
+
+class _OpensItself(Exception):
+    """An answer begins with its own text where `Template.opening` would stand."""
+
+
+Rendered = tuple[Sample, list[list[Segment]]]
+"""A row, and the segments of each of its documents."""
+
+
+def _all_rendered(
+    stream: Iterator[Sample], template: Template, tokenizer: Any, options: Options, made: Tokenised
+) -> Iterator[list[Rendered]]:
+    """Yield rows with their segments, as many as the tokenizer takes at once."""
+    control, problems = ControlTokens(tokenizer, template.turn_ends), made.problems
     # A longer row always has more than max_length tokens, so it is not tokenised, which would take
     # a minute for 50 MB.
     most = max(WINDOW, options.max_length * max(map(len, tokenizer.get_vocab())))
@@ -441,30 +475,40 @@ def tokenise_part(
         rendered = _rendered(batch, template, control, options, most, problems, made.counts)
         if problems.must_end and len(problems) > problems.count(TOO_LONG):
             continue  # read the rest only to count wrong rows
-        texts = [segments for _, parts in rendered for segments in parts]
+        texts = (segments for _, parts in rendered for segments in parts)
         if not template.learn_opening and any(map(template.opens_itself, texts)):
-            bar.close()
-            again = replace(template, learn_opening=True)
-            return tokenise_part(sources, again, tokenizer, options, quiet)
-        encoded = iter(encode(texts, tokenizer))
-        for sample, parts in rendered:
-            made.counts["num_rows"] += 1
-            plain = list(islice(encoded, len(parts)))
-            with problems.noted(sample.row):
-                documents = [
-                    finish(conversation, segments, *each)
-                    for conversation, segments, each in zip(sample.conversations, parts, plain)
-                ]
-                place, pieces = sample.conversations[0].place, list[list[Tokens]]()
-                apart = options.loss_on == "each_turn"
-                for own in [[each] for each in documents] if apart else [documents]:
-                    made.lengths.append(sum(len(ids) for ids, _ in own))
-                    pieces += _pieces(own, options, finish.bos_id, place, problems, made.counts)
-                made.add(pieces, sample, (index[place.source], place.line, place.row))
-        bar.update(len(batch))
-    bar.close()
-    made.note(problems, unread)
-    return made
+            raise _OpensItself
+        yield rendered
+
+
+def _encoded(
+    stream: Iterator[list[Rendered]], tokenizer: Any
+) -> Iterator[tuple[list[Rendered], Iterator[Tokens]]]:
+    """Yield rows with the tokens of their documents, one after another.
+
+    The tokenizer works on a thread of its own, in Rust, while the next rows are rendered.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        before: tuple[list[Rendered], Future[list[Tokens]]] | None = None
+        for batch in stream:
+            texts = [segments for _, parts in batch for segments in parts]
+            now = batch, thread.submit(encode, texts, tokenizer)
+            if before is not None:
+                yield before[0], iter(before[1].result())
+            before = now
+        if before is not None:
+            yield before[0], iter(before[1].result())
+
+
+def _all_pieces(
+    documents: list[Tokens], options: Options, bos_id: int | None, place: Place, made: Tokenised
+) -> list[list[Tokens]]:
+    """Return the examples of a row, and note its length; `each_turn` makes one of each document."""
+    pieces: list[list[Tokens]] = []
+    for own in [[each] for each in documents] if options.loss_on == "each_turn" else [documents]:
+        made.lengths.append(sum(len(ids) for ids, _ in own))
+        pieces += _pieces(own, options, bos_id, place, made.problems, made.counts)
+    return pieces
 
 
 def raise_if_any(
@@ -508,7 +552,7 @@ def predicting(supervised: np.ndarray) -> np.ndarray:
 def _rendered(
     batch: Sequence[Sample], template: Template, control: "ControlTokens", options: Options,
     most: int, problems: Problems, counts: dict[str, int],
-) -> list[tuple[Sample, list[list[Segment]]]]:  # fmt: skip
+) -> list[Rendered]:  # fmt: skip
     """Return samples with their segments; drop or note rows over `most` characters."""
     rendered = []
     for sample in batch:
