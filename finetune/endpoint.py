@@ -69,7 +69,8 @@ class Server:
         Without a name only OpenAI itself gets OPENAI_API_KEY: no other server may see that key.
         """
         name = self.key_variable
-        if name is None and httpx2.URL(self.url).host == OPENAI:
+        url = httpx2.URL(self.url)
+        if name is None and (url.scheme, url.host) == ("https", OPENAI):
             name = OPENAI_KEY
         if name is None:
             return None
@@ -210,9 +211,11 @@ class Client:
     def __enter__(self) -> "Client":
         return self
 
-    def __exit__(self, *exc: Any) -> None:
+    def __exit__(self, kind: Any, *exc: Any) -> None:
         """Send nothing more. Wait for what is in flight, as it will be paid for."""
         self._closed.set()
+        if kind is KeyboardInterrupt:
+            self._log("note: waiting for the answers that are under way")
         self._pool.shutdown(cancel_futures=True)
         self._http.close()
 

@@ -70,8 +70,10 @@ def test_what_another_try_may_mend_is_tried_again(server, fault):
 
 
 def test_slow_answers_time_out_and_are_tried_again(server):
-    server.faults = ["slow 1", "drip 0.1"]
-    assert asked(server, timeout=0.3).tries == 3
+    server.faults = ["slow 2", "drip 0.1"]
+    reply = asked(server, timeout=0.5)
+    assert reply.text == "re: two plus two?"
+    assert reply.tries >= 3
 
 
 @pytest.mark.parametrize(
@@ -171,6 +173,8 @@ def test_a_key_comes_from_the_named_variable_alone(server, monkeypatch):
     asked(server, key_variable="MY_KEY")
     assert server.keys == [None, "Bearer sk-mine"]
     assert Server("https://api.openai.com/v1", "m").key() == "sk-openai"
+    for other in ("http://api.openai.com/v1", "https://api.openai.com.example.org/v1"):
+        assert Server(other, "m").key() is None
     monkeypatch.delenv("MY_KEY")
     with pytest.raises(UserError, match="the environment has no MY_KEY; export MY_KEY="):
         asked(server, key_variable="MY_KEY")
@@ -207,9 +211,8 @@ def test_what_one_request_is_asked_to_wait_all_wait(server):
     server.faults = ["429 0.5"]
     with client(server, at_once=3) as made:
         made.submit(CHAT, lambda reply: None)
-        while not server.tries:
+        while not made._not_before:
             time.sleep(0.01)
-        time.sleep(0.1)
         made.submit(CHAT, lambda reply: None).result()
     first, *others = server.times
     assert len(others) == 2
@@ -228,7 +231,8 @@ def test_a_date_to_wait_for_and_a_wait_that_is_too_long(server):
 
 
 def test_requests_in_flight_are_limited(server):
-    server.delay = lambda body: 0.05
+    three = threading.Barrier(3)  # fewer at once never pass it
+    server.delay = lambda body: three.wait(20) / 100
     noted = []
     with client(server, at_once=3) as made:
         futures = [made.submit(CHAT, noted.append) for _ in range(9)]
@@ -255,7 +259,7 @@ def test_leaving_ends_a_long_wait(server):
         while not made._not_before:
             time.sleep(0.01)
         start = time.monotonic()
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 100  # of 500
     with pytest.raises(Outage):
         future.result()
 

@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -130,6 +132,10 @@ def test_a_template_of_the_users(bench, server):
     given = options(bench, server, bench.rows(SEEDS), "--rows", 3, "--template", template)
     assert bench.run(*given, "--force") == 2
     assert f"--template: {template}: 'nothing' is undefined; it gets examples" in bench.stderr
+    for fails in ("{{ 1 / 0 }}", "{{ examples.x.y }}", "{{ count.join('a') }}", "{{ ''[::0] }}"):
+        template.write_text(fails)
+        assert bench.run(*given, "--force") == 2
+        assert f"--template: {template}: " in bench.stderr
     template.write_text("a\n{% if %}")
     assert bench.run(*given, "--force") == 2
     assert f"--template: {template}:2: " in bench.stderr
@@ -237,7 +243,9 @@ def test_another_process_may_not_write_the_same_answers(bench, server):
 def test_what_is_no_file_of_answers_is_left_alone(bench, server):
     mine = bench.folder / "out.jsonl.answers"
     prompts = bench.rows([{"prompt": "a"}])
-    for text in ("mine\n", '{"key": 1}\n', '[]\n{"a"', '{"key": "a", "reply": {"more": 1}}\n'):
+    replies = [f'{{"key": "a", "reply": {{"text": {text}}}}}\n' for text in ("5", "null", "[]")]
+    replies.append('{"key": "a", "reply": {"text": "b", "tries": "1"}}\n')
+    for text in ("mine\n", '{"key": 1}\n', '[]\n{"a"', '{"key": "a", "reply": []}\n', *replies):
         mine.write_text(text)
         assert bench.run(*options(bench, server, "--prompts", prompts)) == 2
         assert f"{mine}:1: holds no answer of this program" in bench.stderr
@@ -402,6 +410,23 @@ def test_a_request_for_more_data_is_met(bench, server):
     for what in ("sums", "Adds prices.", "fruit", "- one sentence", "Add 2 and 3.", "answer: 6"):
         assert what in prompt
     assert "Add 2" not in server.seen[-1]["messages"][0]["content"]
+
+
+def test_the_commands_and_the_request_of_the_documentation(bench, server, monkeypatch):
+    """Each as it stands, with the local server in place of any other model, and fewer rows."""
+    section = (ROOT / "docs/data.md").read_text().partition("\n## Rows from another model\n")[2]
+    block, example = re.findall(r"```(?:bash|json)\n(.*?)```", section, re.DOTALL)[:2]
+    monkeypatch.chdir(bench.folder)
+    bench.rows(SEEDS, "seeds.jsonl")
+    bench.rows([{"prompt": "a"}], "prompts.jsonl")
+    Path("request.json").write_text(example.replace('"count": 200', '"count": 2'))
+    commands = [line for line in block.replace("\\\n", " ").splitlines() if line[0] != "#"]
+    assert len(commands) == 3
+    for number, command in enumerate(commands):
+        words = shlex.split(re.sub(r" --endpoint \S+", "", command).replace("1000", "9"))
+        assert words[:4] == ["python", "-m", "finetune", "data"]
+        assert bench.run(*words[4:], "--endpoint", server.url, "--force") == 0, bench.stderr
+        assert ("9", "1", "2")[number] + (" rows" * (number > 0)) + " written" in bench.stderr
 
 
 def changed(path: str, value) -> dict:

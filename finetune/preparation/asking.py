@@ -84,8 +84,8 @@ class Answers:
                 break
             try:
                 values = json.loads(line)
+                _reply(values)
                 self._places[values["key"]] = start
-                Reply(**values["reply"])
             except (ValueError, TypeError, KeyError, RecursionError) as exc:
                 shown = short(line.decode("utf-8", "replace"))
                 what = f"{printable(str(self._path))}:{number}: holds no answer of this program"
@@ -97,7 +97,7 @@ class Answers:
             if key not in self._places:
                 return None
             self._file.seek(self._places[key])
-            return Reply(**json.loads(self._file.readline())["reply"])
+            return _reply(json.loads(self._file.readline()))
 
     def append(self, key: str, request: Request, reply: Reply) -> None:
         values = asdict(reply)
@@ -118,6 +118,16 @@ class Answers:
 
     def __exit__(self, *exc: Any) -> None:
         self._file.close()
+
+
+def _reply(line: Any) -> Reply:
+    """Return the reply of a line of the file. Raise what a wrong line raises."""
+    reply = Reply(**line["reply"])
+    numbers = (reply.tries, reply.prompt_tokens or 0, reply.completion_tokens or 0)
+    texts = (line["key"], reply.text, reply.finish_reason)
+    if not all(isinstance(text, str) for text in texts) or {*map(type, numbers)} != {int}:
+        raise TypeError
+    return reply
 
 
 class Asking:

@@ -8,7 +8,7 @@ GPU. A folder may hold such static vectors too (model2vec, sentence-transformers
 
 import importlib.util
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,22 +64,36 @@ def _vectors_name(weights: Path) -> str | None:
     return next((name for name in VECTORS if name in names and len(names) <= 3), None)
 
 
+def _read_vectors(weights: Path) -> np.ndarray:
+    """Return the vectors of tokens: [vocabulary, dimensions] float32."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    name, shown = _vectors_name(weights), printable(str(weights))
+    if name is None:
+        raise ModelError(f"{shown}: holds no vectors of words; install or download it anew")
+    try:
+        tensors = load_file(weights)
+        vectors = tensors[name].astype(np.float32)
+        if "mapping" in tensors:  # tokens share vectors
+            vectors = vectors[tensors["mapping"]]
+        if "weights" in tensors:
+            vectors = vectors * tensors["weights"].astype(np.float32)[:, None]
+    except (IndexError, KeyError, OSError, SafetensorError, TypeError, ValueError) as exc:
+        failures.reraise(exc, f"{shown}: cannot be read now")
+        raise ModelError(f"{shown}: cannot be read: {exc}") from exc
+    if vectors.ndim != 2:
+        raise ModelError(f"{shown}: {name} should have two dimensions, got {vectors.ndim}")
+    return vectors
+
+
 class _Static:
     """The mean of the vectors of a text's tokens."""
 
     def __init__(self, weights: Path, tokenizer: Path) -> None:
-        from safetensors.numpy import load_file
         from tokenizers import Tokenizer
 
-        name = _vectors_name(weights)
-        if name is None:
-            raise ModelError(f"{printable(str(weights))}: holds no vectors; install wordllama anew")
-        tensors: Mapping[str, Any] = load_file(weights)
-        self._vectors = tensors[name].astype(np.float32)
-        if "mapping" in tensors:  # tokens share vectors
-            self._vectors = self._vectors[tensors["mapping"]]
-        if "weights" in tensors:
-            self._vectors *= tensors["weights"].astype(np.float32)[:, None]
+        self._vectors = _read_vectors(weights)
         try:
             self._tokenizer = Tokenizer.from_file(str(tokenizer))
         except Exception as exc:  # tokenizers raises no other
@@ -118,23 +132,26 @@ def encoder(folder: str) -> Embed:
         if name.startswith("pooling_mode_") and value is True
         and name not in ("pooling_mode_cls_token", "pooling_mode_mean_tokens")
     ]  # fmt: skip
-    modules = _json(Path(folder) / "modules.json", [])
-    others += [each["path"] for each in modules if "Dense" in str(each.get("type"))]
+    modules = _json(Path(folder) / "modules.json", list)
+    others += [str(each) for each in modules if "Dense" in str(each)]
     if others:
         what = f"needs {', '.join(others)}, which finetune does not know"
         raise ModelError(f"--embedding: {printable(folder)}: {what}; choose another model")
     limit = _json(Path(folder) / "sentence_bert_config.json").get("max_seq_length")
-    return _Encoder(folder, bool(is_first), limit)
+    return _Encoder(folder, bool(is_first), limit if type(limit) is int else None)
 
 
-def _json(path: Path, empty: Any = None) -> Any:
-    """Return what a JSON file of a model's folder holds; `empty`, or {}, without the file."""
+def _json(path: Path, kind: type = dict) -> Any:
+    """Return what a JSON file of a model's folder holds; an empty `kind` without the file."""
     try:
-        return json.loads(path.read_bytes())
+        values = json.loads(path.read_bytes())
     except FileNotFoundError:
-        return {} if empty is None else empty
+        return kind()
     except (OSError, ValueError, RecursionError) as exc:
         raise ModelError(f"{printable(str(path))}: cannot be read: {exc}") from exc
+    if not isinstance(values, kind):
+        raise ModelError(f"{printable(str(path))}: should hold a JSON {kind.__name__}")
+    return values
 
 
 class _Encoder:

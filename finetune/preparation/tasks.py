@@ -12,6 +12,11 @@ from finetune.data.places import printable
 from finetune.errors import DataError, UserError
 from finetune.preparation.request import Slice
 
+# Of a template that runs: what its expressions may raise.
+FAILURES = (
+    jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError,
+    ValueError,
+)  # fmt: skip
 TEMPLATE = Path(__file__).with_suffix(".jinja")
 # A label begins a line; models put numbers, # and ** around it.
 _LABEL = re.compile(
@@ -49,13 +54,15 @@ class Prompts:
             raise UserError(f"--template: {self._shown}: is not UTF-8") from exc
         except jinja2.TemplateSyntaxError as exc:
             raise UserError(f"--template: {self._shown}:{exc.lineno}: {exc.message}") from exc
+        except RecursionError as exc:
+            raise UserError(f"--template: {self._shown}: is nested too deeply") from exc
 
     def write(self, examples: Sequence[Task], slice: Slice | None) -> str:
         """Return a prompt. Raise UserError for a template that fails."""
         values = {"examples": examples, "count": self._count, "answers": self._with_answers}
         try:
             return self._template.render(**values, slice=slice).strip()
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as exc:
+        except FAILURES as exc:
             known = ", ".join([*values, "slice"])
             raise UserError(f"--template: {self._shown}: {exc}; it gets {known}") from exc
 
