@@ -46,8 +46,8 @@ _CALLED = {
     "data.packing": "sample_packing pack",
     "data.system_prompt": "system system_message default_system",
     "data.template": "chat_template prompt_template prompt_style",
-    "data.template_arguments": "chat_template_kwargs",
-    "data.thinking": "enable_thinking split_thinking",
+    "data.template_arguments": "chat_template_kwargs enable_thinking",
+    "data.thinking": "split_thinking",
     "data.loss_on": (
         "train_on_inputs train_on_prompt completion_only_loss assistant_only_loss mask_prompt"
     ),

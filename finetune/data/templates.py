@@ -125,6 +125,8 @@ class Template:
                 raise DataError(f"{conversation.place}: {what}")
             return [Segment(messages[0].content, True)]
         text = self._render(conversation)
+        self._require_tools(conversation, text)
+        self._require_calls(conversation)
         answers = [i for i, message in enumerate(messages) if message.supervised]
         if loss_on == "last_turn":
             answers = answers[-1:]
@@ -134,8 +136,6 @@ class Template:
             for turn, mark in zip(answers, marked, strict=True)
         ]
         self._require_all(conversation, text)
-        self._require_tools(conversation, text)
-        self._require_calls(conversation)
         if loss_on == "all":
             _require_all_supervised(conversation)
             return [Segment(text, True)]
