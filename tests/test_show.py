@@ -150,6 +150,18 @@ def test_each_turn_of_a_row_is_shown_with_what_is_cut(workshop):
     assert shown == learned_in_an_epoch(data.train, data.tokenizer)
 
 
+def test_weights_of_answers_are_shown(workshop):
+    turns = [
+        {"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0.5},
+        {"role": "user", "content": "r"}, {"role": "assistant", "content": "b", "weight": 2},
+    ]  # fmt: skip
+    rows = [{"messages": turns}, {"messages": turns[2:]}, {"messages": [turns[0], turns[3]]}] * 3
+    given = {"data__train": str(write_jsonl(workshop.folder / "turns.jsonl", rows))}
+    _, view = made(workshop, **given, data__template="chatml")
+    found = [view.show(view.items_of(row)[0]).documents[0].columns for row in (1, 2)]
+    assert found == [{"least weight": 0.5, "largest weight": 2.0}, {"weight": 2.0}]
+
+
 @pytest.mark.parametrize("name", ["phi-2", "phi-3-mini", "bytes"])
 def test_decoded_runs_join_to_the_text(name, bytes_tokenizer, request):
     tokenizer = bytes_tokenizer

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.data.batches import Batches
+from finetune.data.batches import Batch, Batches
 from finetune.data.examples import Examples
 
 SUPERVISED, MASKED, CUT = "supervised", "masked", "cut"
@@ -159,10 +159,11 @@ class Xray:
             kinds = np.where(supervised[part], SUPERVISED, MASKED)
             all_ids, all_kinds, cut = self._with_cut(fate, example, ids[part], kinds)
             key = self._keys[fate][example]
+            columns = {name: float(v[number]) for name, v in batch.columns.items() if v.dim() == 1}
             yield ShownDocument(
                 self._row[key], examples.place(example), self._spans(all_ids, all_kinds), length,
                 int(supervised[part].sum()), cut, max(0, width - length),
-                {name: float(v[number]) for name, v in batch.columns.items() if v.dim() == 1},
+                columns | _weights(batch, number),
             )  # fmt: skip
 
     def _with_cut(
@@ -223,6 +224,15 @@ class Xray:
             Span(str(kinds[start]), bool(special[start]), text, end - start)
             for start, end, text in zip(cuts, cuts[1:], texts)
         ]
+
+
+def _weights(batch: Batch, document: int) -> dict[str, float]:
+    """Return the weight of a document's answers, or the least and the largest of several."""
+    if batch.weights is None or not (batch.document == document).any():
+        return {}
+    own = batch.weights[batch.document == document]
+    least, most = float(own.min()), float(own.max())
+    return {"weight": least} if least == most else {"least weight": least, "largest weight": most}
 
 
 def _keys(examples: Examples) -> Iterator[Key]:
