@@ -195,6 +195,7 @@ class Client:
 
     def __init__(self, server: Server, log: Callable[[str], None] = lambda text: None) -> None:
         self.server = Server(**{**vars(server), "url": _root(server.url)})
+        self.identity = server.model
         self._log = log
         self._key = self.server.key()
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}

@@ -353,6 +353,11 @@ def test_all_wrong_prompts_are_listed_before_any_is_asked(bench, server):
         (["in.jsonl", "--rows", "3", "--key", "NO_SUCH"], "the environment has no NO_SUCH"),
         (["in.jsonl", "--rows", "3", "--endpoint", "here"], "should begin with http://"),
         (["in.jsonl", "--rows", "0"], "at least 1"),
+        (["--prompts", "in.jsonl", "--seed", "0"], "--seed is for new tasks, not for --prompts"),
+        (["--prompts", "in.jsonl", "--two-steps"], "--two-steps is for new tasks"),
+        (["--prompts", "in.jsonl", "--format", "text"], "--format is for SEEDS; remove it"),
+        (["--from-report", "in.jsonl", "--columns", "a: b"], "--columns is for SEEDS and"),
+        (["--prompts", "in.jsonl", "--trust-remote-code"], "is for a model on this machine"),
         (["--prompts", "missing.jsonl"], "missing.jsonl: no such file"),
         (["--from-report", "missing.json"], "missing.json: cannot be read"),
     ],
@@ -368,8 +373,9 @@ def test_wrong_options_are_named(bench, server, monkeypatch, given, message):
 def test_options_of_a_server_need_one(bench):
     seeds = bench.rows(SEEDS)
     given = ["generate", seeds, "--rows", 3, "--output", bench.out, "--model", "m"]
-    assert bench.run(*given, "--key", "OPENAI_API_KEY") == 2
-    assert "--key is for an --endpoint; add one, or remove --key" in bench.stderr
+    for option, value in (("--key", "OPENAI_API_KEY"), ("--retries", 0), ("--timeout", 300)):
+        assert bench.run(*given, option, value) == 2
+        assert f"{option} is for an --endpoint; add one, or remove it" in bench.stderr
 
 
 def test_wrong_seeds_are_listed(bench, server):
@@ -589,3 +595,6 @@ def test_a_model_on_this_machine_answers_without_a_network(bench, tmp_path):
     answers.unlink()
     assert bench.run(*given) == 0
     assert read_jsonl(answers) == first
+    os.utime(model / "model.safetensors")  # as after another training: its answers do not count
+    assert bench.run(*given) == 0
+    assert len(read_jsonl(answers)) == 6

@@ -29,6 +29,9 @@ Asked = tuple[Tag, Request]
 class Model(Protocol):
     """What answers: a server, or a model on this machine."""
 
+    identity: str
+    """Another model has another one: its answers are not those of this one."""
+
     def submit(self, request: Request, note: Callable[[Reply], None]) -> "Future[Reply]":
         """Begin to answer. `note` gets the reply as soon as it is there, in any thread."""
 
@@ -133,17 +136,15 @@ def _reply(line: Any) -> Reply:
 class Asking:
     """Requests to one model, with its answers so far and a budget.
 
-    `name` stands for the model in the file of answers; None instead of `answers` keeps nothing.
+    None instead of `answers` keeps nothing.
     """
 
-    def __init__(
-        self, model: Model, name: str, answers: Answers | None, budget: Budget, window: int
-    ) -> None:
+    def __init__(self, model: Model, answers: Answers | None, budget: Budget, window: int) -> None:
         self.budget = budget
         self.has_ended = False
         """Whether the budget ended before the requests."""
         self.num_reused = 0
-        self._model, self._name, self._answers, self._window = model, name, answers, window
+        self._model, self._answers, self._window = model, answers, window
         self._times: Counter[str] = Counter()
         self._num_answered = 0
 
@@ -181,7 +182,7 @@ class Asking:
 
     def _submit(self, request: Request) -> "Future[Reply]":
         """Answer a request from the file, or begin to ask it."""
-        content = _hash(request.body(self._name))
+        content = _hash(request.body(self._model.identity))
         self._times[content] += 1
         key = f"{content}-{self._times[content]}"  # the same prompt again is another request
         reply = self._answers.known(key) if self._answers else None

@@ -17,7 +17,7 @@ have the columns origin (generated), model and prompt_hash.
 
 import argparse
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,10 +41,15 @@ from finetune.preparation.output import PIPE
 from finetune.preparation.tasks import Prompts, Task
 
 WINDOW = 16  # requests under way at most, as requests depend on the replies before these
-THRESHOLD = 0.7
 ORIGIN, GENERATED = "origin", "generated"
 OWN_COLUMNS = (ORIGIN, "model", "prompt_hash")
-SERVER_OPTIONS = ("key", "most_money", "price")
+# Options that would be ignored without what they are for, and their defaults.
+FOR_SERVER = {
+    "key": None, "most_money": None, "price": None, "retries": 6, "timeout": 300.0,
+}  # fmt: skip
+FOR_TASKS = {
+    "template": None, "two_steps": False, "per_request": 5, "threshold": 0.7, "seed": 0,
+}  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,27 +64,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     frames.add_rejects(parser)
     frames.add_format(parser)
     add("--rows", type=frames.positive, metavar="N", help="how many new rows to make of SEEDS")
-    add(
-        "--per-request",
-        type=frames.positive,
-        default=5,
-        metavar="N",
-        help="tasks to ask for at once",
-    )
+    what = "tasks to ask for in each request"
+    add("--per-request", type=frames.positive, metavar="N", help=_default("per_request", what))
     what = "ask for questions, and then for the answer to each (Self-Instruct)"
     add("--two-steps", action="store_true", help=f"{what}; without it for both at once (Alpaca)")
-    what = (
-        f"prompt that asks for tasks, a Jinja file (default: {tasks.TEMPLATE.name} of this package)"
-    )
-    add("--template", type=paths.argument, metavar="FILE", help=what)
+    what = f"prompt that asks for tasks, a Jinja file (default: {tasks.TEMPLATE.name} of this "
+    add("--template", type=paths.argument, metavar="FILE", help=f"{what}package)")
     what = "ROUGE-L over which a question is too much like a known one"
-    add("--threshold", type=frames.fraction, default=THRESHOLD, help=what)
+    add("--threshold", type=frames.fraction, help=_default("threshold", what))
     add("--system", metavar="TEXT", help="system message of each request")
     add("--max-tokens", type=frames.positive, default=1_024, help="longest answer")
     what = "temperature, or none for the server's own (default: 1 for tasks, 0 for --prompts)"
     add("--temperature", type=_temperature, default=argparse.SUPPRESS, metavar="T", help=what)
-    add("--seed", type=int, default=0, help="another seed shows other seeds together")
+    add("--seed", type=int, help=_default("seed", "another seed shows other SEEDS together"))
     _add_model(parser)
+
+
+def _default(name: str, what: str) -> str:
+    return f"{what} (default: {(FOR_SERVER | FOR_TASKS)[name]})"
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -93,8 +95,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add("--completions", action="store_true", help="ask for completions of text, not for chat")
     what = "requests in flight, or answers of a batch"
     add("--at-once", type=frames.positive, default=8, metavar="N", help=what)
-    add("--retries", type=_whole, default=6, help="further tries of a request that fails")
-    add("--timeout", type=_amount, default=300.0, metavar="SECONDS", help="for a whole answer")
+    what = "further tries of a request that fails"
+    add("--retries", type=_whole, help=_default("retries", what))
+    what = "for a whole answer"
+    add("--timeout", type=_amount, metavar="SECONDS", help=_default("timeout", what))
     what = "stop after this many requests, those of earlier starts included"
     add("--most-requests", type=frames.positive, metavar="N", help=what)
     what = "stop before the answers cost more than this, at --price"
@@ -141,13 +145,16 @@ class Work(Protocol):
 
 def main(frame: Frame, arguments: argparse.Namespace) -> None:
     _require(arguments)
+    for name, value in (FOR_SERVER | FOR_TASKS).items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
     wanted, work = _work(frame, arguments)
     with contextlib.ExitStack() as stack:
         answers = stack.enter_context(_answers(frame, arguments))
         budget = Budget(arguments.most_requests, arguments.most_money, arguments.price or (0, 0))
         model = stack.enter_context(_model(frame, arguments))
         window = max(WINDOW, arguments.at_once)
-        asking = Asking(model, arguments.model, answers, budget, window)
+        asking = Asking(model, answers, budget, window)
         write = stack.enter_context(frame.writing())
         bar = tqdm(
             total=wanted, desc="generating", unit=" rows", disable=None, leave=False, delay=1
@@ -175,13 +182,26 @@ def _require(arguments: argparse.Namespace) -> None:
         what = "says how many rows to make of SEEDS"
         how = "add it" if arguments.inputs else "remove it, as there are none"
         raise UserError(f"--rows {what}; {how}")
+    if arguments.prompts is not None:
+        _refuse(arguments, FOR_TASKS, "new tasks, not for --prompts; remove it")
+    if not arguments.endpoint:
+        _refuse(arguments, FOR_SERVER, "an --endpoint; add one, or remove it")
+    elif arguments.trust_remote_code:
+        raise UserError("--trust-remote-code is for a model on this machine; remove it")
+    if arguments.format != "auto" and not arguments.inputs:
+        raise UserError("--format is for SEEDS; remove it, and map --columns where names differ")
+    if arguments.columns and arguments.from_report:
+        raise UserError("--columns is for SEEDS and --prompts; remove it")
     if arguments.most_money is not None and arguments.price is None:
         raise UserError("--most-money needs --price: of a million tokens of prompts and of answers")
-    if not arguments.endpoint:
-        for option in SERVER_OPTIONS:
-            if getattr(arguments, option) is not None:
-                name = f"--{option.replace('_', '-')}"
-                raise UserError(f"{name} is for an --endpoint; add one, or remove {name}")
+
+
+def _refuse(arguments: argparse.Namespace, options: Mapping[str, Any], what: str) -> None:
+    """Raise UserError for the first of these options that is given; `what` they are for."""
+    for option in options:
+        given = getattr(arguments, option)
+        if given is not None and given is not False:  # 0 is given
+            raise UserError(f"--{option.replace('_', '-')} is for {what}")
 
 
 def _answers(

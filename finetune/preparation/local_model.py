@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +16,19 @@ from finetune.export.load import load, load_tokenizer
 from finetune.generation import generate
 
 
+def _weights(folder: Path) -> list[tuple[str, int, int]]:
+    """Return names, sizes and times of the weights in a folder: they change with training."""
+    found = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in found]
+
+
 class LocalModel:
     """Answer in batches of all that is submitted before the first reply is needed."""
 
     def __init__(self, path: str, batch_size: int, trust_remote_code: bool) -> None:
         require_model(path, "--model")
         self._path, self._batch_size = path, batch_size
+        self.identity = f"{path} {_weights(Path(path))}"
         self._tokenizer = load_tokenizer(path, trust_remote_code)
         self._load: Callable[[], Any] = lambda: load(path, trust_remote_code=trust_remote_code)
         self._model: Any = None
