@@ -317,7 +317,7 @@ def test_real_templates_render_tools(real_data, name):
 
 
 def test_a_control_token_in_a_tool_call_is_refused(bytes_tokenizer):
-    from finetune.data.tokens import ControlTokens
+    from finetune.data.control_tokens import ControlTokens
 
     call = {**CALL, "arguments": {"city": bytes_tokenizer.eos_token}}
     with pytest.raises(DataError, match="a control token of the tokenizer"):

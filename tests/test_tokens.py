@@ -29,6 +29,7 @@ from finetune.config import Model
 from finetune.data import chat_templates, rows, source_files, templates, tokens
 from finetune.data import examples as stored
 from finetune.data.built_in_templates import BUILT_IN, TOKENS
+from finetune.data.control_tokens import uses_bos
 from finetune.data.conversations import Conversation, Message
 from finetune.data.examples import Examples
 from finetune.data.places import Place
@@ -626,7 +627,7 @@ def test_an_exported_template_gives_the_tokens_of_training(each_tokenizer, name)
         name, "messages", None, each_tokenizer.special_tokens_map, each_tokenizer.get_added_vocab()
     )
     is_same = template.fingerprint == before.fingerprint
-    assert is_same or (tokens.uses_bos(each_tokenizer) and name not in TOKENS)
+    assert is_same or (uses_bos(each_tokenizer) and name not in TOKENS)
 
 
 # Where prompt and answer meet
@@ -643,7 +644,7 @@ MEETING_ROWS = [{"prompt": prompt, "completion": answer} for prompt, answer in M
 def test_a_prompt_at_inference_has_the_tokens_it_had_in_training(tokenizing, each_tokenizer, name):
     """And all tokens of an example are its text."""
     template = load_template(each_tokenizer, name)
-    bos = each_tokenizer.bos_token if tokens.uses_bos(each_tokenizer) else ""
+    bos = each_tokenizer.bos_token if uses_bos(each_tokenizer) else ""
     examples = tokenizing.prepare(MEETING_ROWS, each_tokenizer, template)
     for number, (prompt, answer) in enumerate(MEETINGS):
         ids, supervised = of(examples, number)
@@ -1499,7 +1500,7 @@ def test_real_rows_train_what_apply_chat_template_gives(real_data, kind, name, m
             assert whole.removeprefix(tokenizer.bos_token) == text.removeprefix(tokenizer.bos_token)
             asked = tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True)
             asked = asked["input_ids"]
-            if tokens.uses_bos(tokenizer) and ids[0] != tokenizer.bos_token_id:
+            if uses_bos(tokenizer) and ids[0] != tokenizer.bos_token_id:
                 asked = asked[1:]  # added to the tokens last
             assert ids[: len(asked)].tolist() == asked
             assert supervised[len(asked)]

@@ -13,10 +13,11 @@ import numpy as np
 from tqdm import tqdm
 
 from finetune.data import tokens
+from finetune.data.control_tokens import ControlTokens
 from finetune.data.conversations import Label, Sample
 from finetune.data.places import Place, list_columns, short, some
 from finetune.data.problems import Problems
-from finetune.data.tokens import TOO_LONG, ControlTokens, Options, Tokenised
+from finetune.data.tokens import TOO_LONG, Options, Tokenised
 from finetune.errors import DataError
 
 

@@ -6,7 +6,6 @@ lie in a supervised segment.
 
 import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from finetune import own_code
 from finetune.data import rows
+from finetune.data.control_tokens import CUT, ControlTokens, uses_bos
 from finetune.data.conversations import (
     Conversation,
     Message,
@@ -29,8 +29,8 @@ from finetune.data.conversations import (
 )
 from finetune.data.places import Place, list_columns, some
 from finetune.data.problems import ENDS, Problems, Skipping
-from finetune.data.templates import MARK, Segment, Template
-from finetune.errors import ConfigError, DataError, ModelError
+from finetune.data.templates import Segment, Template
+from finetune.errors import DataError, ModelError
 
 ROWS_AT_ONCE = 1_000  # the tokenizer works on this many rows in parallel
 # The tokenizer takes up to 300 bytes of memory for a character: 1 GB for this many at once, 15 GB
@@ -39,8 +39,6 @@ CHARACTERS_AT_ONCE = 1 << 21
 WINDOW = 1 << 20  # characters of a longer text that are tokenised together
 OVERLAP = 1 << 14  # characters that two windows share
 AGREED = 32  # equal tokens that join two windows
-# A Unicode noncharacter, which no text may contain: no token joins what stands on its two sides.
-CUT = "\ufdd1"
 TOO_LONG = "too long"  # a kind of `Problems`
 
 
@@ -366,12 +364,6 @@ def with_bos(template: Template, tokenizer: Any) -> Template:
     return template
 
 
-def uses_bos(tokenizer: Any) -> bool:
-    """Return whether the tokenizer itself puts a BOS before a text."""
-    bos_id = tokenizer.bos_token_id
-    return bos_id is not None and tokenizer("a")["input_ids"][:1] == [bos_id]
-
-
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """Hash a tokenizer: vocabulary, merges, normalisation, special tokens.
 
@@ -550,7 +542,7 @@ def predicting(supervised: np.ndarray) -> np.ndarray:
 
 
 def _rendered(
-    batch: Sequence[Sample], template: Template, control: "ControlTokens", options: Options,
+    batch: Sequence[Sample], template: Template, control: ControlTokens, options: Options,
     most: int, problems: Problems, counts: dict[str, int],
 ) -> list[Rendered]:  # fmt: skip
     """Return samples with their segments; drop or note rows over `most` characters."""
@@ -575,7 +567,7 @@ def _rendered(
     return rendered
 
 
-def _as_asked(sample: Sample, control: "ControlTokens", options: Options) -> Sample:
+def _as_asked(sample: Sample, control: ControlTokens, options: Options) -> Sample:
     """Return a sample with the conversations that are rendered. Raise DataError if it has none."""
     conversations = list(sample.conversations)
     if options.thinking == "drop":
@@ -622,104 +614,6 @@ def _pieces(
     counts["num_dropped"] += not pieces
     counts["num_truncated"] += bool(pieces) and is_long
     return pieces
-
-
-class ControlTokens:
-    """Find text that contains BOS, EOS, ends of turns, or other special tokens.
-
-    It would forge turns, so it is refused, or cut so that the tokenizer reads characters.
-    """
-
-    def __init__(self, tokenizer: Any, turn_ends: Sequence[str]) -> None:
-        self._bos = tokenizer.bos_token
-        added = tokenizer.added_tokens_decoder.values()
-        special = {token.content for token in added if token.special}
-        ends = {*turn_ends, tokenizer.eos_token, tokenizer.pad_token}
-        if uses_bos(tokenizer):
-            ends.add(tokenizer.bos_token)
-        # GPT-2's unknown token is its EOS, too.
-        allowed = {None, tokenizer.unk_token} - {tokenizer.eos_token, tokenizer.bos_token} | {None}
-        self._of_text, self._of_turns = _any_of(ends - allowed), _any_of((ends | special) - allowed)
-        # Two halves in neighbouring messages: one of them has at least half of the characters.
-        long = [(t, n) for t in (ends | special) - allowed for n in range(1, len(t))]
-        self._heads = {token[:n] for token, n in long if 2 * n >= len(token)}
-        self._tails = {token[n:] for token, n in long if 2 * n <= len(token)}
-        self._sizes = sorted({len(each) for each in self._heads | self._tails})
-
-    def refuse(self, conversation: Conversation) -> Conversation:
-        """Return the conversation. Raise DataError if its text would be read as one of them."""
-        return self._checked(conversation, cuts=False)
-
-    def as_text(self, conversation: Conversation) -> Conversation:
-        """Return the conversation with a cut inside each of them, so that they stay characters.
-
-        Raises DataError where no cut is possible: in calls and descriptions of tools, which
-        templates write in ways of their own, and ConfigError for data.system_prompt, which the
-        exported template holds.
-        """
-        return self._checked(conversation, cuts=True)
-
-    def _checked(self, conversation: Conversation, cuts: bool) -> Conversation:
-        messages = []
-        for message in conversation.messages:
-            # Text has no turns to forge, and code is full of tokens that some vocabularies call
-            # special, such as <filename>.
-            control = self._of_text if message.role == "text" else self._of_turns
-            hidden = json.dumps(dict(message.parts), ensure_ascii=False) if message.parts else ""
-            if mark := _MARKS.search(message.content + message.context + hidden):
-                what = f"the text contains {mark[0]!a}, which Unicode reserves for programs"
-                raise DataError(f"{conversation.place}: {what}; remove it from the row")
-            can_stay = cuts and not message.from_setting
-            if can_stay:
-                content, context = (
-                    self._with_cuts(text, control) for text in (message.content, message.context)
-                )
-                message = replace(message, content=content, context=context)
-            if found := control.search(message.content + message.context + hidden):
-                in_content = not can_stay and not control.search(hidden)
-                raise self._error(conversation, message, found[0], in_content)
-            messages.append(message)
-        tools = json.dumps(conversation.tools, ensure_ascii=False) if conversation.tools else ""
-        if found := self._of_turns.search(tools):
-            raise self._error(conversation, None, found[0], False)
-        return replace(conversation, messages=tuple(messages)) if cuts else conversation
-
-    def _with_cuts(self, text: str, control: re.Pattern[str]) -> str:
-        """Cut tokens in a text behind their first character, and at an end what may be half of one.
-
-        Tokens of one character stay.
-        """
-
-        def cut(found: re.Match[str]) -> str:
-            token = found[0]
-            return token[0] + CUT + token[1:] if len(token) > 1 else token
-
-        before = ""
-        while text != before:
-            before, text = text, control.sub(cut, text)
-        inner = text.strip()
-        if any(inner[:size] in self._tails for size in self._sizes):
-            text = text.replace(inner, CUT + inner)
-        if any(inner[-size:] in self._heads for size in self._sizes):
-            text = text.replace(inner, inner + CUT)
-        return text
-
-    def _error(
-        self, conversation: Conversation, message: Message | None, token: str, may_stay: bool
-    ) -> DataError | ConfigError:
-        what = "a control token of the tokenizer"
-        if token == self._bos:
-            what = "a BOS that the tokenizer adds itself"
-        if message is not None and message.from_setting:
-            return ConfigError(f"data.system_prompt: contains {token!r}, {what}; remove it")
-        remedy = ", or set data.special_tokens_in_text: text" if may_stay else ""
-        return DataError(
-            f"{conversation.place}: the text contains {token!r}, {what}; remove it from the row"
-            + remedy
-        )
-
-
-_MARKS = re.compile(f"[{MARK}{CUT}]")
 
 
 class _Finisher:
@@ -807,10 +701,6 @@ def _lengths(lengths: Sequence[int], too_long: int, options: Options, num_docume
         f"longest has {longest:,} tokens, and 95% have at most {usual:,}: "
         f"{fitting(longest, limit, options.positions, num_documents)}"
     )
-
-
-def _any_of(tokens: set[str]) -> re.Pattern[str]:
-    return re.compile("|".join(re.escape(token) for token in sorted(tokens)) or r"(?!)")
 
 
 def _shorten(

@@ -17,9 +17,9 @@ from transformers.utils import cached_file
 
 from finetune import files
 from finetune.config.base import is_model_or_adapter
+from finetune.data.control_tokens import uses_bos
 from finetune.data.conversations import Message
 from finetune.data.templates import QUESTION, Template
-from finetune.data.tokens import uses_bos
 from finetune.errors import ModelError
 from finetune.models import adapters, base_identity
 from finetune.models.embeddings import embedding_and_head

@@ -14,11 +14,12 @@ from tqdm import tqdm
 from transformers import GenerationConfig, TextStreamer
 
 from finetune.data import chat_templates, templates
+from finetune.data.control_tokens import ControlTokens
 from finetune.data.conversations import Conversation, Message
 from finetune.data.places import Place
 from finetune.data.problems import Problems
 from finetune.data.templates import Template
-from finetune.data.tokens import ControlTokens, encode_prompt, sample_prompt
+from finetune.data.tokens import encode_prompt, sample_prompt
 from finetune.models.attention_choice import own_attention
 
 LINE_SECONDS = 10  # between two lines about progress without a terminal
