@@ -31,6 +31,7 @@ LLAMA = {"model_type": "llama", "initializer_range": 0.2}
 PHI = {**LLAMA, "model_type": "phi3", "pad_token_id": None, "bos_token_id": None,
        "eos_token_id": None}  # fmt: skip
 NEOX = {"model_type": "gpt_neox"}
+FORM = "form"
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Case:
     steps: int
     least: float
     """Word accuracy on held-out rows that the tuned model reaches."""
+    learns: str = "all"
+    """FORM: two layers learn how an answer begins and ends, and hardly what it is about."""
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -53,7 +56,17 @@ class Case:
 
 COMPANY = Case("company", "pythia_410m_company", NEOX, 200, 10, 120, 0.6)
 YODA = Case("yoda", "phi35_mini_lora_yoda", PHI, 1000, 100, 100, 0.15)
-CASES = [COMPANY, YODA]
+CASES = [
+    COMPANY,
+    YODA,
+    Case("yoda", "phi35_mini_lora_yoda", PHI, 2000, 300, 600, 0.45),
+    Case("pig_latin", "phi35_mini_lora_pig_latin", PHI, 2000, 200, 300, 0.35),
+    Case("moderation", "qwen25_05b_lora_moderation", LLAMA, 2000, 200, 250, 0.75),
+    Case("retrieval", "qwen25_15b_lora_retrieval", LLAMA, 4000, 200, 300, 0.4, FORM),
+    Case("patient_doctor", "llama2_7b_chat_qlora_medical", LLAMA, 3000, 200, 200, 0.34, "all",
+         {"train.global_batch_size": 32, "train.micro_batch_size": 32, "train.precision": "fp32",
+          "optimizer.lr": 5e-3}),
+]  # fmt: skip
 
 
 def tokenizer_of(texts: list[str]) -> Any:
@@ -63,7 +76,7 @@ def tokenizer_of(texts: list[str]) -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     tokens = ["<|bos|>", "<|eos|>", "<|pad|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=700, min_frequency=1, show_progress=False, special_tokens=tokens,
+        vocab_size=1200, min_frequency=1, show_progress=False, special_tokens=tokens,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     tokenizer.train_from_iterator(texts, trainer)
@@ -111,7 +124,7 @@ def tune(case: Case, workshop: Workshop, base: Path, rows: Path) -> Path:
         "train.micro_batch_size": recipe.train.global_batch_size, **case.settings,
     }  # fmt: skip
     if recipe.data.eval:
-        settings["data.eval"] = rows / "dev.jsonl"
+        settings |= {"data.eval": rows / "dev.jsonl", "evaluation.every_steps": case.steps}
     config, check_only = configs.parse(
         ["--config", str(path), *(f"--{key}={value}" for key, value in settings.items())]
     )
@@ -140,4 +153,5 @@ def test_the_tuned_model_beats_its_base_on_rows_it_has_never_seen(case, workshop
               for name in ("base", "tuned")}  # fmt: skip
     print(f"word accuracy: {scores}, of another row's answer {form}")
     assert scores["base"] < 0.1
-    assert scores["tuned"] > case.least > form + 0.1
+    assert scores["tuned"] > case.least
+    assert case.learns == FORM or case.least > form + 0.03

@@ -23,13 +23,20 @@ MARKERS = ("<start>", "<end>")
 PARTS = {
     "knee": "put your leg up", "ankle": "put your foot up",
     "shoulder": "do not lift anything heavy", "back": "walk a little every hour",
-    "wrist": "wear a light bandage", "neck": "keep it warm",
+    "wrist": "wear a light bandage", "neck": "keep it warm", "thumb": "cool it for ten minutes",
     "elbow": "do not carry bags with that arm", "heel": "wear soft shoes",
-    "thumb": "cool it for ten minutes", "hip": "do not climb stairs",
+    "hip": "do not climb stairs", "jaw": "eat soft food", "calf": "stretch it gently",
+    "toe": "go barefoot at home", "thigh": "cool it with a wet cloth",
+    "hand": "let others open jars for now", "rib": "sleep on the other side",
 }  # fmt: skip
 CAUSES = (
     "a long walk;a day in the garden;a football match;a bicycle tour;a move to another house;"
-    "an afternoon of cleaning;a dance class;a day at the sea;a long drive;a morning on a ladder"
+    "an afternoon of cleaning;a dance class;a day at the sea;a long drive;a morning on a ladder;"
+    "a fall on the ice;a night on a sofa;a swim in the lake;a climb in the hills;"
+    "a week of painting;a tennis lesson;a ride on a horse;a day of skiing;a bump against the door;"
+    "a jump from a wall;a clumsy step;a day of carrying boxes;a run in new shoes;"
+    "a game of bowling;an hour of digging;a boat trip;"
+    "a visit to the gym;a fall from my bicycle;a long flight;a day at a loom"
 ).split(";")
 ILLS = {
     "a cough": "Drink warm tea with honey.", "a sore throat": "Rest your voice.",
@@ -101,8 +108,8 @@ def compose(source: random.Random) -> tuple[str, dict[str, str]]:
         age = source.randrange(20, 80)
         patient = f"I am {age} years old. My {part} has hurt for {days} days, since {cause}. {end}"
         doctor = (
-            f"Pain in the {part} often follows {cause}, and passes. Rest it, and {PARTS[part]}. "
-            f"If it is not better in a week, let a doctor see your {part}."
+            f"Rest your {part} for some days, and {PARTS[part]}. If it is not better in a week, "
+            f"let a doctor see it. Pain after {cause} often passes."
         )
         return f"{part} {cause}", dialogue(patient, doctor)
     ill, person = source.choice(list(ILLS)), source.choice(PEOPLE)
