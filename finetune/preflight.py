@@ -5,6 +5,8 @@ import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from finetune import extras, kernels, own_code
 from finetune.config import Config, base, code_identity
 from finetune.config import fields as config_fields
@@ -46,7 +48,7 @@ from finetune.models import (
     recompute,
     scalar_heads,
 )
-from finetune.objectives import Objective, Own, chosen
+from finetune.objectives import Encoding, Objective, Own, chosen
 
 # Share of the evaluation rows that may also be training rows: common data sets have a few.
 MAX_EVAL_OVERLAP = 0.1
@@ -116,8 +118,12 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     if objective.has_turns:
         template = tokens.with_bos(template, tokenizer)
     options = _options(wanted, objective, model_config)
-    options = replace(options, labels=_known_labels(config, model_config))
-    view = objective.view(config.objective, tokenizer, config.run.seed)
+    options = replace(
+        options, labels=_known_labels(config, model_config),
+        source_prefix=getattr(config.objective, "source_prefix", ""),
+    )  # fmt: skip
+    start_id = load.decoder_start(model_config, config.model, tokenizer)
+    view = objective.view(config.objective, Encoding(tokenizer, config.run.seed, start_id))
     make = _streamed if wanted.streaming else _sequences
     train, evals, known, num_rows = make(
         config, sources, template, tokenizer, options, view, format

@@ -354,10 +354,12 @@ class Run:
         settings, data, step = self.config.evaluation, self.data, self.state.progress.step
         self.topology.watchdog.pause(f"the samples after step {step}")
         template = data.template if self.objective.has_turns else None
+        prefix = getattr(self.config.objective, "source_prefix", "")
         with self.state.averaged(), self.topology.arithmetic():
             answers = generate.while_training(
                 self.topology.unwrap(self.state.model), data.tokenizer, template,
-                settings.sample_prompts, system_prompt=self.config.data.system_prompt,
+                [prefix + prompt for prompt in settings.sample_prompts],
+                system_prompt=self.config.data.system_prompt,
                 max_new_tokens=settings.sample_max_new_tokens,
                 together=self.topology.parallel.generates_together, log=self.log,
             )  # fmt: skip

@@ -19,7 +19,10 @@ from finetune.config.fields import (
     Optimizer,
     QLora,
     Schedule,
+    Seq2Seq,
     SequenceClassification,
+    SpanCorruption,
+    TextInfilling,
     TokenClassification,
     accumulation_steps,
     usual_lr,
@@ -41,7 +44,8 @@ from finetune.config.yaml_text import from_yaml, read_yaml
 __all__ = [
     "OWN_CODE", "PADDED_ATTENTION", "PUT_BACK", "Adapter", "Check", "Config", "CrossEntropy",
     "Data", "Full", "Lora", "MaskedLm", "Model", "Optimizer", "OwnObjective", "QLora", "Schedule",
-    "SequenceClassification", "TokenClassification", "accumulation_steps", "base", "code_identity",
-    "conflicts", "differences", "flatten", "from_dict", "from_yaml", "json_schema", "note_repeats",
-    "own_codes", "parse", "paths", "read_resolved", "read_yaml", "to_yaml", "usual_lr",
+    "Seq2Seq", "SequenceClassification", "SpanCorruption", "TextInfilling", "TokenClassification",
+    "accumulation_steps", "base", "code_identity", "conflicts", "differences", "flatten",
+    "from_dict", "from_yaml", "json_schema", "note_repeats", "own_codes", "parse", "paths",
+    "read_resolved", "read_yaml", "to_yaml", "usual_lr",
 ]  # fmt: skip

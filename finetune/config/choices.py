@@ -34,12 +34,16 @@ FAMILIES: Mapping[str, str] = {
 """Families of models, and what they are, in messages."""
 PADDED_FAMILIES = ("sequences", "seq2seq")
 CLASSIFIERS = ("sequences", "tokens")
+PAIRS = ("prompt_completion", "question_answer", "instruction", "messages")
 OBJECTIVES: Mapping[str, ObjectiveKind] = {
     "sft": ObjectiveKind(),
     "clm": ObjectiveKind(),
     "mlm": ObjectiveKind("masked", ("text",), "the tokens that masks hide"),
     "sequence_classification": ObjectiveKind("sequences", ("text_label",), "a label of each row"),
     "token_classification": ObjectiveKind("tokens", ("token_labels",), "a label of each word"),
+    "seq2seq": ObjectiveKind("seq2seq", PAIRS, "the answer to each prompt"),
+    "span_corruption": ObjectiveKind("seq2seq", ("text",), "the spans that sentinels hide"),
+    "text_infilling": ObjectiveKind("seq2seq", ("text",), "text without its gaps"),
 }
 
 

@@ -293,6 +293,37 @@ class TokenClassification(CrossEntropy, Kind):
     """
 
 
+class Seq2Seq(CrossEntropy, Kind):
+    """Answers of an encoder-decoder to prompts."""
+
+    kind: Literal["seq2seq"]
+    """Train encoder-decoders on answers; the encoder reads the prompt."""
+    source_prefix: str = ""
+    """Text before every prompt, such as "summarize: " for T5."""
+
+
+class SpanCorruption(CrossEntropy, Kind):
+    """Filling of spans by an encoder-decoder, as T5 is pretrained."""
+
+    kind: Literal["span_corruption"]
+    """Train encoder-decoders on spans that sentinel tokens replace, drawn anew in each epoch."""
+    noise_density: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Fraction of each document's tokens to hide, to the nearest whole number."""
+    mean_noise_span_length: Annotated[float, Field(ge=1)] = 3.0
+    """Mean number of tokens in a hidden span (Raffel et al., 2020)."""
+
+
+class TextInfilling(CrossEntropy, Kind):
+    """Restoring of text by an encoder-decoder, as BART is pretrained."""
+
+    kind: Literal["text_infilling"]
+    """Train encoder-decoders to restore text whose spans one mask each replaces, drawn anew."""
+    mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """Fraction of each document's tokens to hide, to the nearest whole number."""
+    poisson_lambda: Annotated[float, Field(gt=0)] = 3.0
+    """Mean number of tokens in a hidden span; one of none inserts a mask (Lewis et al., 2020)."""
+
+
 class Clm(CrossEntropy, Kind):
     """Causal language modelling."""
 
@@ -485,10 +516,14 @@ class Config(Section):
     data: Data
     objective: Annotated[
         SerializeAsAny[
-            Clm | MaskedLm | SequenceClassification | TokenClassification | Sft | OwnObjective
+            Clm | MaskedLm | SequenceClassification | TokenClassification | Seq2Seq
+            | SpanCorruption | TextInfilling | Sft | OwnObjective
         ],
-        by_kind(Sft, Clm, MaskedLm, SequenceClassification, TokenClassification, own=own_objective),
-    ] = Sft()
+        by_kind(
+            Sft, Clm, MaskedLm, SequenceClassification, TokenClassification, Seq2Seq,
+            SpanCorruption, TextInfilling, own=own_objective,
+        ),
+    ] = Sft()  # fmt: skip
     """The loss."""
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()

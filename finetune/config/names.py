@@ -167,7 +167,6 @@ _REINFORCE = (
     "sft on them"
 )
 _DISTILL = "distillation is not yet supported; use sft on the teacher's answers"
-_ANSWERS = "{} is not yet supported; write it as questions and answers, and use sft"
 _LABELS = "{} is sequence_classification (a label for each row) or token_classification here"
 _TRACKER = (
     "{} is not yet supported; use wandb, tensorboard or trackio, or send it the lines of "
@@ -182,7 +181,7 @@ _NOT_YET = {
         _REINFORCE: "ppo grpo rloo reinforce rl gspo dapo policy_gradient",
         _DISTILL: "distill distillation gkd kd",
         "{} is called mlm here": "masked masked_lm",
-        _ANSWERS: "seq2seq",
+        "{} is called seq2seq here": "s2s seq2seq_lm translation summarization",
         _LABELS: "classification classifier text_classification",
         "{} is called token_classification here": "ner tagging",
         "continued pre-training is called clm here": "pt pretrain pretraining causal",

@@ -125,7 +125,8 @@ def _conflicts_of_rows(config: Config) -> Iterator[str]:
         name = own_code.without_folder(data.format)
         yield f"data.format: {name}, but objective.kind: {kind} reads {listed}; set it to auto"
     why = f"objective.kind: {kind} learns {row.learns}, without a template"
-    names = ("loss_on", "template", "system_prompt", "repair_turns")
+    names = ["loss_on", "template", "system_prompt", "thinking"]
+    names += ["repair_turns"] if kind != "seq2seq" else []
     yield from _ignored(config, why, *(f"data.{name}" for name in names))
     if data.truncation == "split" and not is_text:
         why = f"would cut what objective.kind: {kind} learns together; use right or drop"

@@ -5,7 +5,7 @@ any number of processes makes the same steps.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -192,8 +192,10 @@ class Batches:
         documents = [
             each for number in sequences for each in self.sequences.documents(number, epoch)
         ]
-        batch = (_pad if self.padded else _lay_end_to_end)(documents, self.pad_id)
-        if self.sequences.examples.view.predicts_documents:  # the model answers once for each row
+        view = self.sequences.examples.view
+        lay = _pad_pairs if view.has_target else _pad if self.padded else _lay_end_to_end
+        batch = lay(documents, self.pad_id)
+        if view.predicts_documents:  # the model answers once for each row
             batch = replace(batch, positions=batch.document)
         columns = {}
         for name, values in self.sequences.examples.columns.items():
@@ -236,15 +238,41 @@ def _pad(documents: list[Document], pad_id: int) -> Batch:
     """Put a document into each row, padded on the right; masked by position, never by token id."""
     rows = [document.ids for document in documents] or [_filler(pad_id)]
     lengths = tuple(map(len, rows))
-    shape = (len(rows), max(lengths))
-    input_ids, mask = np.full(shape, pad_id, np.int64), np.zeros(shape, np.int64)
-    for row, ids in enumerate(rows):
-        input_ids[row, : len(ids)], mask[row, : len(ids)] = ids, 1
+    input_ids, mask = _rectangle(rows, pad_id)
     inputs = {
-        "input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask),
-        "position_ids": torch.arange(shape[1]).expand(shape), "use_cache": False,
+        "input_ids": input_ids, "attention_mask": mask,
+        "position_ids": torch.arange(input_ids.shape[1]).expand(input_ids.shape),
+        "use_cache": False,
     }  # fmt: skip
-    return _batch(documents, inputs, np.arange(len(rows)) * shape[1], lengths)
+    return _batch(documents, inputs, np.arange(len(rows)) * input_ids.shape[1], lengths)
+
+
+def _pad_pairs(documents: list[Document], pad_id: int) -> Batch:
+    """Put a document into each row of the encoder, and its target into that of the decoder.
+
+    Both are padded on the right, where a causal decoder needs no mask.
+    """
+    rows = [document.ids for document in documents] or [_filler(pad_id)]
+    decoded = [document.target for document in documents if document.target is not None]
+    input_ids, mask = _rectangle(rows, pad_id)
+    decoder_input_ids, _ = _rectangle(decoded or [_filler(pad_id)], pad_id)
+    inputs = {
+        "input_ids": input_ids, "attention_mask": mask, "decoder_input_ids": decoder_input_ids,
+        "use_cache": False,
+    }  # fmt: skip
+    starts, lengths = np.arange(len(rows)) * decoder_input_ids.shape[1], tuple(map(len, rows))
+    ends = np.arange(len(rows)) * input_ids.shape[1] + np.array(lengths) - 1
+    batch = _batch(documents, inputs, starts, lengths)
+    return replace(batch, ends=torch.from_numpy(ends[: len(documents)]))
+
+
+def _rectangle(rows: Sequence[np.ndarray], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows padded on the right, and 1 where they are not, both int64 [rows, longest]."""
+    shape = (len(rows), max(map(len, rows)))
+    padded, mask = np.full(shape, pad_id, np.int64), np.zeros(shape, np.int64)
+    for number, ids in enumerate(rows):
+        padded[number, : len(ids)], mask[number, : len(ids)] = ids, 1
+    return torch.from_numpy(padded), torch.from_numpy(mask)
 
 
 def _filler(pad_id: int) -> np.ndarray:

@@ -171,10 +171,13 @@ class Examples:
         return found
 
     def longest_document(self) -> tuple[int, str, int]:
-        """Return the tokens of the longest document, its place, and its example's documents."""
-        document = int(self.input.lengths.argmax())
+        """Return the tokens of the longest document, its place, and its example's documents.
+
+        The longer of what an encoder and its decoder get.
+        """
+        lengths = np.max([each.lengths for each in self.streams.values()], axis=0)
+        document, longest = int(lengths.argmax()), int(lengths.max())
         example = self.example_of(document)
-        longest = int(self.input.lengths[document])
         return longest, self.place(example), len(self.documents(example))
 
     def first_ones(self) -> "Examples":

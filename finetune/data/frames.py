@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 from finetune.data import tokens
 from finetune.data.control_tokens import ControlTokens
-from finetune.data.conversations import Label, Sample
+from finetune.data.conversations import Conversation, Label, Message, Sample, turn_by_turn
 from finetune.data.places import Place, list_columns, short, some
 from finetune.data.problems import Problems
 from finetune.data.tokens import TOO_LONG, Options, Tokenised
-from finetune.errors import DataError
+from finetune.errors import DataError, ModelError
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,18 @@ def frame_of(tokenizer: Any) -> Frame:
     starts = range(len(framed) - size + 1)
     at = next((n for n in starts if framed[n : n + size] == plain.tolist()), 0)
     return Frame(np.array(framed[:at], np.int32), np.array(framed[at + size :], np.int32))
+
+
+def ended(frame: Frame, tokenizer: Any) -> Frame:
+    """Return the frame of what a decoder writes, which ends with EOS. Raise ModelError without one."""
+    eos_id = tokenizer.eos_token_id
+    if eos_id is None:
+        raise ModelError(
+            "the tokenizer has no EOS token, so the decoder cannot learn to stop; set eos_token"
+        )
+    if eos_id in frame.tail:
+        return frame
+    return Frame(frame.head, np.append(frame.tail, np.int32(eos_id)))
 
 
 def tokenise(sources: Sequence[str], tokenizer: Any, options: Options) -> Tokenised:
@@ -97,7 +109,10 @@ class _Tokenising:
         for sample in batch:
             with self.problems.noted(sample.row):
                 conversation = self.check(sample.conversations[0])
-                checked.append((sample, conversation.messages[0].content))
+                if conversation.messages[0].role == "text":
+                    checked.append((sample, conversation.messages[0].content))
+                else:
+                    self._add_pairs(conversation, sample)
         texts = [text for _, text in checked]
         encoded = tokens._tokenise(texts, self.tokenizer) if texts else []
         for (sample, text), (ids, starts) in zip(checked, encoded):
@@ -117,6 +132,46 @@ class _Tokenising:
                     sample = replace(sample, fields=fields)
                 where = (self.index[place.source], place.line, place.row)
                 self.made.add([[piece] for piece in pieces], sample, where)
+
+    def _add_pairs(self, conversation: Conversation, sample: Sample) -> None:
+        """Add an example for each answer of a conversation: what comes before it is the input."""
+        place, made = conversation.place, self.made
+        made.counts["num_rows"] += 1
+        pieces, target_ids, is_cut = list[list[tokens.Tokens]](), list[np.ndarray](), False
+        if conversation.tools or any(m.parts or m.weight != 1 for m in conversation.messages):
+            raise DataError(
+                f"{place}: has tools, calls of tools or weights, which objective.kind: seq2seq does "
+                "not learn; remove them"
+            )
+        for turns in turn_by_turn(conversation):
+            asked = "\n\n".join(map(_text_of, turns.messages[:-1]))
+            texts = [self.options.source_prefix + asked, _text_of(turns.messages[-1])]
+            plain = tokens._ids(texts, self.tokenizer)
+            frames = (self.frame, ended(self.frame, self.tokenizer))
+            parts = [self._one(ids, frame, place) for ids, frame in zip(plain, frames)]
+            if parts[0] is None or parts[1] is None:
+                return
+            sizes = (len(ids) + len(frame) for ids, frame in zip(plain, frames))
+            is_cut = is_cut or max(sizes) > self.options.max_length
+            pieces.append([(parts[0], np.zeros(len(parts[0]), bool))])
+            target_ids.append(parts[1])
+        made.counts["num_truncated"] += is_cut
+        made.target_ids += target_ids
+        made.add(pieces, sample, (self.index[place.source], place.line, place.row))
+
+    def _one(self, ids: np.ndarray, frame: Frame, place: Place) -> np.ndarray | None:
+        """Return one of a pair, framed and perhaps cut; None if its row is dropped or refused."""
+        size, most = len(ids) + len(frame), self.options.max_length
+        self.lengths.append(size)
+        if size > most and self.options.truncation == "drop":
+            self.made.counts["num_dropped"] += 1
+            return None
+        if size > most and self.options.truncation == "error":
+            over = tokens._over(place, f"{size} tokens", self.options, size, 1)
+            self.problems.note(over, TOO_LONG, ends=True)
+            return None
+        room = most - len(frame)
+        return frame.around(ids[-room:] if self.options.truncation == "left" else ids[:room])
 
     def _pieces(
         self, ids: np.ndarray, place: Place, labels: np.ndarray | None = None
@@ -153,6 +208,10 @@ class _Tokenising:
             "split": [slice(start, start + room) for start in range(0, length, room)],
         }
         return kept.get(self.options.truncation, [])
+
+
+def _text_of(message: Message) -> str:
+    return f"{message.content}\n{message.context}" if message.context else message.content
 
 
 def _of_tokens(words: Sequence[str], numbers: Sequence[int], starts: np.ndarray) -> np.ndarray:

@@ -53,6 +53,8 @@ class Sequences:
         sizes = self.lengths
         if padded:
             sizes = self.examples.most_tokens() * self.examples.num_documents
+            if self.examples.view.has_target:
+                sizes = sizes + self.examples.num_supervised
         return np.argsort(-sizes, kind="stable")[:count]
 
     def documents(self, sequence: int, epoch: int = 0) -> list[Document]:

@@ -61,6 +61,8 @@ class Options:
     """Whether rows have the tokenizer's own tokens around them, not a template (`frames`)."""
     special_tokens_in_text: str = "error"
     thinking: str = "keep"
+    source_prefix: str = ""
+    """Text before the input of an encoder-decoder."""
     labels: tuple[str, ...] = ()
     """Names of the labels in the order of their numbers; empty: those of the rows, sorted."""
 
@@ -90,8 +92,9 @@ class Options:
             del values["special_tokens_in_text"]
         if self.thinking == "keep":
             del values["thinking"]
-        if not self.labels:
-            del values["labels"]
+        for name in ("labels", "source_prefix"):
+            if not values[name]:
+                del values[name]
         if own_code.is_own(self.format):
             code, name = own_code.get(self.format), self.format.rpartition(":")[2]
             values["format"] = f"{code.sha256}:{name}"

@@ -149,7 +149,7 @@ class Xray:
         batch = batches.of_sequence(sequence)
         ids = batch.inputs["input_ids"].flatten().numpy()
         supervised = np.zeros(len(ids), bool)
-        if not examples.view.predicts_documents:
+        if not examples.view.predicts_documents and not examples.view.has_target:
             # In a causal model a place predicts the token behind it.
             supervised[batch.positions.numpy() + examples.view.shift] = True
         width = int(self._widths[sequence]) if fate == TRAINED else 0

@@ -20,6 +20,7 @@ from finetune.data.places import Place
 from finetune.data.problems import Problems
 from finetune.data.templates import Template
 from finetune.data.tokens import encode_prompt, sample_prompt
+from finetune.models import families
 from finetune.models.attention_choice import own_attention
 
 LINE_SECONDS = 10  # between two lines about progress without a terminal
@@ -66,9 +67,13 @@ def answers(
     none may stop before the others, as each pass gathers weights from all. `streamer`: of
     transformers; gets the tokens of a single prompt as they come.
     """
-    encoded = [encode_prompt(prompt, tokenizer) for prompt in prompts]
+    is_pair = families.is_encoder_decoder(model.config)  # the encoder reads prompts as in training
+    encoded = [
+        tokenizer(prompt)["input_ids"] if is_pair else encode_prompt(prompt, tokenizer)
+        for prompt in prompts
+    ]
     context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
-    most = max(context - max_new_tokens, context // 2)
+    most = context if is_pair else max(context - max_new_tokens, context // 2)
     if long := sum(len(ids) > most for ids in encoded):
         log(
             f"note: {long} of {len(encoded)} prompts are over {most} tokens, what the model's "
@@ -85,8 +90,10 @@ def answers(
     last_line = time.monotonic()
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        inputs = _padded([encoded[i] for i in chosen], pad, next(model.parameters()).device)
-        longest = inputs["input_ids"].shape[1]
+        device = next(model.parameters()).device
+        inputs = _padded([encoded[i] for i in chosen], pad, device, on_right=is_pair)
+        # A decoder begins with one token of its own.
+        longest = 1 if is_pair else inputs["input_ids"].shape[1]
         limit = min(max_new_tokens, context - longest)
         with torch.no_grad():
             out = model.generate(
@@ -106,20 +113,32 @@ def _configure(model: Any, pad: int, temperature: float) -> set[int]:
     """Prepare a model for generation; return the tokens that end its answers."""
     # Replace the model's own settings: with a repetition penalty or a sampling default, base and
     # tuned model would decode by different rules.
-    ends = model.generation_config.eos_token_id
+    before = model.generation_config
+    ends = before.eos_token_id
     choice: dict[str, Any] = {"do_sample": False}
+    if families.is_encoder_decoder(model.config):
+        choice["decoder_start_token_id"] = before.decoder_start_token_id
     if temperature:
-        choice = {"do_sample": True, "temperature": temperature}
+        choice |= {"do_sample": True, "temperature": temperature}
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad, **choice)
     model.eval()
     return set(ends if isinstance(ends, list) else [ends])
 
 
-def _padded(prompts: list[list[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Pad prompts on the left: input_ids and attention_mask, both int64 [prompts, longest]."""
+def _padded(
+    prompts: list[list[int]], pad: int, device: torch.device, on_right: bool = False
+) -> dict[str, torch.Tensor]:
+    """Pad prompts on the left: input_ids and attention_mask, both int64 [prompts, longest].
+
+    `on_right`: where an encoder reads them, whose positions count from the left.
+    """
     longest = max(map(len, prompts))
-    ids = [[pad] * (longest - len(prompt)) + prompt for prompt in prompts]
-    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    fillers = [longest - len(prompt) for prompt in prompts]
+    ids = [[pad] * n + prompt for n, prompt in zip(fillers, prompts)]
+    mask = [[0] * n + [1] * len(prompt) for n, prompt in zip(fillers, prompts)]
+    if on_right:
+        ids = [prompt + [pad] * n for n, prompt in zip(fillers, prompts)]
+        mask = [[1] * len(prompt) + [0] * n for n, prompt in zip(fillers, prompts)]
     return {
         "input_ids": torch.tensor(ids, device=device),
         "attention_mask": torch.tensor(mask, device=device),

@@ -106,7 +106,7 @@ def install(base: Any) -> str | None:
             # An empty tensor, so that what follows costs nothing.
             return hidden.new_zeros((*hidden.shape[:-1], 0))
 
-        with _answering(head, skip):
+        with _answering(head, skip), _zeros_for_biases(base):
             forward(*arguments, **keywords)
 
         def answer(hidden: torch.Tensor) -> Answers:
@@ -277,6 +277,7 @@ def _probe(
     base: Any, head: nn.Module, layers: nn.Module
 ) -> tuple[LogitTransform | None, str | None]:
     device = next(base.parameters()).device
+    encoder = base.get_encoder() if families.of_model(base) == families.SEQ2SEQ else layers
     token = torch.zeros(1, 1, dtype=torch.long, device=device)
     try:
         text = base.config.get_text_config()
@@ -287,8 +288,9 @@ def _probe(
         states = torch.zeros(1, 1, text.hidden_size, device=device)
         with (
             torch.no_grad(),
-            _real_buffers(base),
+            _zeros_for_biases(base),
             _answering(layers, lambda *_, **__: _Outputs(states)),
+            _answering(encoder, lambda *_, **__: _Outputs(states)),
             _answering(head, lambda _: given),
         ):
             got = base(input_ids=token, use_cache=False).logits
@@ -307,15 +309,19 @@ def _probe(
 
 
 @contextmanager
-def _real_buffers(base: nn.Module) -> Iterator[None]:
-    """Put zeros in place of buffers without values inside the block, as BART adds one to logits."""
-    before = {name: buffer for name, buffer in base._buffers.items() if buffer is not None}
-    empty = {name: buffer for name, buffer in before.items() if buffer.is_meta}
-    base._buffers.update({name: torch.zeros_like(b, device="cpu") for name, b in empty.items()})
+def _zeros_for_biases(base: Any) -> Iterator[None]:
+    """Put one zero in place of buffers with a number for each word, which BART adds to its logits.
+
+    They hold zeros in nearly all models; `check` finds those where they do not.
+    """
+    before, size = dict(base._buffers), base.config.get_text_config().vocab_size
+    for name, buffer in before.items():
+        if buffer is not None and buffer.shape[-1:] == (size,):
+            base._buffers[name] = torch.zeros(buffer.dim() * [1])
     try:
         yield
     finally:
-        base._buffers.update(empty)
+        base._buffers.update(before)
 
 
 def _size(module: nn.Module) -> int:

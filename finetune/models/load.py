@@ -411,6 +411,24 @@ def bytes_tokenizer(family: Family = CAUSAL) -> Any:
     )  # fmt: skip
 
 
+def decoder_start(config: Any, model: Model, tokenizer: Any) -> int:
+    """Return what a decoder reads first; -1 without a decoder. Raise ModelError if it is unknown.
+
+    In a model.config it is the pad token, as in T5, unless that names another.
+    """
+    if not families.is_encoder_decoder(config):
+        return -1
+    found = getattr(config, "decoder_start_token_id", None)
+    if model.config is not None:
+        found = model.config.get("decoder_start_token_id", tokenizer.pad_token_id)
+    if not isinstance(found, int):
+        raise ModelError(
+            f"{_where(model)}: names no decoder_start_token_id, which the decoder reads first; add "
+            "it"
+        )
+    return found
+
+
 NUM_SENTINELS = 32
 
 

@@ -3,19 +3,21 @@
 from typing import Any
 
 from finetune.config import OwnObjective
-from finetune.objectives.base import Objective, Term
+from finetune.objectives.base import Encoding, Objective, Term
 from finetune.objectives.classification import SequenceLabels, WordLabels
 from finetune.objectives.clm import Clm
 from finetune.objectives.mlm import Mlm
 from finetune.objectives.own import Own
+from finetune.objectives.seq2seq import Answers, CorruptedSpans, Infilled
 from finetune.objectives.sft import Sft
 
 OBJECTIVES: dict[str, Objective] = {
-    "clm": Clm(), "mlm": Mlm(), "sequence_classification": SequenceLabels(), "sft": Sft(),
+    "clm": Clm(), "mlm": Mlm(), "seq2seq": Answers(), "sequence_classification": SequenceLabels(),
+    "sft": Sft(), "span_corruption": CorruptedSpans(), "text_infilling": Infilled(),
     "token_classification": WordLabels(),
 }  # fmt: skip
 
-__all__ = ["OBJECTIVES", "Objective", "Own", "Term", "chosen"]
+__all__ = ["OBJECTIVES", "Encoding", "Objective", "Own", "Term", "chosen"]
 
 
 def chosen(settings: Any) -> Objective:

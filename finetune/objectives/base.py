@@ -30,6 +30,18 @@ class Term:
     weight: float = 1.0
 
 
+@dataclass(frozen=True)
+class Encoding:
+    """What turns text into tokens, and draws among them.
+
+    start_id: what the decoder of an encoder-decoder reads first; -1 for other models.
+    """
+
+    tokenizer: Any
+    seed: int
+    start_id: int = -1
+
+
 class Objective:
     """Base of all objectives. Your own is a subclass with a `loss`; see docs/objectives.md."""
 
@@ -56,7 +68,7 @@ class Objective:
         """Return which part of a row is supervised, in the words of data.loss_on."""
         return loss_on
 
-    def view(self, settings: Any, tokenizer: Any, seed: int) -> View:
+    def view(self, settings: Any, encoding: Encoding) -> View:
         """Return what the model gets of each document in an epoch, and its labels."""
         return NEXT_TOKEN
 

@@ -11,7 +11,7 @@ from finetune.config.choices import OBJECTIVES
 from finetune.data.batches import Batch
 from finetune.data.views import DocumentLabels, TokenLabels, View
 from finetune.models.policy import Policy
-from finetune.objectives.base import Term
+from finetune.objectives.base import Encoding, Term
 from finetune.objectives.sft import CROSS_ENTROPY, Sft
 
 
@@ -26,7 +26,7 @@ class SequenceLabels(Sft):
     def supervises(self, loss_on: str) -> str:
         return "all"
 
-    def view(self, settings: Any, tokenizer: Any, seed: int) -> View:
+    def view(self, settings: Any, encoding: Encoding) -> View:
         return DocumentLabels()
 
     def evaluate(
@@ -50,5 +50,5 @@ class WordLabels(SequenceLabels):
     family = OBJECTIVES["token_classification"].family
     formats = frozenset(OBJECTIVES["token_classification"].formats)
 
-    def view(self, settings: Any, tokenizer: Any, seed: int) -> View:
+    def view(self, settings: Any, encoding: Encoding) -> View:
         return TokenLabels()

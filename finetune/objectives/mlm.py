@@ -8,6 +8,7 @@ from finetune.config import MaskedLm
 from finetune.config.choices import OBJECTIVES
 from finetune.data.views import Masked, View
 from finetune.errors import ModelError
+from finetune.objectives.base import Encoding
 from finetune.objectives.sft import Sft
 
 
@@ -22,8 +23,9 @@ class Mlm(Sft):
     def supervises(self, loss_on: str) -> str:
         return "all"
 
-    def view(self, settings: Any, tokenizer: Any, seed: int) -> View:
+    def view(self, settings: Any, encoding: Encoding) -> View:
         """Return what hides tokens. Raise ModelError for a tokenizer without a mask token."""
+        tokenizer = encoding.tokenizer
         if tokenizer.mask_token_id is None:
             raise ModelError(
                 "objective.kind: mlm hides tokens behind the tokenizer's mask token, and this "
@@ -31,4 +33,4 @@ class Mlm(Sft):
             )
         ids = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
         ordinary = np.array(ids, np.int64)
-        return Masked(tokenizer.mask_token_id, ordinary, settings.mlm_probability, seed)
+        return Masked(tokenizer.mask_token_id, ordinary, settings.mlm_probability, encoding.seed)

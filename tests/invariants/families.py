@@ -1,5 +1,6 @@
 """Tiny models of other families than the causal one, and rows for each of their objectives."""
 
+import numpy as np
 from conftest import write_jsonl
 
 # No dropout: it would differ between ways to cut up a step.
@@ -7,6 +8,15 @@ BERT = {
     "model_type": "bert", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
     "num_attention_heads": 4, "max_position_embeddings": 128, "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
+T5 = {
+    "model_type": "t5", "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4,
+    "dropout_rate": 0.0,
+}  # fmt: skip
+BART = {
+    "model_type": "bart", "d_model": 32, "encoder_layers": 2, "decoder_layers": 2,
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64, "max_position_embeddings": 128, "dropout": 0.0,
 }  # fmt: skip
 
 
@@ -43,8 +53,24 @@ def entities(count=40):
     return rows
 
 
-ROWS = {"mlm": texts, "sequence_classification": reviews, "token_classification": entities}
-SETTINGS = {name: {"model__config": BERT, "objective__kind": name} for name in ROWS}
+def orders(count=40):
+    """Three words, and the same the other way round."""
+    words = ["red", "tall", "new", "cold", "big", "dry"]
+    rows = []
+    for i in range(count):
+        chosen = [words[(i * 5 + n * (1 + i % 4)) % 6] for n in range(1 + i % 3)]
+        rows.append({"question": " ".join(chosen), "answer": " ".join(reversed(chosen))})
+    return rows
+
+
+ROWS = {
+    "mlm": texts, "sequence_classification": reviews, "token_classification": entities,
+    "seq2seq": orders, "span_corruption": texts, "text_infilling": texts,
+}  # fmt: skip
+MODELS = {"seq2seq": T5, "span_corruption": T5, "text_infilling": BART}
+SETTINGS = {
+    name: {"model__config": MODELS.get(name, BERT), "objective__kind": name} for name in ROWS
+}
 PACKED = ["mlm", "token_classification"]
 
 
@@ -52,3 +78,54 @@ def settings(workshop, name):
     """The settings of one objective, and its rows in a file."""
     rows = write_jsonl(workshop.folder / f"{name}.jsonl", ROWS[name]())
     return SETTINGS[name] | {"data__train": str(rows)}
+
+
+def reversals(count=600, related=True):
+    """Letters, and the same the other way round; or other letters, which nothing tells."""
+    random = np.random.default_rng(0)
+
+    def word():
+        return "".join(random.choice(list("abcdefgh"), random.integers(3, 7)))
+
+    words = [word() for _ in range(count)]
+    return [{"question": each, "answer": each[::-1] if related else word()} for each in words]
+
+
+def shuffled(rows):
+    """The same texts with their letters in random order."""
+    random = np.random.default_rng(1)
+    return [{"text": "".join(random.permutation(list(row["text"])))} for row in rows]
+
+
+def guesses(run):
+    """Return the cross-entropy of held-out labels by the best mixture of two guesses.
+
+    How often a label comes in training, and what the input holds at the same place, or before it.
+    Special tokens cost nothing: where spans and texts end follows from the form alone.
+    """
+    from finetune import config as configs
+    from finetune import preflight
+    from finetune.engine.topology import Topology
+
+    config = configs.parse(["--config", str(run / "config.yaml")])[0]
+    data = preflight.prepare(config, Topology(config.train.precision, True))
+    counts = dict.fromkeys(data.tokenizer.get_vocab().values(), 0.01)  # so that all are possible
+    for step in (step for epoch in range(5) for step in data.train.epoch(epoch)):
+        for label in (label for batch in step for label in batch.labels.tolist()):
+            counts[label] += 1
+    total, special = sum(counts.values()), set(data.tokenizer.all_special_ids)
+    known, copied, free = [], [], 0
+    for batch in (batch for step in data.eval.epoch() for batch in step):
+        ids = batch.inputs["input_ids"]
+        width = batch.inputs.get("decoder_input_ids", ids).shape[1]
+        for label, place in zip(batch.labels.tolist(), batch.positions.tolist()):
+            if label in special:
+                free += 1
+                continue
+            row, at = divmod(place, width)
+            near = ids[row, max(0, at - 1) : at + 1].tolist()
+            known.append(counts[label] / total)
+            copied.append(label in near)
+    shares = np.linspace(0, 0.99, 100)[:, None]
+    losses = -np.log(shares * np.array(copied) + (1 - shares) * np.array(known))
+    return float(losses.sum(1).min()) / (len(known) + free)
