@@ -5,8 +5,6 @@ import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from finetune import extras, kernels, own_code
 from finetune.config import Config, base, code_identity
 from finetune.config import fields as config_fields

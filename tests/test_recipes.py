@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, TINY_LLAMA, Workshop, forget_process_state, losses, tracked, write_jsonl
+from invariants import families
 
 from finetune import config as configs
 
@@ -27,6 +28,18 @@ KINDS = {
     },
     "microsoft": {"model_type": "phi3"},
     "Qwen": {"model_type": "qwen2"},
+}  # fmt: skip
+# The same of models that are not causal: by their names.
+OTHER_FAMILIES = {
+    "ModernBERT": {
+        **families.BERT, "model_type": "modernbert", "max_position_embeddings": 512,
+        "cls_token_id": 1, "sep_token_id": 1,
+    },
+    # Positions count from the pad token's number, which is 258 here.
+    "roberta": {**families.BERT, "model_type": "roberta", "max_position_embeddings": 600},
+    "bert-": {**families.BERT, "max_position_embeddings": 512},
+    "t5": families.T5,
+    "bart": {**families.BART, "max_position_embeddings": 512},
 }  # fmt: skip
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -50,6 +63,11 @@ def tokenizer_of(kind: str, bytes_tokenizer, has_chat: bool):
 
 
 def stand_in(workshop: Workshop, path: str, bytes_tokenizer) -> str:
+    for name, values in OTHER_FAMILIES.items():
+        if name in path:
+            objective = "seq2seq" if values in (families.T5, OTHER_FAMILIES["bart"]) else "mlm"
+            own = families.settings(workshop, objective) | {"model__config": values}
+            return str(workshop.train("stand_in", **own, train__max_steps=1) / "model")
     kind = KINDS[path.split("/")[0]]
     tokenizer = tokenizer_of(kind["model_type"], bytes_tokenizer, has_chat="nstruct" in path)
     tokenizer.save_pretrained(workshop.folder / "tokenizer")
@@ -62,7 +80,12 @@ def stand_in(workshop: Workshop, path: str, bytes_tokenizer) -> str:
 
 
 def rows_for(recipe: dict, folder: Path) -> str:
-    data = recipe["data"]
+    data, objective = recipe["data"], recipe.get("objective", {}).get("kind")
+    if objective == "seq2seq":
+        asked = [{"prompt": r["question"], "completion": r["answer"]} for r in families.orders(80)]
+        return str(write_jsonl(folder / "r.jsonl", asked))
+    if objective in families.ROWS:
+        return str(write_jsonl(folder / "r.jsonl", families.ROWS[objective](300)))
     if data["train"].endswith(".txt"):
         path = folder / "field.txt"
         path.write_text("\n\n".join(f"paragraph {n} says {'words ' * (n % 9)}" for n in range(400)))

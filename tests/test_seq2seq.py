@@ -172,7 +172,7 @@ def train(workshop, name, kind, rows=None, **changes):
     return workshop.train(name, **families.SETTINGS[kind] | own | changes)
 
 
-LEARNING = {"seq2seq": (5e-3, 300), "span_corruption": (5e-3, 200), "text_infilling": (5e-3, 80)}
+LEARNING = {"seq2seq": (5e-3, 300), "span_corruption": (1e-2, 250), "text_infilling": (5e-3, 80)}
 
 
 def loss_of_related_and_unrelated(workshop, kind, related):
@@ -244,7 +244,7 @@ WRONG = {
     "a template": ("seq2seq", {"data__template": "chatml"}, "data.template: would be ignored"),
     "text": ("seq2seq", {"data__format": "text"}, "reads prompt_completion or question_answer or"),
     "no sentinels": ("span_corruption", {"model__tokenizer": "TEXT"}, "which this tokenizer lacks"),
-    "no mask": ("text_infilling", {"model__tokenizer": "TEXT"}, "this tokenizer has none; take obj"),
+    "no mask": ("text_infilling", {"model__tokenizer": "TEXT"}, "this tokenizer has none; take"),
 }  # fmt: skip
 
 

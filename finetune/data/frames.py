@@ -49,7 +49,7 @@ def frame_of(tokenizer: Any) -> Frame:
 
 
 def ended(frame: Frame, tokenizer: Any) -> Frame:
-    """Return the frame of what a decoder writes, which ends with EOS. Raise ModelError without one."""
+    """Return the frame of what a decoder writes, which ends with EOS. Raises ModelError."""
     eos_id = tokenizer.eos_token_id
     if eos_id is None:
         raise ModelError(
@@ -140,8 +140,8 @@ class _Tokenising:
         pieces, target_ids, is_cut = list[list[tokens.Tokens]](), list[np.ndarray](), False
         if conversation.tools or any(m.parts or m.weight != 1 for m in conversation.messages):
             raise DataError(
-                f"{place}: has tools, calls of tools or weights, which objective.kind: seq2seq does "
-                "not learn; remove them"
+                f"{place}: has tools, calls of tools or weights, which objective.kind: seq2seq "
+                "does not learn; remove them"
             )
         for turns in turn_by_turn(conversation):
             asked = "\n\n".join(map(_text_of, turns.messages[:-1]))
