@@ -125,7 +125,8 @@ def require_some(count: int, least: int) -> None:
     """Raise DataError if fewer than `least` of the user's own rows are left."""
     if count < least:
         what = "too few of your own rows are left, or they are too alike, to hold some out"
-        raise DataError(f"{what}; give at least 10 that differ")
+        why = "--help says which the rule cannot use"
+        raise DataError(f"{what} ({why}); give at least 10 that differ")
 
 
 def own_words(texts: Sequence[str]) -> list[str | None]:
