@@ -270,11 +270,11 @@ class Client:
         A random part keeps requests that failed together from coming together again.
         """
         doubled = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (tries - 1)) * random.uniform(0.5, 1.0)
-        seconds = doubled if exc.seconds is None else exc.seconds + random.uniform(0, FIRST_WAIT)
+        seconds = exc.seconds + random.uniform(0, FIRST_WAIT) if exc.seconds else doubled
         if seconds > MOST_ASKED_WAIT:
             what = f"{exc}; it asks to wait {seconds:,.0f} seconds"
             raise Outage(f"{self.server.url}: {what}; run the same command again then")
-        if exc.seconds is not None:
+        if exc.seconds:
             self._not_before = max(self._not_before, time.monotonic() + seconds)
         if seconds >= NOTED_WAIT:
             self._log(f"note: {self.server.url}: {exc}; trying again in {seconds:.0f} s")
@@ -387,8 +387,9 @@ def _root(url: str) -> str:
         ) from exc
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise UserError(f"{short(url)!r} should begin with http:// or https:// and name a server")
-    if parsed.userinfo:
-        raise UserError("the URL holds a name or a key; remove it, and export a variable instead")
+    if parsed.userinfo or parsed.query:
+        what = "the URL holds a name, a query or a key"
+        raise UserError(f"{what}; remove it, and export a key as a variable instead")
     root = str(parsed).rstrip("/")
     for path in PATHS:
         root = root.removesuffix(path)

@@ -67,7 +67,7 @@ def compared(draw, tools: bool):
     return to("preference", row)
 
 
-@settings(max_examples=150, **LENIENT)
+@settings(max_examples=80, **LENIENT)
 @given(compared(tools=False) | compared(tools=True))
 def test_openai_and_back_is_the_identity(row):
     there = to("openai", row)
@@ -79,7 +79,7 @@ def test_openai_and_back_is_the_identity(row):
         assert isinstance(call["function"]["arguments"], str)
 
 
-@settings(max_examples=150, **LENIENT)
+@settings(max_examples=80, **LENIENT)
 @given(compared(tools=False))
 def test_sharegpt_and_back_is_the_identity(row):
     there = to("sharegpt", row)
@@ -89,7 +89,7 @@ def test_sharegpt_and_back_is_the_identity(row):
     assert to("sharegpt", to("openai", there)) == there
 
 
-@settings(max_examples=150, **LENIENT)
+@settings(max_examples=80, **LENIENT)
 @given(compared(tools=False) | compared(tools=True))
 def test_training_reads_every_shape_alike(row):
     def documents(values):

@@ -146,6 +146,7 @@ def test_wrong_models_and_urls_are_named(server):
         "http://",
         "http://[::1",
         "http://me:k@h/v1",
+        "http://h/v1?key=k",
         "http://\0",
     ],
 )
@@ -201,6 +202,8 @@ def test_waits_double_with_a_random_part_and_stop_at_a_minute(server, monkeypatc
         monkeypatch.setattr(made._closed, "wait", waits.append)
         for tries in range(1, 12):
             made._back_off(endpoint._Again("busy"), tries)
+        made._back_off(endpoint._Again("busy", 0.0), 9)  # it asks for no wait
+        assert waits.pop() >= 30
     for tries, wait in enumerate(waits, 1):
         most = min(60, 0.5 * 2 ** (tries - 1))
         assert most / 2 <= wait <= most

@@ -151,16 +151,16 @@ def test_completions_go_on_with_a_question(bench, server):
 # ----------------------------------------------------------------------------- kills and budgets
 
 
-@pytest.mark.parametrize("num_cuts", short([2, 30], 2))
+@pytest.mark.parametrize("num_cuts", short([1, 30], 1))
 @pytest.mark.parametrize("steps", [[], ["--two-steps"]])
 def test_after_a_kill_the_same_command_goes_on(bench, server, steps, num_cuts):
     """Cut the file of answers anywhere: the rows are the same, and what it has is not asked."""
-    given = [bench.rows(SEEDS), "--rows", 40, *steps]
+    given = [bench.rows(SEEDS), "--rows", 30, *steps]
     whole = made(bench, server, *given)
     answers = bench.folder / "out.jsonl.answers"
     data, num_asked = answers.read_bytes(), len(server.seen)
     source = random.Random(0)
-    cuts = [0, 1, data.index(b"\n"), data.index(b"\n") + 1, len(data) - 1, len(data)]
+    cuts = [1, data.index(b"\n") + 1, len(data) - 1]
     for cut in [*cuts, *source.sample(range(2, len(data) - 1), num_cuts)]:
         server.seen.clear()
         answers.write_bytes(data[:cut])
@@ -169,6 +169,7 @@ def test_after_a_kill_the_same_command_goes_on(bench, server, steps, num_cuts):
         assert sorted(answers.read_bytes().splitlines()) == sorted(data.splitlines())
 
 
+@pytest.mark.slow
 def test_a_killed_process_has_kept_every_answer(bench, server):
     """The server sees again only what was under way when the process was killed."""
     server.delay = lambda body: 0.05
@@ -470,7 +471,7 @@ def test_a_wrong_request_names_every_key(tmp_path, values, message):
     assert message in str(raised.value)
 
 
-@settings(max_examples=60, **LENIENT)
+@settings(max_examples=40, **LENIENT)
 @given(st.binary() | st.text().map(lambda text: json.dumps({"slices": [{"name": text}]}).encode()))
 def test_any_bytes_are_a_request_or_an_error(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "request.json"
@@ -518,7 +519,7 @@ def test_the_last_task_of_a_cut_answer_is_left_out():
             tasks.read(nothing, True, False)
 
 
-@settings(max_examples=200, **LENIENT)
+@settings(max_examples=100, **LENIENT)
 @given(st.lists(st.text("ab1.:*#\n \tQ"), max_size=5), st.booleans(), st.booleans())
 def test_any_answer_is_tasks_or_an_error(parts, with_answers, is_cut):
     try:
@@ -545,7 +546,7 @@ def slow_rouge(one, other) -> float:
 WORDS = st.lists(st.sampled_from([b"a", b"b", b"c", b"d"]), max_size=12)
 
 
-@settings(max_examples=200, **LENIENT)
+@settings(max_examples=100, **LENIENT)
 @given(WORDS, WORDS)
 def test_rouge_l_is_that_of_the_definition(one, other):
     assert rouge.rouge_l(one, other) == pytest.approx(slow_rouge(one, other))
