@@ -38,7 +38,8 @@ def bot(text):
 
 # ------------------------------------------------------------------------------ there and back
 
-TEXT = st.text("aH:\n[{\u00e9", min_size=1, max_size=8).filter(str.strip) | st.just("Human: a")
+TEXT = st.text("aH:\n[{\u00e9", min_size=1, max_size=8).filter(str.strip)
+TEXT |= st.just("Human: a\n\nAssistant: b")
 SYSTEM = st.lists(TEXT.map(lambda text: {"role": "system", "content": text}), max_size=1)
 TURNS = st.lists(st.tuples(TEXT.map(user), TEXT.map(bot)), max_size=2)
 ARGUMENTS = st.dictionaries(TEXT, st.integers() | TEXT, max_size=2)

@@ -102,6 +102,16 @@ def test_blocks_find_what_comparing_all_pairs_finds(points, threshold, block):
     assert (labels[rows + 1] == rows + 1).all()
 
 
+@pytest.mark.parametrize(("above", "is_united"), [(-1e-5, False), (2e-6, True)])
+def test_cosines_at_the_threshold_are_computed_exactly(above, is_united):
+    """In 32 bits both could be on either side."""
+    angle = np.arccos(0.95 + above)
+    vectors = np.array([(1, 0), (np.cos(angle), np.sin(angle))], np.float32)
+    labels = np.arange(2)
+    semantic.unite_near(labels, labels.copy(), vectors, 0.95)
+    assert labels.tolist() == ([0, 0] if is_united else [0, 1])
+
+
 def test_thousands_of_equal_rows_are_one_pass():
     labels = np.arange(5_000)
     vectors = embeddings.unit(np.ones((5_000, 8), np.float32))
