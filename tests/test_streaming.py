@@ -18,6 +18,7 @@ from finetune.data import examples as entries
 from finetune.data import layout, shards, source_files, stream
 from finetune.data.batches import Batches
 from finetune.data.layout import Layout
+from finetune.data.order import Sequences
 from finetune.data.views import Document
 from finetune.errors import ConfigError, DataError, Outage
 from finetune.models.load import bytes_tokenizer
@@ -127,8 +128,6 @@ def test_streaming_trains_on_the_tokens_that_memory_would_hold(made, packing):
     streams, whole = made
     sequences = streams[packing, None]
     documents = [each for number in range(len(sequences)) for each in sequences.documents(number)]
-    from finetune.data.order import Sequences
-
     alone = Sequences(whole, False, 120, 0)
     wanted = [each for number in range(len(alone)) for each in alone.documents(number)]
     assert Counter(map(key, documents)) == Counter(map(key, wanted))
@@ -642,3 +641,30 @@ def test_settings_of_a_store_that_do_not_fit_are_refused(workshop, changes, says
     settings = {f"data__{name}": value for name, value in {"streaming": True, **changes}.items()}
     with pytest.raises(ConfigError, match=says):
         workshop.check(**settings)
+
+
+def test_answers_are_streamed_as_memory_would_hold_them(tmp_path):
+    """Each turn alone, with its weight, without thoughts, its special tokens as text."""
+    rows = []
+    for number in range(2 * SHARD):
+        answers = (f"<|im_end|>{number}", f"<think>hm</think>{number}")
+        turns = []
+        for answer, weight in zip(answers, (1, 0.25 + number % 3)):
+            turns += [
+                {"role": "user", "content": "q"},
+                {"role": "assistant", "content": answer, "weight": weight if number > SHARD else 1},
+            ]
+        rows.append({"messages": turns})
+    found = Streaming(tmp_path, rows)
+    changes = {
+        "template": load_template(bytes_tokenizer(), "chatml"), "format": "messages",
+        "loss_on": "each_turn", "thinking": "drop", "special_tokens_in_text": "text",
+    }  # fmt: skip
+    streamed, whole = found.open(**changes), Sequences(found.whole(**changes), False, 120, 0)
+
+    def weighted(sequences: Any) -> Counter[tuple[bytes, bytes, bytes]]:
+        documents = (each for n in range(len(sequences)) for each in sequences.documents(n))
+        return Counter((*key(each), each.weights.tobytes()) for each in documents)
+
+    assert weighted(streamed) == weighted(whole)
+    assert len(streamed) == 2 * len(rows)
