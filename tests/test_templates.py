@@ -1,5 +1,6 @@
 """Training sees what inference renders, and exactly its answers are supervised."""
 
+import functools
 import hashlib
 import json
 import re
@@ -7,6 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from finetune.data import chat_templates, templates
@@ -16,6 +19,7 @@ from finetune.data.places import Place
 from finetune.data.templates import Template
 from finetune.errors import ConfigError, DataError, UserError
 from finetune.export import save
+from finetune.models.load import bytes_tokenizer as load_bytes_tokenizer
 
 SPECIAL = {"bos_token": "<|bos|>", "eos_token": "<|eos|>"}
 VOCABULARY = {
@@ -213,6 +217,35 @@ def test_an_exported_template_renders_what_was_trained(each_template, bytes_toke
                 before = each.messages[:turn]
                 asked = as_inference_renders(bytes_tokenizer, exported, before, True)
                 assert asked == head + each_template.prompt(before), name
+
+
+TEXTS = st.text("ab \n#:{}%[]/<>é🙂\\'\"", min_size=1, max_size=12).filter(str.strip)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    name=st.sampled_from([*ANSWERS, *CHAT]),
+    texts=st.lists(TEXTS, min_size=2, max_size=6).filter(lambda texts: len(texts) % 2 == 0),
+    system=st.none() | TEXTS,
+)
+def test_any_text_is_asked_as_it_is_trained(name, texts, system):
+    """Whole text, every prompt and every answer, whatever stands in the messages."""
+    own, whole, tokenizer = template(name), conversation(*texts, system=system), made_tokenizer()
+    segments = own.segments(whole)
+    text = "".join(segment.text for segment in segments)
+    assert text == as_inference_renders(tokenizer, own, whole.messages)
+    answers = [n for n, message in enumerate(whole.messages) if message.role == "assistant"]
+    learned = [n for n, segment in enumerate(segments) if segment.supervised]
+    for turn, number in zip(answers, learned, strict=True):
+        before = "".join(segment.text for segment in segments[:number])
+        assert before == own.prompt(whole.messages[:turn])
+        answer = whole.messages[turn].content
+        assert segments[number].text.strip().startswith(answer.strip())
+
+
+@functools.cache
+def made_tokenizer() -> Any:
+    return load_bytes_tokenizer()
 
 
 @pytest.mark.parametrize("name", ANSWERS)
