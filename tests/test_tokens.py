@@ -393,7 +393,7 @@ def test_an_answer_that_writes_its_own_end_goes_on_behind_it(tokenizing):
         ]),
         min_size=1, max_size=12,
     ).filter(lambda pieces: "".join(pieces).strip()),
-    name=st.sampled_from(["chatml", "phi3", "mistral"]),
+    name=st.sampled_from(["chatml", "phi3", "mistral", "plain", "vicuna"]),
     kind=st.sampled_from(list(TOKENIZERS)),
 )  # fmt: skip
 def test_no_text_forges_a_turn(tmp_path_factory, pieces, name, kind):
