@@ -86,7 +86,7 @@ def train(workshop, name, rows, **changes):
     path = write_jsonl(workshop.folder / f"{name}.jsonl", rows)
     own = {
         "data__train": str(path), "data__packing": True, "data__eval_fraction": 0.2,
-        "optimizer__lr": 1e-2, "train__epochs": 50, "train__max_steps": 90,
+        "optimizer__lr": 1e-2, "train__epochs": 50, "train__max_steps": 70,
         "train__micro_batch_size": 8, "objective__kind": "mlm", "model__config": families.BERT,
     }  # fmt: skip
     return workshop.train(name, **own | changes)

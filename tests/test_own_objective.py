@@ -314,8 +314,8 @@ def prepare(line):
         ),
         (
             "...\n    def supervises(self, loss_on):\n        return 'nothing'",
-            "own.py:Own: supervises should return one of completion, all, last_turn, got "
-            "'nothing'",
+            "own.py:Own: supervises should return one of completion, each_turn, last_turn, all, "
+            "got 'nothing'",
         ),
         # A process without a sequence has no first token.
         (term(f"{LOGPROBS}.sum() + 0 * {LOGPROBS}[0]"), "own.py:4: "),
