@@ -176,10 +176,10 @@ def one_step(run: Run) -> StepResult:
     state.count_skips(result.skipped)
     num_sequences = len(order.of_step(progress.step))
     progress.advance(num_sequences, result.tokens, result.supervised_tokens)
-    progress.epoch = step // order.steps_per_epoch
+    progress.epoch = order.turn(step)[0]
     if state.ema and not result.skipped:
         state.ema.update(step)
-    epoch = step / order.steps_per_epoch
+    epoch = order.num_epochs(step)
     run.metrics.step(progress, result, lr=lr, epoch=epoch, memory_gb=topology.memory_gb())
     return result
 

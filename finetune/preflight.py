@@ -1,5 +1,6 @@
 """Check all that can be checked before weights are loaded, and put the rows into order."""
 
+import functools
 import math
 import sys
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from finetune.config import fields as config_fields
 from finetune.config.choices import OPTIMIZERS
 from finetune.data import (
     batches,
+    building,
     examples,
     file_types,
     layout,
@@ -93,10 +95,13 @@ class ModelFacts:
     """What the exported model takes."""
 
 
-def prepare(config: Config, topology: Topology, date: str | None = None) -> Data:
+def prepare(
+    config: Config, topology: Topology, date: str | None = None, may_start_early: bool = False
+) -> Data:
     """Read, check, tokenise and order the rows. Raise UserError for wrong rows or settings.
 
     `date`: day of the run's first start, as 2026-11-26, for templates that write it; None: today.
+    `may_start_early`: training may start before all shards of data.streaming are made.
     """
     wanted, objective = config.data, chosen(config.objective)
     kernels.require_known()
@@ -122,10 +127,14 @@ def prepare(config: Config, topology: Topology, date: str | None = None) -> Data
     )  # fmt: skip
     start_id = load.decoder_start(model_config, config.model, tokenizer)
     view = objective.view(config.objective, Encoding(tokenizer, config.run.seed, start_id))
-    make = _streamed if wanted.streaming else _sequences
-    train, evals, known, num_rows = make(
-        config, sources, template, tokenizer, options, view, format
-    )
+    if wanted.streaming:
+        if not own_code.is_own(options.format):
+            options = replace(options, format=format)  # a shard may not show the format
+        early = topology.is_first_of_node if may_start_early and _starts_early(config) else None
+        made = _streamed(config, sources, template, tokenizer, options, view, early)
+    else:
+        made = _sequences(config, sources, template, tokenizer, options, view)
+    train, evals, known, num_rows = made
     families.set_labels(model_config, train.examples.labels)
     template = replace(template, learn_opening=train.examples.learn_opening)
     kept = None
@@ -195,7 +204,23 @@ def _columns(wanted: config_fields.Data, sources: Sources, format: str) -> str:
 
 def natural_steps(config: Config, train: batches.Batches) -> int:
     """Return the steps of train.epochs; a part of an epoch is rounded up to a step."""
+    if train.starts_early:
+        return config.train.max_steps or sys.maxsize
     return math.ceil(train.steps_per_epoch * config.train.epochs - 1e-9)
+
+
+def _starts_early(config: Config) -> bool:
+    """Return whether the run needs no more than the first window of its shards to start.
+
+    The number of its steps has to be known, and so has what it logs and holds out of all rows.
+    """
+    data = config.data
+    return bool(
+        data.window_gb
+        and config.train.max_steps
+        and not data.eval_fraction
+        and data.on_bad_row == "error"
+    )
 
 
 def _require_packages(config: Config) -> None:
@@ -268,7 +293,7 @@ def _template(
 
 def _sequences(
     config: Config, sources: Sources, template: templates.Template, tokenizer: Any,
-    options: tokens.Options, view: View, _: str,
+    options: tokens.Options, view: View,
 ) -> tuple[Any, Any, int, int]:  # fmt: skip
     """Return (training sequences, those of evaluation or None, how many are in both, all rows)."""
     wanted, seed = config.data, config.run.seed
@@ -292,37 +317,65 @@ def _sequences(
 
 def _streamed(
     config: Config, sources: Sources, template: templates.Template, tokenizer: Any,
-    options: tokens.Options, view: View, format: str,
+    options: tokens.Options, view: View, early: bool | None = None,
 ) -> tuple[Any, Any, int, int]:  # fmt: skip
-    """Return the same of rows that stay on the disk."""
+    """Return the same of rows that stay on the disk.
+
+    `early`: whether this process makes the shards beside the run; None: all are made first.
+    """
     wanted, seed = config.data, config.run.seed
     if hasattr(config.objective, "labels") and not options.labels:
         raise ConfigError(
             "objective.labels: name the labels, as data.streaming does not have all rows when it "
             "numbers the first"
         )
-    if not own_code.is_own(options.format):
-        options = replace(options, format=format)  # a shard cannot detect it by its own first row
     plan = layout.Plan(wanted.packing, wanted.max_length, seed, wanted.eval_fraction)
-    recipe, folder = shards.prepare(shards.Recipe(
+    recipe = shards.Recipe(
         shards.root(config.cache_dir), sources.train, template, tokenizer, options, plan,
         config.cache_dir, view, wanted.shards,
         None if wanted.window_gb is None else int(wanted.window_gb * 1e9),
-    ))  # fmt: skip
+    )  # fmt: skip
     evals: Any
-    train, evals = stream.opened(recipe, folder)
+    if early is None:
+        train, evals = stream.opened(*shards.prepare(recipe))
+    else:
+        _require_positions(wanted, options)
+        train, evals = stream.opened(*building.begin(recipe, early))
+        train.require_once_whole(functools.partial(_require_steps, config))
     if sources.eval:
         found = _evaluation(config, sources, train.examples, template, tokenizer, options, view)
         evals = order.Sequences(found, wanted.packing, wanted.max_length, seed)
     for part, what in ((train, "leaves no rows to train on"), (evals, "holds none out")):
-        if part is not None and not len(part):
+        if wanted.eval_fraction and not len(part or ()):
             raise DataError(
                 f"data.eval_fraction: {wanted.eval_fraction} of {train.examples.num_rows:,} rows "
                 f"{what}: each row is drawn by its content; change the fraction or run.seed"
             )
-    known = stream.num_known(evals.examples.digests(), train.examples) if evals else 0
+    counted = evals and train.is_whole
+    known = stream.num_known(evals.examples.digests(), train.examples) if counted else 0
     _require_other_rows(evals and evals.examples, known)
     return train, evals, known, train.examples.num_rows
+
+
+def _require_positions(wanted: config_fields.Data, options: tokens.Options) -> None:
+    """Raise ConfigError if a row that is not tokenised yet may be too long for the model."""
+    if options.positions is not None and wanted.max_length > options.positions:
+        raise ConfigError(
+            f"data.max_length: {wanted.max_length}, but the model has only {options.positions} "
+            "positions, and with data.window_gb and train.max_steps training starts before all "
+            "rows are measured; lower it"
+        )
+
+
+def _require_steps(config: Config, num_sequences: int) -> None:
+    """Raise DataError if the rows end before train.max_steps, on which the learning rates rely."""
+    per_epoch = -(-num_sequences // config.train.global_batch_size)
+    steps, most = math.ceil(per_epoch * config.train.epochs - 1e-9), config.train.max_steps or 0
+    if steps < most:
+        raise DataError(
+            f"train.max_steps: {most:,}, but train.epochs: {config.train.epochs} of the rows are "
+            f"{steps:,} steps; set it to {steps:,}, or raise train.epochs, under another run.name"
+        )
 
 
 def _require_other_rows(evals: Any, known: int) -> None:

@@ -93,7 +93,7 @@ class Run:
         """Replace train.compile: auto in the config."""
         data, size = self.data, self.config.train.global_batch_size
         sequences = data.train.sequences
-        num_tokens = data.num_steps * size * sequences.num_tokens / len(sequences)
+        num_tokens = data.num_steps * size * sequences.num_tokens / sequences.num_known
         self.config, line = with_compilation(self.config, self.topology, num_parameters, num_tokens)
         if line:
             self.log(line)
@@ -390,7 +390,9 @@ def opened(config: Config, check_only: bool, stop: StopFlag) -> Iterator[Run]:
             try:
                 storage = reach(config, directory, topology, check_only)
                 date = topology.on_main(directory.template_date)
-                data = preflight.prepare(config, topology, date)
+                data = preflight.prepare(
+                    config, topology, date, may_start_early=not check_only and reserved is None
+                )
                 run = Run(config, directory, storage, topology, data, stop, reserved)
                 yield run
             except (Exception, Preempted) as exc:

@@ -58,7 +58,7 @@ def summary(
         from finetune.forecast import outlook
 
         num_sequences = data.num_steps * config.train.global_batch_size
-        num_tokens = num_sequences * train.num_tokens / len(train)
+        num_tokens = num_sequences * train.num_tokens / train.num_known
         lines += outlook.lines(
             config, topology.parallel, topology.device, topology.precision, num_tokens,
             examples.quartiles()[1],
@@ -74,6 +74,11 @@ def notes(config: Config, data: Data, model: ModelFacts, check_only: bool = Fals
     """
     found = [f"all logits are held in memory at once: {model.why_all_logits}"]
     found = found if model.why_all_logits else []
+    if not data.train.sequences.is_whole:
+        found.append(
+            "data.window_gb, train.max_steps: training starts with the rows counted here; the "
+            "others are tokenised meanwhile"
+        )
     found += [*data.sources.notes, *_surprises(config, data), *_template_notes(config, data)]
     found += [*_stops_without_effect(config, data), *_data_without_effect(config, data)]
     if not check_only:
@@ -144,7 +149,7 @@ def _data_lines(config: Config, topology: Topology, data: Data) -> list[str]:
     num_context, natural = topology.parallel.num_context, _natural_steps(config, data)
     lines = [
         f"data        {_rows(config, data)} -> {_counted(len(examples), 'example')} -> "
-        f"{_counted(len(train), 'sequence')} of at most {config.data.max_length} tokens"
+        f"{_counted(train.num_known, 'sequence')} of at most {config.data.max_length} tokens"
         + _changed(config, examples),
         f"tokens      {examples.num_tokens:,}, {examples.num_supervised_tokens:,} of them "
         f"learned{_weights(examples)}; an example has {_quartiles(*examples.quartiles())}",
@@ -159,7 +164,7 @@ def _data_lines(config: Config, topology: Topology, data: Data) -> list[str]:
         *_methods(config, quantized.quantization(data.model_config.to_dict()) is not None),
     ]
     if config.data.packing:
-        full = train.num_tokens / (len(train) * config.data.max_length)
+        full = train.num_tokens / (train.num_known * config.data.max_length)
         lines.append(f"packing     {full:.1%} full")
     if data.eval:
         evals, known = data.eval.sequences.examples, data.num_eval_known
@@ -415,7 +420,7 @@ def _data_without_effect(config: Config, data: Data) -> Iterator[str]:
     if wanted.max_rows is not None and wanted.max_rows >= num_rows:
         count = _counted(num_rows, "row")
         yield f"data.max_rows: {wanted.max_rows:,} has no effect: there are {count}"
-    if wanted.packing and len(sequences) == len(sequences.examples):
+    if wanted.packing and sequences.num_known == len(sequences.examples):
         yield "data.packing packs nothing: no two examples fit into data.max_length together"
     if wanted.group_by_length and not data.train.padded:
         kernel = data.attention

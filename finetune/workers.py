@@ -70,9 +70,14 @@ def mapped(
 def _begin(make: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...]) -> None:
     """Prepare a worker process."""
     os.environ["RAYON_NUM_THREADS"] = "1"  # the processes share the cores already
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the main process, which ends these
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    depend_on_parent()
     _function[:] = [make(*arguments)]
+
+
+def depend_on_parent() -> None:
+    """End this process when the one that started it ends, and leave Ctrl-C to that."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:

@@ -1,6 +1,8 @@
 """Rows that stay on the disk: any kill, world size and position gives the same stream of tokens."""
 
+import contextlib
 import shutil
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,8 @@ from hypothesis import strategies as st
 from test_tokens import chat_for, load_template, options
 
 from finetune import workers
+from finetune.data import building, layout, shards, source_files, stream
 from finetune.data import examples as entries
-from finetune.data import layout, shards, source_files, stream
 from finetune.data.batches import Batches
 from finetune.data.layout import Layout
 from finetune.data.order import Sequences
@@ -641,6 +643,144 @@ def test_settings_of_a_store_that_do_not_fit_are_refused(workshop, changes, says
     settings = {f"data__{name}": value for name, value in {"streaming": True, **changes}.items()}
     with pytest.raises(ConfigError, match=says):
         workshop.check(**settings)
+
+
+# ------------------------------------------------------------------------ before all shards exist
+
+
+class Halting(Streaming):
+    """Makes shards on a thread, each when it is let through."""
+
+    def begin(self, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> stream.StreamedSequences:
+        self.gate, self.let = threading.Semaphore(0), 0
+        append = Layout.append
+
+        def gated(layout: Layout, *arguments: Any) -> None:
+            self.gate.acquire()
+            append(layout, *arguments)
+
+        monkeypatch.setattr(Layout, "append", gated)
+        monkeypatch.setattr(building, "POLL_SECONDS", 0.01)
+        monkeypatch.setattr(stream, "POLL_SECONDS", 0.01)
+
+        class Thread(threading.Thread):
+            exitcode = 1
+
+        def build(recipe: shards.Recipe) -> None:
+            with contextlib.suppress(SystemExit):
+                building._build(recipe)
+
+        def start(builder: shards.Builder) -> Any:
+            thread = Thread(target=build, args=(builder.recipe,), daemon=True)
+            thread.start()
+            return thread
+
+        monkeypatch.setattr(building, "_started", start)
+        monkeypatch.setattr(workers, "depend_on_parent", lambda: None)
+        return stream.opened(*building.begin(self.recipe(**changes), is_first=True))[0]
+
+    def let_through(self, number: int) -> None:
+        for _ in range(number):
+            self.gate.release()
+
+
+@pytest.fixture
+def halting(tmp_path):
+    whole = Halting(tmp_path)
+    size = max(line["bytes"] for line in Layout(Streaming.make(whole)[1]).lines)
+    wanted = [batches_of(Streaming.open(whole, window=2 * size)).at(step) for step in range(18)]
+    shutil.rmtree(whole.cache)
+    return whole, 2 * size, [tokens_of(batches) for batches in wanted]
+
+
+def test_training_starts_with_the_first_window_and_sees_the_same_stream(halting, monkeypatch):
+    early, window, wanted = halting
+    threading.Timer(0.1, lambda: early.let_through(3)).start()
+    sequences = early.begin(monkeypatch, window=window)
+    batches = batches_of(sequences)
+    assert not sequences.is_whole
+    assert sequences.num_known < ROWS
+    assert [tokens_of(batches.at(0)), batches.num_epochs(1)] == [wanted[0], 0.0]
+    for step in range(1, 18):  # two epochs; shards come as the run waits for them
+        early.let_through(3)
+        assert tokens_of(batches.at(step)) == wanted[step]
+    assert sequences.is_whole
+    assert batches.num_epochs(18) == 2
+
+
+def test_a_step_waits_for_the_window_that_it_needs(halting, monkeypatch):
+    early, window, wanted = halting
+    threading.Timer(0.1, lambda: early.let_through(3)).start()
+    batches = batches_of(early.begin(monkeypatch, window=window))
+    found = []
+    waiting = threading.Thread(target=lambda: found.append(tokens_of(batches.at(6))), daemon=True)
+    waiting.start()
+    waiting.join(0.3)
+    assert waiting.is_alive()
+    early.let_through(8)
+    waiting.join(30)
+    assert found == [wanted[6]]
+
+
+@pytest.mark.parametrize("number", [5, 190])
+def test_a_wrong_row_ends_the_start_or_the_run(tmp_path, monkeypatch, number):
+    rows = pairs(ROWS)
+    rows[number]["answer"] = 7
+    early = Halting(tmp_path, rows)
+    size = 10_000
+    threading.Timer(0.1, lambda: early.let_through(20)).start()
+    says = rf"rows\.jsonl:{number + 1}: column 'answer' .* got 7"
+    if number == 5:
+        with pytest.raises(DataError, match=says):
+            early.begin(monkeypatch, window=size)
+        return
+    batches = batches_of(early.begin(monkeypatch, window=size))
+    assert batches.at(0)
+    with pytest.raises(DataError, match=says):
+        batches.at(8)
+
+
+def test_thoughts_in_the_first_window_change_all_shards(tmp_path, monkeypatch):
+    from test_templates import THINKS_LAST
+
+    rows = pairs(ROWS)
+    rows[25]["answer"] = "<think>hm</think>a"
+    early = Halting(tmp_path, rows)
+    threading.Timer(0.1, lambda: early.let_through(30)).start()
+    template = chat_for(bytes_tokenizer(), THINKS_LAST)
+    sequences = early.begin(monkeypatch, window=10**5, template=template, max_length=200)
+    assert sequences.examples.learn_opening
+
+
+@pytest.mark.proof
+def test_a_run_that_starts_early_ends_as_one_that_found_its_shards(workshop):
+    """With a real builder beside it; killed and resumed, too."""
+    write_jsonl(workshop.rows, pairs(400))
+    settings = {
+        "data__streaming": True, "data__window_gb": 4e-5, "data__max_length": 100,
+        "train__max_steps": 30, "checkpoint__every_steps": 22,
+    }  # fmt: skip
+    run, whole = workshop.train(**settings), workshop.folder / "whole"
+    shutil.copytree(run, whole)
+    forget(run, 22)
+    shutil.rmtree(workshop.folder / "cache" / "shards")
+    assert losses(workshop.train(**settings)) == losses(whole)
+    settings["train__max_steps"] = None  # all shards are made before the first step
+    later = workshop.train("later", **settings, schedule__kind="constant", train__epochs=0.01)
+    assert losses(later)[0] == losses(whole)[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"train__max_steps": 3000}, r"train.max_steps: 3,000, but train.epochs: 1 of the rows"),
+        ({"data__max_length": 300}, r"data.max_length: 300, but the model has only 256 positions"),
+    ],
+)
+def test_what_an_early_start_cannot_know_is_an_error(workshop, changes, says):
+    settings = {"data__streaming": True, "data__window_gb": 4e-5, **changes}
+    with pytest.raises((DataError, ConfigError), match=says):
+        workshop.train(**settings)
 
 
 def test_answers_are_streamed_as_memory_would_hold_them(tmp_path):

@@ -5,6 +5,7 @@ any number of processes makes the same steps.
 """
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import torch
 
 from finetune.data.columns import Columns
 from finetune.data.order import Sequences
-from finetune.data.stream import StreamedSequences
+from finetune.data.stream import GrowingOrder, StreamedSequences
 from finetune.data.views import Document
 from finetune.data.windows import WindowedOrder
 
@@ -134,14 +135,33 @@ class Batches:
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.rank, self.num_processes = rank, num_processes
         self.padded, self.pad_id = padded, pad_id
-        self.steps_per_epoch = -(-len(sequences) // global_batch_size)
-        self._order: tuple[int, np.ndarray | WindowedOrder] | None = None
+        self._order: tuple[int, np.ndarray | WindowedOrder | GrowingOrder] | None = None
 
     @property
     def in_memory(self) -> Sequences:
         """Return the sequences where all their lengths are in memory: without data.streaming."""
         assert isinstance(self.sequences, Sequences)
         return self.sequences
+
+    @property
+    def starts_early(self) -> bool:
+        """Whether training may start before all shards of a stream are made."""
+        return self.sequences.starts_early
+
+    @functools.cached_property
+    def steps_per_epoch(self) -> int:
+        """Wait for it, if shards of a stream are still made."""
+        return -(-len(self.sequences) // self.global_batch_size)
+
+    def turn(self, step: int) -> tuple[int, int]:
+        """Return the epoch of a step, and its number in this epoch."""
+        if self.sequences.holds(step * self.global_batch_size):  # needs no other shard
+            return 0, step
+        return divmod(step, self.steps_per_epoch)
+
+    def num_epochs(self, step: int) -> float:
+        """Return the epochs of the first steps; 0 while the length of an epoch is not known."""
+        return step / self.steps_per_epoch if self.sequences.is_whole else 0.0
 
     def of_all(self) -> "Batches":
         """Return the same steps as one process alone sees them."""
@@ -156,7 +176,7 @@ class Batches:
 
     def of_step(self, step: int) -> np.ndarray:
         """Return a step's sequences over all processes; the last of an epoch may have fewer."""
-        epoch, number = divmod(step, self.steps_per_epoch)
+        epoch, number = self.turn(step)
         size = self.global_batch_size
         known = self._order  # one read: a thread that makes batches ahead may be in the next epoch
         if known is None or known[0] != epoch:
@@ -177,7 +197,7 @@ class Batches:
         filled = np.full(-(-len(chosen) // at_once) * at_once, -1, np.int64)
         filled[: len(chosen)] = chosen
         mine = filled.reshape(-1, self.num_processes, self.micro_batch_size)[:, self.rank]
-        epoch = step // self.steps_per_epoch
+        epoch, _ = self.turn(step)
         return [self._collated(micro[micro >= 0], epoch) for micro in mine]
 
     def totals(self, step: int) -> Counts:

@@ -32,6 +32,19 @@ class Sequences:
         """Return the examples of one sequence."""
         return self._packs[sequence] if self._packs else np.array([sequence])
 
+    starts_early = False
+    is_whole = True
+    """Whether all sequences are there: shards of a stream may still be made."""
+
+    @property
+    def num_known(self) -> int:
+        """Return how many sequences are there."""
+        return len(self)
+
+    def holds(self, position: int) -> bool:
+        """Return whether an epoch reaches a position."""
+        return position < len(self)
+
     @property
     def num_tokens(self) -> int:
         return int(self.lengths.sum())

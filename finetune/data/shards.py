@@ -83,6 +83,7 @@ class Recipe:
     """Where an object store has the shards; None: they stay in the cache."""
     window: int | None = None
     """Bytes of the shards that are shuffled together; None: all."""
+    shard_rows: int = field(default_factory=lambda: SHARD_ROWS)
 
     def store(self, key: str) -> ShardStore | None:
         """Return the object store of the shards, of which the cache holds two windows."""
@@ -95,7 +96,7 @@ class Recipe:
     def key(self) -> str:
         """Hash of everything that decides the tokens of the shards."""
         return files.json_sha256({
-            "version": [STREAM_VERSION, entries.CACHE_VERSION, SHARD_ROWS, SHARD_CHARACTERS],
+            "version": [STREAM_VERSION, entries.CACHE_VERSION, self.shard_rows, SHARD_CHARACTERS],
             "sources": list(self.sources.values()),
             "tokenizer": tokens.tokenizer_fingerprint(self.tokenizer),
             "template": self.template.fingerprint, "options": self.options.deciding(),
@@ -273,15 +274,15 @@ def records(sources: list[str], text_unit: str, problems: Problems) -> Iterator[
                 raise DataError(f"{source}: all its rows are empty; is it the right file?")
 
 
-def cut(stream: Iterator[Record]) -> Iterator[list[Record]]:
-    """Cut a stream of rows into shards."""
+def cut(stream: Iterator[Record], most: int) -> Iterator[list[Record]]:
+    """Cut a stream of rows into shards of at most `most` rows."""
     held: list[Record] = []
     characters = 0
     for record in stream:
         held.append(record)
         if isinstance(record[1], Row):
             characters += _characters(record[1].values)
-        if len(held) == SHARD_ROWS or characters >= SHARD_CHARACTERS:
+        if len(held) == most or characters >= SHARD_CHARACTERS:
             yield held
             held, characters = [], 0
     if held:
@@ -300,7 +301,8 @@ def _characters(value: Any) -> int:
 class Builder:
     """Make the shards of a stream that are not there, and lay out their sequences."""
 
-    def __init__(self, recipe: Recipe, num_workers: int | None = None) -> None:
+    def __init__(self, recipe: Recipe, num_workers: int | None = None, quiet: bool = False) -> None:
+        self.quiet = quiet
         self.recipe, self.key = recipe, recipe.key
         self.folder, self.store = recipe.root / self.key, recipe.store(self.key)
         self.num_workers = num_workers or workers.cores()
@@ -340,7 +342,7 @@ class Builder:
             self._recall(line)
         count = 0
         with (
-            tqdm(desc="tokenising", unit=" rows", disable=None, leave=False) as bar,
+            tqdm(desc="tokenising", unit=" rows", disable=self.quiet or None, leave=False) as bar,
             contextlib.closing(self._finished(known)) as results,
         ):
             for finished in results:
@@ -378,7 +380,8 @@ class Builder:
             yield from (Part(number, None) for number in range(done, total))
             return
         names, unit = list(self.recipe.sources), self.recipe.options.text_unit
-        for number, held in enumerate(cut(records(names, unit, self.problems))):
+        rows_of = records(names, unit, self.problems)
+        for number, held in enumerate(cut(rows_of, self.recipe.shard_rows)):
             if not self._has(number):
                 wrong = self.problems
                 counts_only = wrong.must_end and len(wrong) > wrong.count(TOO_LONG)
@@ -440,14 +443,17 @@ class Builder:
             raise tokens.none_left(sums, list(self.recipe.sources), options)
 
 
-def prepare(recipe: Recipe, num_workers: int | None = None) -> tuple[Recipe, Path]:
+def prepare(
+    recipe: Recipe, num_workers: int | None = None, beside: bool = False
+) -> tuple[Recipe, Path]:
     """Return the recipe of a stream that is whole on disk, and the folder of its layout.
 
     Every process may call this at once: the first builds and the others wait on a file lock, so
-    that no collective can time out. Raises DataError that names file and line.
+    that no collective can time out. Raises DataError that names file and line. `beside` a run:
+    shows no progress, and raises StartAgain for another template.
     """
     while True:
-        builder = Builder(recipe, num_workers)
+        builder = Builder(recipe, num_workers, quiet=beside)
         if builder.begins_otherwise:
             recipe = replace(recipe, template=replace(recipe.template, learn_opening=True))
             continue
@@ -463,4 +469,6 @@ def prepare(recipe: Recipe, num_workers: int | None = None) -> tuple[Recipe, Pat
                     builder.build()
             return recipe, builder.laid_out
         except StartAgain as again:
+            if beside and again.template != recipe.template:
+                raise
             recipe = replace(recipe, template=again.template)

@@ -4,10 +4,12 @@ An example's number is that of its shard and its own in the shard; shards are op
 to them, and the last few stay open.
 """
 
+import math
 import os
 import threading
+import time
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,14 @@ import numpy as np
 from finetune import files
 from finetune.data import examples as entries
 from finetune.data import layout, shards, windows
+from finetune.data.building import POLL_SECONDS, Building
 from finetune.data.examples import Examples
 from finetune.data.layout import MEMBERS, SEQUENCES, Layout
 from finetune.data.order import Sequences
 from finetune.data.places import Place
 from finetune.data.shards import Recipe
 from finetune.data.views import Document
-from finetune.errors import Outage
+from finetune.errors import DataError, Outage
 
 MOST_OPEN = 64  # shards: of short rows 70 MB if all of them were read
 SHARD = 32  # bits of an example's number below that of its shard
@@ -33,8 +36,9 @@ SOME = 100_000  # examples that stand for all where only the shape of lengths co
 class OpenShards:
     """The shards of a stream by number; the last ones that were read stay open."""
 
-    def __init__(self, recipe: Recipe, laid_out: Layout) -> None:
-        self.recipe, self.laid_out = recipe, laid_out
+    def __init__(self, recipe: Recipe, laid_out: Layout, building: Building | None = None) -> None:
+        """`building`: who makes the shards that are not there yet; None: all are there."""
+        self.recipe, self.laid_out, self.building = recipe, laid_out, building
         self._key, self._sources = recipe.key, list(recipe.sources)
         self._open: OrderedDict[int, Sequences] = OrderedDict()
         self._checked: set[int] = set()
@@ -52,6 +56,14 @@ class OpenShards:
             while len(self._open) > MOST_OPEN:
                 self._open.popitem(last=False)
             return found
+
+    def grow(self) -> None:
+        """Wait a moment for more shards. Raise what keeps them from being made."""
+        assert self.building
+        time.sleep(POLL_SECONDS)
+        with self._lock:
+            self.laid_out.refresh()
+        self.building.check(self.laid_out)
 
     def enter(self, numbers: Sequence[int]) -> None:
         """Fetch these shards from the store in the background; others may go from this machine."""
@@ -114,6 +126,18 @@ class StreamedExamples:
         self.weight_range = (min(least), max(most)) if ranges else None
         self.columns = {name: np.zeros(0, np.float32) for name in names}
 
+    def require_same_kind(self) -> None:
+        """Raise DataError if rows that came later have what the first ones lack."""
+        for line in self.laid_out.lines:
+            names = line["counts"]["columns"]
+            has_weights = bool(line["weights"]) and self.weight_range is None
+            if has_weights or (names and names != list(self.columns)):
+                what = "weights" if has_weights else f"fields {', '.join(names)}"
+                raise DataError(
+                    f"data.train: later rows have {what}, which the rows that training started "
+                    "with lack; remove train.max_steps or data.window_gb, under another run.name"
+                )
+
     num_rows: int
     num_truncated: int
     num_dropped: int
@@ -144,6 +168,8 @@ class StreamedExamples:
 
     def receipt(self) -> dict[str, Any]:
         """Return what a run's receipt records of its data."""
+        if self.opened.building:  # its counts depend on how many shards were ready at the start
+            return {"sources": self.sources, "fingerprint": self.fingerprint}
         return {
             "sources": self.sources, "fingerprint": self.fingerprint, "rows": self.num_rows,
             "examples": len(self), "truncated": self.num_truncated, "dropped": self.num_dropped,
@@ -219,23 +245,66 @@ class StreamedSequences:
     def __init__(self, opened: OpenShards, part: str) -> None:
         self.examples = StreamedExamples(opened, part)
         self.opened, self.laid_out, self.part = opened, opened.laid_out, part
-        lines = self.laid_out.lines
-        self.windows = windows.spans([line["bytes"] for line in lines], opened.recipe.window)
-        held = [line[part]["records"][SEQUENCES] for line in lines]
+        self.starts_early = opened.building is not None
+        self._lock = threading.Lock()
+        self._require: Callable[[int], None] = lambda count: None
+        self._settle()
+
+    def require_once_whole(self, check: Callable[[int], None]) -> None:
+        """Call `check` with the number of sequences as soon as it is known."""
+        self._require = check
+        if self.is_whole:
+            check(self.num_known)
+
+    def _settle(self) -> None:
+        """Group the shards that are there into windows; the last may still grow."""
+        whole, lines = self.laid_out.is_whole, list(self.laid_out.lines)
+        found = windows.spans([line["bytes"] for line in lines], self.opened.recipe.window)
+        self.windows = found if whole else found[:-1]
+        held = [line[self.part]["records"][SEQUENCES] for line in lines]
         self._sizes = [sum(held[begin:end]) for begin, end in self.windows]
+        self.is_whole = whole
+        if whole:
+            self._require(self.num_known)
+
+    def _wait(self, position: float) -> None:
+        """Wait until a position of the first epoch is in a whole window, or all shards are made."""
+        with self._lock:  # batches are made on a thread
+            while not self.is_whole and sum(self._sizes) <= position:
+                self.opened.grow()
+                self.examples.require_same_kind()
+                self._settle()
 
     def __len__(self) -> int:
+        """Wait for it, if shards are still made."""
+        self._wait(math.inf)
+        return self.num_known
+
+    @property
+    def num_known(self) -> int:
+        """Return how many sequences are there."""
         return self.laid_out.num_records(self.part, SEQUENCES)
+
+    def holds(self, position: int) -> bool:
+        """Return whether an epoch reaches a position."""
+        self._wait(position)
+        return position < sum(self._sizes)
 
     @property
     def num_tokens(self) -> int:
         return self.examples.num_tokens
 
-    def order(self, seed: int, epoch: int, *_: Any) -> windows.WindowedOrder:
+    def order(self, seed: int, epoch: int, *_: Any) -> "windows.WindowedOrder | GrowingOrder":
         """Return the order of an epoch, which is computed where it is read."""
+        if not epoch and not self.is_whole:
+            return GrowingOrder(self, seed)
+        return self.order_of_known(seed, epoch)
+
+    def order_of_known(self, seed: int, epoch: int) -> windows.WindowedOrder:
+        """Return the order of the windows that are there."""
 
         def enter(found: list[int]) -> None:
-            if len(found) == 1:  # the last one of this epoch
+            if len(found) == 1 and self.is_whole:  # the last one of this epoch
                 found = [
                     *found,
                     int(windows.WindowedOrder(self._sizes, seed, epoch + 1).windows[0]),
@@ -295,6 +364,18 @@ class StreamedSequences:
         return kept
 
 
+class GrowingOrder:
+    """The order of the first epoch while shards are made: it waits for the window that it needs."""
+
+    def __init__(self, sequences: StreamedSequences, seed: int) -> None:
+        self._sequences, self._seed = sequences, seed
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """Return the sequences at these positions, int64."""
+        self._sequences.holds(part.stop - 1)
+        return self._sequences.order_of_known(self._seed, 0)[part]
+
+
 def _counted(records: np.ndarray) -> dict[str, int]:
     sums = {
         name: int(records[name].sum(dtype=np.int64))
@@ -304,9 +385,14 @@ def _counted(records: np.ndarray) -> dict[str, int]:
     return sums
 
 
-def opened(recipe: Recipe, laid_out: Path) -> tuple[StreamedSequences, StreamedSequences | None]:
-    """Open a stream that `shards.prepare` made: what is trained on, and what is held out of it."""
-    found = OpenShards(recipe, Layout(laid_out))
+def opened(
+    recipe: Recipe, laid_out: Path, building: Building | None = None
+) -> tuple[StreamedSequences, StreamedSequences | None]:
+    """Open a stream that `shards.prepare` made: what is trained on, and what is held out of it.
+
+    `building`: of one that `building.begin` began.
+    """
+    found = OpenShards(recipe, Layout(laid_out), building)
     train = StreamedSequences(found, layout.TRAIN)
     held_out = StreamedSequences(found, layout.EVAL) if recipe.plan.eval_fraction else None
     return train, held_out
