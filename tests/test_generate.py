@@ -317,6 +317,7 @@ def test_a_server_that_refuses_the_first_request_ends_the_work(bench, server):
     prompts = bench.rows([{"prompt": text} for text in "abc"])
     assert bench.run(*options(bench, server, "--prompts", prompts)) == 2
     assert "refuses the request (400: fault 400)" in bench.stderr
+    assert not list(bench.folder.glob("out*"))
 
 
 def test_a_server_that_goes_away_keeps_what_it_has_answered(bench, server):

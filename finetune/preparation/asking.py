@@ -51,7 +51,7 @@ def _hash(value: Any) -> str:
 class Answers:
     """A file of replies: each is appended, and on the disk before anything is made of it.
 
-    A context manager: it closes the file, which stays.
+    A context manager: it closes the file, which stays if it holds a reply.
     """
 
     def __init__(self, path: Path, note: Callable[[str], None]) -> None:
@@ -120,6 +120,8 @@ class Answers:
         return self
 
     def __exit__(self, *exc: Any) -> None:
+        if not self._places:
+            self._path.unlink(missing_ok=True)
         self._file.close()
 
 
