@@ -199,6 +199,8 @@ WRONG = {
     "another format": ({"data__format": "text"}, "reads text_label; set it to auto"),
     "loss_on": ({"data__loss_on": "all"}, "data.loss_on: would be ignored"),
     "split": ({"data__truncation": "split"}, "data.truncation: split would cut what"),
+    "qlora": ({"adapter__kind": "qlora"}, "would quantise the new head"),
+    "a label twice": ({"objective__labels": ["a", "a"]}, "two or more, each once"),
     "an unknown name": ({"objective__labels": ["a", "b"]}, "is not one of the 2 known"),
 }  # fmt: skip
 

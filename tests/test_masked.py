@@ -11,9 +11,13 @@ from invariants import families
 
 from finetune.data.batches import Batches
 from finetune.data.examples import Examples, Ragged
+from finetune.data.frames import tokenise
 from finetune.data.order import Sequences
+from finetune.data.tokens import Options
 from finetune.data.views import Masked, part_of
 from finetune.errors import UserError
+from finetune.models.families import MASKED
+from finetune.models.load import bytes_tokenizer as bytes_tokenizer_of
 
 MASK, TEXT = 99, np.arange(3, 60)
 
@@ -128,6 +132,40 @@ def test_the_export_opens_as_a_masked_language_model_and_trains_on(workshop):
         train__max_steps=2,
     )  # fmt: skip
     assert (again / "model/adapter_model.safetensors").exists()
+    # The biases of BERT's head stand under two names, and grow with its words.
+    more = train(
+        workshop, "more", families.texts(), **pretrained(run / "model"), train__max_steps=1,
+        model__new_tokens=["<a>"],
+    )  # fmt: skip
+    opened = AutoModelForMaskedLM.from_pretrained(more / "model")
+    assert opened.get_output_embeddings().bias.shape == (len(tokenizer) + 1,)
+
+
+@pytest.mark.parametrize(
+    ("truncation", "wanted"),
+    [
+        ("right", ["abc"]), ("left", ["hij"]), ("split", ["abc", "def", "ghi", "j"]),
+        ("drop", []),
+    ],
+)  # fmt: skip
+def test_a_long_text_is_cut_inside_the_tokenizers_frame(tmp_path, truncation, wanted):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = bytes_tokenizer_of(MASKED)
+    ends = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<|bos|>", "<|eos|>")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|bos|> $A <|eos|>", special_tokens=ends
+    )
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "x"}, {"text": "abcdefghij"}])
+    options = Options("text", {}, "line", None, "all", 5, truncation, framed=True)
+    made = tokenise([str(path)], tokenizer, options)
+    assert [tokenizer.decode(ids) for ids in made.ids[1:]] == [
+        f"<|bos|>{text}<|eos|>" for text in wanted
+    ]
+    for ids, supervised in zip(made.ids, made.supervised):
+        assert supervised.tolist() == [False, *[True] * (len(ids) - 2), False]
+    counts = made.counts["num_dropped"], made.counts["num_truncated"]
+    assert counts == ((1, 0) if truncation == "drop" else (0, 1))
 
 
 WRONG = {

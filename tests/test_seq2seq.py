@@ -239,6 +239,10 @@ WRONG = {
     "a causal model": ("seq2seq", {"model__config": TINY_LLAMA}, "take objective.kind: sft or clm"),
     "for sft": ("seq2seq", {"objective__kind": "sft"}, "take objective.kind: seq2seq, span_corr"),
     "an encoder": ("seq2seq", {"model__config": families.BERT}, "take objective.kind: mlm, seque"),
+    "new tokens": (
+        "seq2seq", {"adapter__kind": "lora", "model__new_tokens": ["<a>"]},
+        "cannot train beside adapters",
+    ),
     "packing": ("seq2seq", {"data__packing": True}, "in padded batches; set it to false"),
     "a kernel": ("seq2seq", {"model__attention": "documents"}, "takes no padded batches"),
     "a template": ("seq2seq", {"data__template": "chatml"}, "data.template: would be ignored"),

@@ -39,6 +39,7 @@ def conflicts(config: Config) -> Iterator[str]:
     yield from _adapter_conflicts(config)
     yield from _optimizer_conflicts(config)
     yield from _objective_conflicts(config)
+    yield from _family_conflicts(config)
     yield from _data_conflicts(config)
     yield from _schedule_conflicts(config)
     yield from _evaluation_conflicts(config)
@@ -136,6 +137,25 @@ def _conflicts_of_rows(config: Config) -> Iterator[str]:
         yield f"data.packing: {why}; set it to false, and data.group_by_length to true"
     if config.evaluation.sample_prompts and row.family != "seq2seq":
         yield f"evaluation.sample_prompts: {FAMILIES[row.family]} does not write answers; remove it"
+
+
+def _family_conflicts(config: Config) -> Iterator[str]:
+    """List settings that models of some families cannot have."""
+    kind, adapter = config.objective.kind, config.adapter.kind
+    family = objective_kind(kind).family
+    if adapter == "qlora" and family in CLASSIFIERS:
+        yield (
+            f"adapter.kind: qlora would quantise the new head that objective.kind: {kind} trains; "
+            "use lora"
+        )
+    if adapter != "full" and config.model.new_tokens and family != "causal":
+        yield (
+            "model.new_tokens: cannot train beside adapters in a model whose parts share one "
+            f"embedding, as objective.kind: {kind} trains; use adapter.kind: full"
+        )
+    labels = getattr(config.objective, "labels", None)
+    if labels is not None and (len(labels) < 2 or len(set(labels)) < len(labels)):
+        yield f"objective.labels: give two or more, each once, got {labels}"
 
 
 def _data_conflicts(config: Config) -> Iterator[str]:

@@ -333,7 +333,7 @@ def check_weights(skeleton: Any, model: Model) -> None:
     extended = (
         embeddings.embedding_and_head(skeleton) if model.new_tokens else []
     )  # new tokens add rows
-    may_differ = {id(module.weight) for module in extended}
+    may_differ = {id(p) for module in extended for p in module.parameters(recurse=False)}
     compared = [name for name in both if id(parameters[name]) not in may_differ]
     other = sorted(name for name in compared if saved[name] != list(parameters[name].shape))
     if absent or other:
