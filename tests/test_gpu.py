@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import TINY_LLAMA, losses, pretrained, read_jsonl
+from invariants import families
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
@@ -42,12 +43,13 @@ needs_flash = pytest.mark.skipif(
 GPU_LLAMA = {**TINY_LLAMA, "hidden_size": 64, "intermediate_size": 128}
 
 
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both ways"])
 @pytest.mark.parametrize("window", [None, 5], ids=["full", "sliding"])
 @pytest.mark.parametrize("key_heads", [1, 2, 4], ids=["one shared", "grouped", "equal"])
 @pytest.mark.parametrize(
     "width", [32, 20, 80], ids="heads of {}".format
 )  # the kernels take multiples of 8
-def test_fused_kernel_agrees_with_float32_on_the_cpu(window, key_heads, width):
+def test_fused_kernel_agrees_with_float32_on_the_cpu(causal, window, key_heads, width):
     """Outputs and gradients of the same packs agree to eight roundings of bfloat16 (2^-8 each).
 
     Inputs, scores, probabilities, the output and its gradient are rounded one after the other:
@@ -65,6 +67,7 @@ def test_fused_kernel_agrees_with_float32_on_the_cpu(window, key_heads, width):
             *inputs,
             None,
             sliding_window=window,
+            causal=causal,
             cu_seq_lens_q=bounds.to(device),
             max_length_q=32,
         )
@@ -112,6 +115,25 @@ def test_packed_equals_padded(workshop, precision):
         "padded", model__config=GPU_LLAMA, train__precision=precision, model__attention="sdpa"
     )
     assert losses(laid) == pytest.approx(losses(padded), rel=2e-2)
+
+
+@pytest.mark.parametrize("objective", list(families.ROWS))
+def test_other_families_have_the_losses_of_float32_in_bf16(workshop, objective):
+    """Encoders packed and classified, encoder-decoders padded; the export is opened again."""
+    settings = families.settings(workshop, objective)
+    exact, half = (
+        losses(workshop.train(precision, **settings, train__precision=precision))
+        for precision in ("fp32", "bf16")
+    )
+    assert half == pytest.approx(exact, rel=3e-2)
+
+
+@pytest.mark.parametrize("objective", families.PACKED)
+def test_packed_encoders_equal_padded_ones(workshop, objective):
+    settings = families.settings(workshop, objective) | {"train__precision": "bf16"}
+    laid = workshop.train("laid", **settings)
+    padded = workshop.train("padded", **settings, model__attention="sdpa")
+    assert losses(laid) == pytest.approx(losses(padded), rel=3e-2)
 
 
 def test_products_of_lora_agree_with_pefts(workshop, monkeypatch):
