@@ -135,7 +135,7 @@ def tune(case: Case, workshop: Workshop, base: Path, rows: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", short(CASES, COMPANY, YODA), ids=str)
+@pytest.mark.parametrize("case", short(CASES, COMPANY), ids=str)
 def test_the_tuned_model_beats_its_base_on_rows_it_has_never_seen(case, workshop):
     rows = make_rows(case, workshop.folder)
     base = make_base(case, workshop, read_jsonl(rows / "train.jsonl"))
