@@ -176,10 +176,10 @@ def one_step(run: Run) -> StepResult:
     state.count_skips(result.skipped)
     num_sequences = len(order.of_step(progress.step))
     progress.advance(num_sequences, result.tokens, result.supervised_tokens)
-    progress.epoch = order.turn(step)[0]
+    epoch = order.num_epochs(step)
+    progress.epoch = int(epoch)
     if state.ema and not result.skipped:
         state.ema.update(step)
-    epoch = order.num_epochs(step)
     run.metrics.step(progress, result, lr=lr, epoch=epoch, memory_gb=topology.memory_gb())
     return result
 

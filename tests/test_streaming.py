@@ -4,6 +4,7 @@ import contextlib
 import shutil
 import threading
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from finetune.data import examples as entries
 from finetune.data.batches import Batches
 from finetune.data.layout import Layout
 from finetune.data.order import Sequences
-from finetune.data.views import Document
+from finetune.data.views import Document, Masked
 from finetune.errors import ConfigError, DataError, Outage
 from finetune.models.load import bytes_tokenizer
 
@@ -808,3 +809,39 @@ def test_answers_are_streamed_as_memory_would_hold_them(tmp_path):
 
     assert weighted(streamed) == weighted(whole)
     assert len(streamed) == 2 * len(rows)
+
+
+def test_what_is_masked_differs_between_shards_and_epochs(tmp_path):
+    """Equal rows stand at the same place of each shard; totals are those in memory."""
+    each = Streaming(tmp_path, [{"question": "what is it?", "answer": "so " * 20}] * (3 * SHARD))
+    view = Masked(mask_id=0, ordinary=np.arange(1, 200), probability=0.3, seed=1)
+    recipe = replace(each.recipe(), view=view)
+    streamed = stream.opened(*shards.prepare(recipe, 1))[0]
+    whole = Sequences(replace(each.whole(), view=view), False, 120, 0)
+    assert streamed.all_counts() == whole.all_counts()
+    drawn = {
+        tuple(streamed.documents(number, epoch)[0].positions.tolist())
+        for number in (0, SHARD, 2 * SHARD)
+        for epoch in range(3)
+    }
+    assert len(drawn) == 9
+    again = stream.opened(*shards.prepare(recipe, 1))[0]
+    assert tokens_of(batches_of(again).at(5)) == tokens_of(batches_of(streamed).at(5))
+
+
+@pytest.mark.proof
+def test_two_processes_train_on_the_stream_of_one(workshop):
+    """One of them makes the shards, and the other waits."""
+    write_jsonl(workshop.rows, pairs(150))
+    settings = {
+        "data__streaming": True, "data__packing": True, "data__window_gb": 4e-5,
+        "train__micro_batch_size": 2, "train__epochs": 3, "train__max_steps": 6,
+    }  # fmt: skip
+    result = workshop.launch("two", 2, **settings)
+    assert result.returncode == 0, result.stdout
+    together = losses(workshop.run_dir("two"))
+    shutil.rmtree(workshop.folder / "cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "SHARD_ROWS", 1 << 14)  # as in those processes
+        alone = losses(workshop.train("one", **settings))
+    assert together == pytest.approx(alone, rel=1e-5)
