@@ -212,7 +212,7 @@ def _run(
 
 
 def _exact(
-    states: list[torch.Tensor], documents: Sequence[int], window: int | None, causal: bool
+    states: list[torch.Tensor], documents: Sequence[int], window: int | None, causal: bool = True
 ) -> list[torch.Tensor]:
     """Return the same in float32, a document at a time, by products and a softmax."""
     query, key, value, grad = states
