@@ -593,6 +593,83 @@ def test_a_shard_that_arrives_damaged_is_refused(stored):
     assert sequences.documents(5 * SHARD)
 
 
+def test_a_shard_that_is_damaged_in_the_store_ends_a_build(stored):
+    stored.make()
+    shutil.rmtree(stored.cache)
+    [path] = stored.store.glob("*/*.000005/input_ids.npy")
+    path.write_bytes(path.read_bytes()[:-1] + b"\7")
+    with pytest.raises(Outage, match="data.shards: file://.*000005 is damaged; remove it"):
+        stored.make(seed=4)
+
+
+def test_making_room_leaves_what_another_process_fetches(stored):
+    sequences = stored.open()
+    store, name = sequences.opened.store, sequences.opened.folder(5).name
+    get, seen = store._system[0].get_file, []
+
+    def interrupted(there, here):
+        get(there, here)
+        store.most_bytes = 0
+        store.trim({})
+        for left in store.folder.glob(".building-*"):  # as a build of other sequences does
+            shutil.rmtree(left)
+        seen.append(Path(here).exists())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store._system[0], "get_file", interrupted)
+        store.fetch(name)
+    assert all(seen)
+    assert (store.folder / name / entries.META).is_file()
+
+
+def test_a_shard_that_another_process_removes_is_fetched_again(stored, monkeypatch):
+    """Between its arrival and its opening, or while it is opened."""
+    sequences = stored.open()
+    store, opened, times = sequences.opened.store, entries.opened, [2]
+    fetch = store.fetch
+
+    def fetched(name, *more, **options):
+        fetch(name, *more, **options)
+        if times[0] == 2:
+            times[0] -= 1
+            entries.remove(store.folder / name)
+
+    def open_and_remove(folder, *more, **options):
+        found = opened(folder, *more, **options)
+        if times[0] == 1:
+            times[0] -= 1
+            entries.remove(folder)
+        return found
+
+    monkeypatch.setattr(store, "fetch", fetched)
+    monkeypatch.setattr(entries, "opened", open_and_remove)
+    assert sequences.documents(5 * SHARD)
+    assert times == [0]
+
+
+def test_shards_that_workers_may_read_stay_while_room_is_made(stored):
+    """A window smaller than what is being made."""
+    whole = stored.recipe(url=None, window=None)
+    shards.prepare(whole, 1)  # all are here
+    shutil.rmtree(next(stored.cache.glob("shards/*/layout-*")))
+    builder = shards.Builder(stored.recipe(window=1), 1)
+    names = [shards.entry_name(builder.key, number) for number in range(11)]
+    assert builder._under_way(7) == dict.fromkeys(names[8:], 0)
+    builder.store.trim(builder._under_way(7))
+    assert sorted(path.name for path in stored.cache.glob("shards/*/[!.]*.0000??")) == names[8:]
+
+
+def test_wrong_rows_are_kept_though_their_shards_left_this_machine(tmp_path):
+    from finetune.data.problems import Skipping
+
+    rows: list[Any] = pairs(ROWS)
+    rows[30]["answer"] = rows[130]["answer"] = 7
+    each, skips = Stored(tmp_path, rows=pairs(ROWS)), {"skipping": Skipping(True, 0.1)}
+    write_jsonl(each.rows, rows)
+    kept = "".join(path.read_text() for path in each.open(**skips).examples.reject_files)
+    assert kept == each.whole(**skips).rejects.read_text()
+
+
 def test_a_store_that_is_away_for_a_moment_is_asked_again(stored, monkeypatch):
     from finetune.data import shard_store
 

@@ -6,11 +6,13 @@ with the hash of META that the layout has, and META has those of the arrays.
 
 import functools
 import os
+import secrets
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +76,9 @@ class ShardStore:
         with FileLock(f"{self.folder}/.fetching-{name}.lock"):
             if (self.folder / name / last).is_file():
                 return
-            build = self.folder / f".building-{name}-{os.getpid()}-{threading.get_ident()}"
-            shutil.rmtree(build, ignore_errors=True)
+            # Not as half-built entries are named, which a build of other sequences removes.
+            build = self.folder / f".fetching-{name}"
+            shutil.rmtree(build, ignore_errors=True)  # of a process that was killed
             build.mkdir(parents=True)
             try:
                 self._get_all(name, build)
@@ -88,6 +91,22 @@ class ShardStore:
                 os.rename(build, self.folder / name)
             finally:
                 shutil.rmtree(build, ignore_errors=True)
+
+    def fetch_file(self, path: Path) -> Path:
+        """Copy one file of an entry, which need not be here, and return the copy: `trim` keeps it.
+
+        `path`: where the file stands if its entry is here.
+        """
+        system, there = self._system
+        name = path.parent.name
+        copy = self.folder / f"{name}-{path.name}"
+        if not copy.is_file():
+            build = self.folder / f".fetching-{copy.name}-{secrets.token_hex(4)}"
+            self._tried(
+                functools.partial(system.get_file, f"{there}/{name}/{path.name}", str(build))
+            )
+            os.replace(build, copy)
+        return copy
 
     def _get_all(self, name: str, build: Path) -> None:
         system, path = self._system
@@ -118,11 +137,13 @@ class ShardStore:
         """
         if self.most_bytes is None:
             return
-        here = [path for path in self.folder.iterdir() if (path / entries.META).is_file()]
-        others = [path for path in here if path.name not in kept]
-        sizes = {path: sum(each.stat().st_size for each in path.iterdir()) for path in others}
+        sizes = {
+            path: _size(path) for path in self.folder.iterdir()
+            # What begins with a dot is on its way here, perhaps for another process.
+            if path.name not in kept and path.name[0] != "." and (path / entries.META).is_file()
+        }  # fmt: skip
         total = sum(sizes.values()) + sum(kept.values())
-        for path in sorted(others, key=lambda path: path.stat().st_mtime_ns):
+        for path in sorted(sizes, key=_last_used):
             if total <= self.most_bytes:
                 return
             entries.remove(path)
@@ -139,6 +160,19 @@ class ShardStore:
                     raise
                 time.sleep(wait)
         raise AssertionError("the last attempt returns or raises")
+
+
+def _size(entry: Path) -> int:
+    """Return the bytes of an entry; 0 if another process has just removed it."""
+    with suppress(FileNotFoundError):
+        return sum(each.stat().st_size for each in entry.iterdir())
+    return 0
+
+
+def _last_used(entry: Path) -> int:
+    with suppress(FileNotFoundError):
+        return entry.stat().st_mtime_ns
+    return 0
 
 
 def fetch_layout(store: ShardStore, name: str) -> None:

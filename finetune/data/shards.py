@@ -31,7 +31,7 @@ from finetune.data.shard_store import ShardStore
 from finetune.data.templates import Template
 from finetune.data.tokens import TOO_LONG, Options
 from finetune.data.views import NEXT_TOKEN, View
-from finetune.errors import ConfigError, DataError
+from finetune.errors import ConfigError, DataError, Outage
 
 STREAM_VERSION = 1  # increase it when the same rows give other shards or sequences than before
 # A shard ends with the row that reaches one of these: 16,384 rows of 20 tokens take 2 MB, and 32
@@ -175,11 +175,8 @@ class Maker:
         name = entry_name(self.key, part.number)
         problems = Problems(self.recipe.options.skipping)
         if part.records is None:
-            if self.store:
-                self.store.fetch(name)
-            found = entries.opened(self.folder / name, self.sources, name, note=True)
+            found = self._there(name)
             if found is None:
-                entries.remove(self.folder / name)
                 return self._without(part.number, problems, was_damaged=True)
             problems = _problems_of(found, problems)
             return self._finished(part.number, found, problems)
@@ -211,6 +208,24 @@ class Maker:
         if self.store:
             self.store.put(name)
         return self._finished(part.number, found, made.problems)
+
+    def _there(self, name: str) -> Examples | None:
+        """Open an entry that is there; remove a damaged one. Raises Outage if the store's is."""
+        copies = 1 if self.store is None else 2  # that of this machine, and that of the store
+        for _ in range(copies):
+            if self.store:
+                self.store.fetch(name)
+            found = entries.opened(self.folder / name, self.sources, name, note=True)
+            if found is not None:
+                return found
+            entries.remove(self.folder / name)
+            if not (self.store and self.store.holds(name)):
+                return None
+        assert self.store
+        raise Outage(
+            f"data.shards: {self.store.url}/{name} is damaged; remove it, and run the same command "
+            "again"
+        )
 
     def _options(self, records: list[Record]) -> PartOptions:
         held: dict[str, list[Row | DataError]] = {}
@@ -350,7 +365,7 @@ class Builder:
                 bar.update(finished.problems.num_rows)
                 self._take(finished, known)
                 if self.store:
-                    self.store.trim({})
+                    self.store.trim(self._under_way(finished.number))
         self._require_right(known)
         entries.require_unchanged(self.recipe.sources)
         if not known.is_whole:
@@ -358,6 +373,12 @@ class Builder:
                 known.finish(max(count, len(known.lines)))
         if self.store:
             self.store.put(self.laid_out.name, last=layout.INDEX)
+
+    def _under_way(self, number: int) -> dict[str, int]:
+        """Return the entries here of later shards, which workers may be reading: none may go."""
+        last = entry_name(self.key, number)
+        names = (path.name for path in self.folder.glob(f"{self.key[:12]}.*"))
+        return {name: 0 for name in names if name > last}
 
     def _has(self, number: int) -> bool:
         name = entry_name(self.key, number)

@@ -30,6 +30,7 @@ from finetune.errors import DataError, Outage
 
 MOST_OPEN = 64  # shards: of short rows 70 MB if all of them were read
 SHARD = 32  # bits of an example's number below that of its shard
+ATTEMPTS = 5  # to open a shard that other processes may remove as soon as it is fetched
 SOME = 100_000  # examples that stand for all where only the shape of lengths counts
 
 
@@ -78,26 +79,41 @@ class OpenShards:
         """Return the folder of a shard's entry."""
         return self.recipe.root / self._key / shards.entry_name(self._key, number)
 
+    def rejects(self, number: int) -> Path:
+        """Return the file of a shard's wrong rows; a copy where the shard itself may go."""
+        path = self.folder(number) / entries.REJECTS
+        return self.store.fetch_file(path) if self.store else path
+
     def _opened(self, number: int) -> Examples:
         """Open a shard; this process checks the hashes of each once."""
-        folder, is_new = self.folder(number), number not in self._checked
-        if self.store:
-            self.store.fetch(folder.name, self.laid_out.lines[number]["meta"])
-            os.utime(folder)  # the least recently used goes first
-        found = entries.opened(folder, self._sources, folder.name, note=True, check=is_new)
-        same = found is not None and (
-            not is_new or files.sha256(folder / entries.META) == self.laid_out.lines[number]["meta"]
+        folder = self.folder(number)
+        for _ in range(ATTEMPTS):
+            if (found := self._found(number, folder)) is not None:
+                self._checked.add(number)
+                return replace(found, view=self.recipe.view)
+            if self.store is None or folder.exists():
+                break  # damaged; else another process has removed it to make room
+        raise Outage(
+            f"data.cache_dir: {folder} is damaged; remove it, and run the same command again: "
+            "it will be made anew"
         )
-        if found is None or not same:
-            raise Outage(
-                f"data.cache_dir: {folder} is damaged; remove it, and run the same command again: "
-                "it will be made anew"
-            )
-        self._checked.add(number)
+
+    def _found(self, number: int, folder: Path) -> Examples | None:
+        """Open a shard; None if it is damaged or gone."""
+        meta, is_new = self.laid_out.lines[number]["meta"], number not in self._checked
+        if self.store:
+            self.store.fetch(folder.name, meta)
+        try:
+            if self.store:
+                os.utime(folder)  # the least recently used goes first
+            found = entries.opened(folder, self._sources, folder.name, note=True, check=is_new)
+            if found is None or (is_new and files.sha256(folder / entries.META) != meta):
+                return None
+        except FileNotFoundError:
+            return None
         if is_new:  # hashing has read all of it into the memory of this process
             found = entries.opened(folder, self._sources, folder.name, check=False)
-            assert found
-        return replace(found, view=self.recipe.view)
+        return found
 
 
 class StreamedExamples:
@@ -164,7 +180,7 @@ class StreamedExamples:
     def reject_files(self) -> list[Path]:
         """Return the files of wrong rows that were skipped."""
         bad = [number for number, line in enumerate(self.laid_out.lines) if line["counts"]["bad"]]
-        return [self.opened.folder(number) / entries.REJECTS for number in bad]
+        return [self.opened.rejects(number) for number in bad]
 
     def receipt(self) -> dict[str, Any]:
         """Return what a run's receipt records of its data."""
