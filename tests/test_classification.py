@@ -68,6 +68,14 @@ def test_tokens_that_hold_the_space_before_a_word_have_its_label():
     assert _of_tokens(["aa", "b", "c"], [3, 4, 5], np.array([0, 1, 2, 4])).tolist() == [3, -1, 4, 5]
 
 
+def test_a_word_without_tokens_leaves_the_labels_of_others():
+    """As BERT's tokenizer drops characters that have no width; one may begin a word, too."""
+    assert _of_tokens(["aa", "\u200b", "b"], [3, 4, 5], np.array([0, 5])).tolist() == [3, 5]
+    assert _of_tokens(["\u200b", "b"], [4, 5], np.array([2])).tolist() == [5]
+    assert _of_tokens(["b", "\u200b"], [5, 4], np.array([0])).tolist() == [5]
+    assert _of_tokens(["aa", "\u200bb"], [3, 4], np.array([0, 4])).tolist() == [3, 4]
+
+
 def test_the_frame_is_what_the_tokenizer_puts_around_a_text(bytes_tokenizer):
     from tokenizers.processors import TemplateProcessing
 

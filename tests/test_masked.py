@@ -119,6 +119,19 @@ def test_a_resumed_run_draws_the_same_masks(workshop):
     assert all(bool((weights(run)[name] == at_end[name]).all()) for name in at_end)
 
 
+def test_a_tokenizer_saved_with_truncation_and_padding_is_the_same_at_each_start():
+    """Where it has no BOS, nothing but reading rows switches them off, which a cache saves."""
+    from finetune.data.tokens import tokenizer_fingerprint
+    from finetune.models.load import bytes_tokenizer
+
+    tokenizer = bytes_tokenizer()
+    tokenizer.bos_token = None
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    tokenizer.backend_tokenizer.enable_truncation(16)
+    tokenizer.backend_tokenizer.enable_padding()
+    assert tokenizer_fingerprint(tokenizer) == fingerprint
+
+
 def test_the_export_opens_as_a_masked_language_model_and_trains_on(workshop):
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 

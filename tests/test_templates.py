@@ -1088,6 +1088,7 @@ def test_thoughts_that_the_template_leaves_out_are_refused():
     ("answer", "left"),
     [
         ("<think>\nhm\n</think>\n\nFine", "Fine"), ("hm</think>Fine", "Fine"), ("Fine", "Fine"),
+        ("The tag <think> opens them.",) * 2,
         (" <thinking>a</thinking> Fine <think>b</think>", "Fine <think>b</think>"),
     ],
 )  # fmt: skip
@@ -1101,6 +1102,12 @@ def test_an_answer_of_thoughts_alone_cannot_lose_them(answer):
     with refuses(
         r"^rows\.jsonl:3: message 2 holds nothing but thoughts, which data\.thinking: drop"
     ):
+        without_thoughts(conversation("Hi", answer))
+
+
+@pytest.mark.parametrize("answer", ["Well. <think>hm</think> 4", "Well\n<thinking>hm</thinking>"])
+def test_text_before_thoughts_is_not_dropped_with_them(answer):
+    with refuses(r"^rows\.jsonl:3: message 2 has text before its thoughts"):
         without_thoughts(conversation("Hi", answer))
 
 

@@ -33,7 +33,7 @@ from finetune.data.control_tokens import uses_bos
 from finetune.data.conversations import Conversation, Message
 from finetune.data.examples import Examples
 from finetune.data.places import Place
-from finetune.data.problems import Problems
+from finetune.data.problems import Problems, Skipping
 from finetune.errors import ConfigError, DataError, ModelError, Outage, UserError
 from finetune.export.save import chat_template, with_template
 from finetune.export.verify import verify_prompt
@@ -567,7 +567,7 @@ def test_each_answer_may_be_an_example_of_its_own(tokenizing):
     short = tokenizing.prepare(
         [row], tokenizer, own, loss_on="each_turn", truncation="drop", max_length=45
     )
-    assert (len(short), short.num_dropped) == (1, 1)
+    assert (len(short), short.num_truncated, short.num_dropped) == (1, 1, 0)
 
 
 def test_each_turn_cannot_part_documents_that_belong_together(tokenizing):
@@ -1175,6 +1175,31 @@ def test_any_change_of_inputs_invalidates_the_cache(tokenizing, change):
     after = tokenizing.prepare(own.pop("values"), own.pop("tokenizer")(), **own)
     assert after.fingerprint != before.fingerprint
     assert sorted(entries(tokenizing)) == sorted([before.fingerprint, after.fingerprint])
+
+
+def test_the_fates_of_rows_add_up_to_the_rows(tokenizing):
+    """Rows that lose some answers are cut; those that are skipped are counted apart."""
+    turns = [
+        {"role": role, "content": content}
+        for question in ("q", "q" * 99)
+        for role, content in (("user", question), ("assistant", "a"))
+    ]  # fmt: skip
+    own = {"template": "question_answer", "loss_on": "each_turn", "max_length": 80}
+    found = tokenizing.prepare([{"messages": turns}], truncation="drop", **own)
+    assert (len(found), found.num_rows, found.num_truncated, found.num_dropped) == (1, 1, 1, 0)
+    found = tokenizing.prepare([{"messages": turns[2:]}] * 2 + [{"messages": turns[:2]}],
+                               truncation="right", skipping=Skipping(True, 0.9), **own)  # fmt: skip
+    assert (len(found), found.num_rows, sum(found.bad.values())) == (1, 1, 2)
+
+
+def test_a_file_of_another_type_with_the_same_bytes_has_tokens_of_its_own(tokenizing, tmp_path):
+    """As when rows of JSON in a .txt were trained on as they stand, and the file is renamed."""
+    template, own, made = load_template(bytes_tokenizer(), "plain"), options(loss_on="all"), []
+    for name in ("a.txt", "a.jsonl"):
+        (tmp_path / name).write_text('{"text": "x"}\n')
+        found = source_files.sources(str(tmp_path / name), None).train
+        made.append(stored.prepare(found, template, bytes_tokenizer(), own, str(tokenizing.cache)))
+    assert [each.num_tokens for each in made] == [len('{"text": "x"}') + 1, 2]
 
 
 def test_a_changed_template_file_is_not_served_from_the_cache(tokenizing, tmp_path):

@@ -12,6 +12,9 @@ THOUGHTS = "reasoning_content"
 """The part of an answer that holds its thoughts, in the name that templates have for it."""
 # At the beginning of an answer; some prompts already open them.
 _THOUGHTS = re.compile(r"\s*(?:<think(?:ing)?>)?.*?</think(?:ing)?>\s*", re.DOTALL)
+_LATE_THOUGHTS = re.compile(
+    r"\s*(?!<think)\S(?:(?!</think).)*<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL
+)
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,17 @@ class Conversation:
 def without_thoughts(conversation: Conversation) -> Conversation:
     """Return the conversation without the thoughts of its answers.
 
-    Raises DataError for an answer that is nothing else, or whose thoughts do not end.
+    Raises DataError for an answer that is nothing else, whose thoughts do not end, or that begins
+    before its thoughts, as that beginning would go with them.
     """
     messages = []
     for number, message in enumerate(conversation.messages, 1):
         if message.role == "assistant":
+            if _LATE_THOUGHTS.match(message.content):
+                raise DataError(
+                    f"{conversation.place}: message {number} has text before its thoughts, which "
+                    "data.thinking: drop would remove, too; write the thoughts first"
+                )
             content = _THOUGHTS.sub("", message.content, count=1)
             parts = {key: value for key, value in message.parts.items() if key != THOUGHTS}
             if not (content.strip() or "tool_calls" in parts) or content.startswith("<think"):

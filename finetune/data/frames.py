@@ -116,7 +116,6 @@ class _Tokenising:
         texts = [text for _, text in checked]
         encoded = tokens._tokenise(texts, self.tokenizer) if texts else []
         for (sample, text), (ids, starts) in zip(checked, encoded):
-            self.made.counts["num_rows"] += 1
             with self.problems.noted(sample.row):
                 place = sample.conversations[0].place
                 if not len(ids):
@@ -132,17 +131,18 @@ class _Tokenising:
                     sample = replace(sample, fields=fields)
                 where = (self.index[place.source], place.line, place.row)
                 self.made.add([[piece] for piece in pieces], sample, where)
+                self.made.counts["num_rows"] += 1
 
     def _add_pairs(self, conversation: Conversation, sample: Sample) -> None:
         """Add an example for each answer of a conversation: what comes before it is the input."""
         place, made = conversation.place, self.made
-        made.counts["num_rows"] += 1
         pieces, target_ids, is_cut = list[list[tokens.Tokens]](), list[np.ndarray](), False
         if conversation.tools or any(m.parts or m.weight != 1 for m in conversation.messages):
             raise DataError(
                 f"{place}: has tools, calls of tools or weights, which objective.kind: seq2seq "
                 "does not learn; remove them"
             )
+        made.counts["num_rows"] += 1
         for turns in turn_by_turn(conversation):
             asked = "\n\n".join(map(_text_of, turns.messages[:-1]))
             texts = [self.options.source_prefix + asked, _text_of(turns.messages[-1])]
@@ -150,6 +150,7 @@ class _Tokenising:
             frames = (self.frame, ended(self.frame, self.tokenizer))
             parts = [self._one(ids, frame, place) for ids, frame in zip(plain, frames)]
             if parts[0] is None or parts[1] is None:
+                made.counts["num_dropped"] += 1
                 return
             sizes = (len(ids) + len(frame) for ids, frame in zip(plain, frames))
             is_cut = is_cut or max(sizes) > self.options.max_length
@@ -164,7 +165,6 @@ class _Tokenising:
         size, most = len(ids) + len(frame), self.options.max_length
         self.lengths.append(size)
         if size > most and self.options.truncation == "drop":
-            self.made.counts["num_dropped"] += 1
             return None
         if size > most and self.options.truncation == "error":
             over = tokens._over(place, f"{size} tokens", self.options, size, 1)
@@ -218,14 +218,19 @@ def _of_tokens(words: Sequence[str], numbers: Sequence[int], starts: np.ndarray)
     """Return the label of each token, int32: that of a word at its first token, -1 elsewhere.
 
     words: the text between spaces. starts: the first character of each token; that of a word is the
-    one that reaches over the word's first character, also where it has the space before it.
+    one that reaches over the word's first character, also where it has the space before it. A word
+    of characters that the tokenizer drops has no token, and its label goes.
     """
     found = np.full(len(starts), -1, np.int32)
-    begins = np.cumsum([0, *(len(word) + 1 for word in words[:-1])])
-    at = np.searchsorted(starts, begins, side="right") - 1
+    lengths = np.array([len(word) for word in words])
+    begins = np.cumsum(lengths + 1) - lengths - 1
+    at = np.maximum(np.searchsorted(starts, begins, side="right") - 1, 0)
+    at += starts[at] < begins - 1  # a token of the word before: this one's first character is gone
+    own = at < len(starts)
+    own[own] = starts[at[own]] < (begins + lengths)[own]
     # Several tokens may be parts of one character.
-    at = np.searchsorted(starts, starts[np.maximum(at, 0)], side="left")
-    found[at] = numbers
+    at = np.searchsorted(starts, starts[at[own]], side="left")
+    found[at] = np.array(numbers, np.int32)[own]
     return found
 
 

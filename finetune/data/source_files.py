@@ -12,7 +12,7 @@ from finetune.data import encodings, hub, readers, remote
 from finetune.data.file_types import TEXTS, TYPES, has_lines, type_of
 from finetune.data.places import printable, some, wrong
 from finetune.errors import DataError
-from finetune.files import sha256
+from finetune.files import json_sha256, sha256
 
 # Files that describe data, by name and ending.
 DESCRIPTIONS = {
@@ -27,6 +27,8 @@ SPLIT_WORDS = {
     "validation": {"validation", "valid", "val", "dev", "eval", "evaluation", "held", "heldout"},
     "test": {"test", "testing"},
 }
+# Types whose bytes another type may take for other rows: JSON Lines and CSV are text, too.
+READ_OTHERWISE = {**dict.fromkeys(TEXTS, "text"), ".tsv": "tsv"}
 
 
 class Sources(NamedTuple):
@@ -233,15 +235,22 @@ def _guessed(file: str) -> list[str]:
 
 
 def fingerprint(source: str) -> str:
-    """Return a hash of what a source holds; it changes when any byte does."""
+    """Return a hash of what a source holds; it changes when any byte does.
+
+    So does that of a file with another name that makes other rows of the same bytes.
+    """
     with readers.readable(source):
         if remote.is_url(source) or os.path.isfile(source):
-            return sha256(Path(remote.local(source)))
+            content = sha256(Path(remote.local(source)))
+            read_as = READ_OTHERWISE.get(type_of(source))
+            if read_as is None:
+                return content
+            return json_sha256({"read as": read_as, "content": content})
         if os.path.isdir(source):
             digest = hashlib.sha256()
             for path in sorted(p for p in Path(source).rglob("*") if p.is_file()):
                 digest.update(os.fsencode(path.relative_to(source)))
-                digest.update(f" {fingerprint(str(path))}\n".encode())
+                digest.update(f" {sha256(path)}\n".encode())
             return digest.hexdigest()
     if hub.is_name(source):
         return hub.fingerprint(source)

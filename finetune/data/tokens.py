@@ -88,6 +88,8 @@ class Options:
             del values["skipping"]
         if not self.framed:
             del values["framed"]
+        elif self.format == "token_labels":  # a word without tokens gave its label to another
+            values["framed"] = 2
         if self.special_tokens_in_text == "error":
             del values["special_tokens_in_text"]
         if self.thinking == "keep":
@@ -370,8 +372,11 @@ def with_bos(template: Template, tokenizer: Any) -> Template:
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """Hash a tokenizer: vocabulary, merges, normalisation, special tokens.
 
-    Settings of tokenizer_config.json that apply at each call count, too.
+    Settings of tokenizer_config.json that apply at each call count, too. Truncation and padding of
+    a tokenizer.json do not: they never apply here, and reading rows switches them off.
     """
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     switches = [uses_bos(tokenizer), bool(getattr(tokenizer, "split_special_tokens", False))]
     parts = [
         tokenizer.backend_tokenizer.to_str(),
@@ -433,7 +438,6 @@ def tokenise_part(
                     plain = list(islice(encoded, len(parts)))
                     place = sample.conversations[0].place
                     with made.problems.noted(sample.row):
-                        made.counts["num_rows"] += 1
                         documents = [
                             finish(conversation, segments, *each)
                             for conversation, segments, each
@@ -441,6 +445,7 @@ def tokenise_part(
                         ]  # fmt: skip
                         pieces = _all_pieces(documents, options, finish.bos_id, place, made)
                         made.add(pieces, sample, (index[place.source], place.line, place.row))
+                        made.counts["num_rows"] += 1  # rows that are skipped are not among them
                 bar.update(len(batch))
     except _OpensItself:
         again = replace(template, learn_opening=True)
@@ -498,11 +503,17 @@ def _encoded(
 def _all_pieces(
     documents: list[Tokens], options: Options, bos_id: int | None, place: Place, made: Tokenised
 ) -> list[list[Tokens]]:
-    """Return the examples of a row, and note its length; `each_turn` makes one of each document."""
-    pieces: list[list[Tokens]] = []
+    """Return the examples of a row, and note its length; `each_turn` makes one of each document.
+
+    A row that loses some of its examples counts as cut, and one that loses all as dropped.
+    """
+    pieces, is_long = list[list[Tokens]](), False
     for own in [[each] for each in documents] if options.loss_on == "each_turn" else [documents]:
         made.lengths.append(sum(len(ids) for ids, _ in own))
-        pieces += _pieces(own, options, bos_id, place, made.problems, made.counts)
+        is_long = is_long or made.lengths[-1] > options.max_length
+        pieces += _pieces(own, options, bos_id, place, made.problems)
+    made.counts["num_dropped"] += not pieces
+    made.counts["num_truncated"] += bool(pieces) and is_long
     return pieces
 
 
@@ -588,8 +599,7 @@ def _as_asked(sample: Sample, control: ControlTokens, options: Options) -> Sampl
 
 
 def _pieces(
-    documents: list[Tokens], options: Options, bos_id: int | None, place: Place,
-    problems: Problems, counts: dict[str, int],
+    documents: list[Tokens], options: Options, bos_id: int | None, place: Place, problems: Problems,
 ) -> list[list[Tokens]]:  # fmt: skip
     """Cut the documents of a row to max_length: they give one example, several, or none.
 
@@ -614,8 +624,6 @@ def _pieces(
             + ("raise data.max_length, or set" if can_rise else "set")
             + " data.truncation to drop"
         )
-    counts["num_dropped"] += not pieces
-    counts["num_truncated"] += bool(pieces) and is_long
     return pieces
 
 
