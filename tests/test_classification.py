@@ -154,6 +154,7 @@ def frequencies(kind, rows):
     return np.unique(labels, return_counts=True)[1] / len(labels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", short([ROWS, TAGS], TAGS))
 def test_a_classifier_beats_the_most_frequent_label_and_not_with_shuffled_labels(workshop, kind):
     rows = families.ROWS[kind](80)
@@ -165,6 +166,7 @@ def test_a_classifier_beats_the_most_frequent_label_and_not_with_shuffled_labels
     assert found["accuracy"] < shares.max() + 0.2
 
 
+@pytest.mark.slow
 def test_a_new_head_on_a_pretrained_encoder_is_saved_with_its_labels(workshop):
     """Also as an adapter, which brings the head; and such a classifier trains on."""
     from transformers import AutoModelForSequenceClassification

@@ -96,6 +96,7 @@ def train(workshop, name, rows, **changes):
     return workshop.train(name, **own | changes)
 
 
+@pytest.mark.slow
 def test_an_encoder_learns_what_stands_around_a_gap(workshop):
     run = train(workshop, "ordered", families.texts(60))
     line = read_jsonl(run / "eval.jsonl")[-1]
@@ -132,6 +133,7 @@ def test_a_tokenizer_saved_with_truncation_and_padding_is_the_same_at_each_start
     assert tokenizer_fingerprint(tokenizer) == fingerprint
 
 
+@pytest.mark.slow
 def test_the_export_opens_as_a_masked_language_model_and_trains_on(workshop):
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
