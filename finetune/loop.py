@@ -174,7 +174,7 @@ def one_step(run: Run) -> StepResult:
         rows = ", ".join(order.places(progress.step))
         raise TrainingDiverged(f"step {step}: {exc}; {advice}: {rows}") from exc
     state.count_skips(result.skipped)
-    num_sequences = len(order.of_step(progress.step))
+    num_sequences = order.size_of(progress.step)
     progress.advance(num_sequences, result.tokens, result.supervised_tokens)
     epoch = order.num_epochs(step)
     progress.epoch = int(epoch)

@@ -120,6 +120,20 @@ def test_a_resumed_run_draws_the_same_masks(workshop):
     assert all(bool((weights(run)[name] == at_end[name]).all()) for name in at_end)
 
 
+@pytest.mark.parametrize(
+    ("returned", "what"),
+    [
+        ("{'prompt': 'a', 'completion': 'b'}", "prompts and answers"),
+        ("{'documents': [{'text': 'a'}, {'text': 'b'}]}", "several documents"),
+        ("{'text': 'a', 'fields': {'reward': 1.0}}", "fields"),
+    ],
+)
+def test_an_own_format_that_gives_more_than_a_text_is_refused(workshop, returned, what):
+    (workshop.folder / "own.py").write_text(f"def rows(row):\n    return {returned}\n")
+    with pytest.raises(UserError, match=f"data.format returns {what}, but this objective learns"):
+        train(workshop, "own", families.texts(), data__format=f"{workshop.folder}/own.py:rows")
+
+
 def test_a_tokenizer_saved_with_truncation_and_padding_is_the_same_at_each_start():
     """Where it has no BOS, nothing but reading rows switches them off, which a cache saves."""
     from finetune.data.tokens import tokenizer_fingerprint

@@ -593,6 +593,23 @@ def test_a_shard_that_arrives_damaged_is_refused(stored):
     assert sequences.documents(5 * SHARD)
 
 
+def test_the_size_of_a_step_fetches_nothing(stored):
+    sequences = stored.open()
+    batches, entered = batches_of(sequences), []
+    sizes = [len(batches.of_step(step)) for step in range(2 * batches.steps_per_epoch)]
+    sequences.opened.enter = entered.append
+    assert [batches.size_of(step) for step in range(len(sizes))] == sizes
+    assert not entered
+
+
+def test_the_longest_document_of_a_pair_may_be_its_target(tmp_path):
+    rows = [{"question": "abc" * 9, "answer": "d"}, {"question": "a", "answer": "b" * 50}]
+    each = Streaming(tmp_path, rows)
+    streamed, whole = each.open(framed=True).examples, each.whole(framed=True)
+    assert streamed.longest_document() == whole.longest_document()
+    assert streamed.longest_document()[0] > 50
+
+
 def test_a_shard_that_is_damaged_in_the_store_ends_a_build(stored):
     stored.make()
     shutil.rmtree(stored.cache)

@@ -185,6 +185,14 @@ class Batches:
             self._order = known
         return known[1][number * size : (number + 1) * size]
 
+    def size_of(self, step: int) -> int:
+        """Return how many sequences a step has, without a look at the order.
+
+        Reading that of a window that was left would fetch its shards again.
+        """
+        done = step % self.steps_per_epoch * self.global_batch_size
+        return min(self.global_batch_size, len(self.sequences) - done)
+
     def places(self, step: int) -> list[str]:
         """Return file:line of every row of a step."""
         members = [self.sequences.members(each) for each in self.of_step(step)]

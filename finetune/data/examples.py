@@ -135,8 +135,15 @@ class Examples:
         return self._per_example(np.ones(len(self.input.starts), np.int64))
 
     def most_tokens(self) -> np.ndarray:
-        """Return the tokens of the longest document of each example, int64 [examples]."""
-        return self._per_example(self.input.lengths, np.maximum)
+        """Return the tokens of the longest document of each example, int64 [examples].
+
+        The longer of what an encoder and its decoder get.
+        """
+        return self._per_example(self._longer(), np.maximum)
+
+    def _longer(self) -> np.ndarray:
+        found: np.ndarray = np.max([each.lengths for each in self.streams.values()], axis=0)
+        return found
 
     @functools.cached_property
     def num_supervised(self) -> np.ndarray:
@@ -171,11 +178,8 @@ class Examples:
         return found
 
     def longest_document(self) -> tuple[int, str, int]:
-        """Return the tokens of the longest document, its place, and its example's documents.
-
-        The longer of what an encoder and its decoder get.
-        """
-        lengths = np.max([each.lengths for each in self.streams.values()], axis=0)
+        """Return the tokens of the longest document, its place, and its example's documents."""
+        lengths = self._longer()
         document, longest = int(lengths.argmax()), int(lengths.max())
         example = self.example_of(document)
         return longest, self.place(example), len(self.documents(example))

@@ -108,7 +108,7 @@ class _Tokenising:
         checked = list[tuple[Sample, str]]()
         for sample in batch:
             with self.problems.noted(sample.row):
-                conversation = self.check(sample.conversations[0])
+                conversation = self.check(self._only(sample))
                 if conversation.messages[0].role == "text":
                     checked.append((sample, conversation.messages[0].content))
                 else:
@@ -132,6 +132,20 @@ class _Tokenising:
                 where = (self.index[place.source], place.line, place.row)
                 self.made.add([[piece] for piece in pieces], sample, where)
                 self.made.counts["num_rows"] += 1
+
+    def _only(self, sample: Sample) -> Conversation:
+        """Return what a row holds. Raise DataError where a user's own function gives more."""
+        conversation, *others = sample.conversations
+        if self.options.is_own:
+            what = "several documents" if others else "fields" if sample.fields else ""
+            if conversation.messages[0].role != "text":
+                what = "prompts and answers"
+            if what:
+                raise DataError(
+                    f"{conversation.place}: data.format returns {what}, but this objective learns "
+                    'one text of each row; return {"text": ...}'
+                )
+        return conversation
 
     def _add_pairs(self, conversation: Conversation, sample: Sample) -> None:
         """Add an example for each answer of a conversation: what comes before it is the input."""

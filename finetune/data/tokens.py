@@ -66,6 +66,11 @@ class Options:
     labels: tuple[str, ...] = ()
     """Names of the labels in the order of their numbers; empty: those of the rows, sorted."""
 
+    @property
+    def is_own(self) -> bool:
+        """Whether a user's own function makes the rows."""
+        return own_code.is_own(self.format)
+
     def samples(
         self, sources: Sequence[str], problems: Problems, unread: "Counter[str] | None" = None
     ) -> Iterator[Sample]:
@@ -97,7 +102,7 @@ class Options:
         for name in ("labels", "source_prefix"):
             if not values[name]:
                 del values[name]
-        if own_code.is_own(self.format):
+        if self.is_own:
             code, name = own_code.get(self.format), self.format.rpartition(":")[2]
             values["format"] = f"{code.sha256}:{name}"
         return values
