@@ -76,6 +76,15 @@ def test_a_word_without_tokens_leaves_the_labels_of_others():
     assert _of_tokens(["aa", "\u200bb"], [3, 4], np.array([0, 4])).tolist() == [3, 4]
 
 
+def test_numbers_name_no_place_among_labels_that_are_numbers(tmp_path, bytes_tokenizer):
+    rows = [{"text": "x", "label": label} for label in (0, 1)]
+    with pytest.raises(UserError, match="label '0' is not one of the 3 known"):
+        tokenised(tmp_path, bytes_tokenizer, ROWS, rows, labels=("1", "2", "3"))
+    rows = [{"text": "x", "label": label} for label in ("\u00b2", "1")]
+    made = tokenised(tmp_path, bytes_tokenizer, ROWS, rows)
+    assert made.counts["labels"] == ["1", "\u00b2"]
+
+
 def test_the_frame_is_what_the_tokenizer_puts_around_a_text(bytes_tokenizer):
     from tokenizers.processors import TemplateProcessing
 

@@ -262,8 +262,9 @@ class _Labels:
         if not self.given:
             return self.numbers.setdefault(str(label), len(self.numbers))
         known = self.numbers.get(str(label))
-        if known is None and str(label).isdigit() and int(label) < len(self.given):
-            known = int(label)  # rows may have numbers in place of names
+        by_number = str(label).isdecimal() and not any(map(str.isdecimal, self.given))
+        if known is None and by_number and int(label) < len(self.given):
+            known = int(label)  # rows may have numbers in place of names that are none
         if known is None:
             raise DataError(
                 f"{place}: label {short(str(label))!r} is not one of the {len(self.given)} known: "
@@ -275,7 +276,7 @@ class _Labels:
         """Number the labels of rows in the order of their names; return the names."""
         if self.given:
             return self.given
-        is_number = all(name.isdigit() for name in self.numbers)
+        is_number = all(map(str.isdecimal, self.numbers))
         names = sorted(self.numbers, key=int) if is_number else sorted(self.numbers)
         if len(names) < 2:
             raise DataError(
