@@ -3,6 +3,7 @@
 import functools
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -148,7 +149,8 @@ def prepare(
         config, topology, objective, train, evals, kernel, tokenizer
     )
     num_steps = min(natural_steps(config, train_batches), config.train.max_steps or sys.maxsize)
-    check_lengths(train.examples, config, model_config, num_steps)
+    check_lengths([each.examples for each in (train, evals) if each], config, model_config)
+    check_warmup(config, num_steps)
     topology.on_every(lambda: _rehearse_objective(config, objective, train_batches))
     _check_sample_prompts(config, kept, tokenizer)
     identity = {
@@ -468,16 +470,21 @@ def _positions(model_config: Any) -> int | None:
     return positions - families.first_position(model_config)
 
 
-def check_lengths(examples: Any, config: Config, model_config: Any, num_steps: int) -> None:
-    """Raise ConfigError for too few positions in the model, or too few steps for the warm-up."""
-    longest, where, num_documents = examples.longest_document()
+def check_lengths(parts: Sequence[Any], config: Config, model_config: Any) -> None:
+    """Raise ConfigError for too few positions in the model, also for rows of the evaluation."""
     positions = _positions(model_config)
-    if positions is not None and positions < longest:
-        raise ConfigError(
-            f"data.max_length: {where} has {longest} tokens, but the model has only {positions} "
-            "positions (max_position_embeddings); "
-            + tokens.fitting(longest, config.data.max_length, positions, num_documents)
-        )
+    for part in parts:
+        longest, where, num_documents = part.longest_document()
+        if positions is not None and positions < longest:
+            raise ConfigError(
+                f"data.max_length: {where} has {longest} tokens, but the model has only "
+                f"{positions} positions (max_position_embeddings); "
+                + tokens.fitting(longest, config.data.max_length, positions, num_documents)
+            )
+
+
+def check_warmup(config: Config, num_steps: int) -> None:
+    """Raise ConfigError for a warm-up that takes all steps."""
     if (warmup := optim.warmup_steps(config.schedule, num_steps)) >= num_steps:
         key = "warmup_steps" if config.schedule.warmup_steps else "warmup_ratio"
         raise ConfigError(

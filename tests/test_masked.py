@@ -104,6 +104,16 @@ def test_an_encoder_learns_what_stands_around_a_gap(workshop):
     assert line["perplexity"] == pytest.approx(math.exp(line["cross_entropy"]))
 
 
+def test_evaluation_rows_of_more_tokens_than_positions_are_refused_before_training(workshop):
+    few = families.BERT | {"max_position_embeddings": 32}
+    rows = write_jsonl(workshop.folder / "eval.jsonl", [{"text": "one two " * 5}])
+    with pytest.raises(UserError, match=r"eval.jsonl:1 has 40 tokens, but the model has only 32"):
+        train(
+            workshop, "long", [{"text": "one"}, {"text": "two"}], model__config=few,
+            data__eval=str(rows), data__eval_fraction=0.0,
+        )  # fmt: skip
+
+
 @pytest.mark.proof
 def test_an_encoder_learns_nothing_of_shuffled_text(workshop):
     run = train(workshop, "shuffled", families.shuffled(families.texts(60)))

@@ -235,6 +235,18 @@ def test_sample_prompts_are_answered_and_adapters_train(workshop):
     assert saved["task_type"] == "SEQ_2_SEQ_LM"
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_answers_of_more_tokens_than_positions_are_refused(workshop, streaming):
+    """Also with the token that ends the target, which a tokenizer of bytes does not add."""
+    few = families.BART | {"max_position_embeddings": 32}
+    own = {"model__config": few, "data__streaming": streaming, "data__eval_fraction": 0.0}
+    says = "33 tokens, but the model has only 32 positions"
+    with pytest.raises(UserError, match=says):
+        train(workshop, "answer", "seq2seq", [{"question": "a", "answer": "b" * 32}], **own)
+    with pytest.raises(UserError, match=says):
+        train(workshop, "gaps", "text_infilling", [{"text": "b" * 32}], **own)
+
+
 WRONG = {
     "a causal model": ("seq2seq", {"model__config": TINY_LLAMA}, "take objective.kind: sft or clm"),
     "for sft": ("seq2seq", {"objective__kind": "sft"}, "take objective.kind: seq2seq, span_corr"),

@@ -142,7 +142,10 @@ class Examples:
         return self._per_example(self._longer(), np.maximum)
 
     def _longer(self) -> np.ndarray:
-        found: np.ndarray = np.max([each.lengths for each in self.streams.values()], axis=0)
+        lengths = [each.lengths for each in self.streams.values()]
+        if self.view.has_target:
+            lengths.append(self.view.num_labels(self))
+        found: np.ndarray = np.max(lengths, axis=0)
         return found
 
     @functools.cached_property
