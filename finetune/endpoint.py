@@ -131,7 +131,12 @@ class Reply:
 
     @property
     def is_cut(self) -> bool:
-        return self.finish_reason == "length"
+        return self.finish_reason == "length" or self.is_filtered
+
+    @property
+    def is_filtered(self) -> bool:
+        """Whether the server has left out some of the answer, or all of it."""
+        return self.finish_reason == "content_filter"
 
 
 @dataclass

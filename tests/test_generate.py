@@ -294,17 +294,19 @@ def test_the_same_prompt_twice_is_asked_twice(bench, server):
 
 def test_answers_that_teach_nothing_are_dropped(bench, server):
     def answer(body):
-        return {"a": "fine", "b": " ", "c": "cut"}[body["messages"][0]["content"]]
+        return {"a": "fine", "b": " ", "c": "cut", "d": "cut"}[body["messages"][0]["content"]]
 
     server.answer = answer
-    prompts = bench.rows([{"prompt": text} for text in "abc"])
+    prompts = bench.rows([{"prompt": text} for text in "abcd"])
     server.faults = [
-        "", "", 'raw {"choices": [{"text": "c", "finish_reason": "length"}]}', "400",
+        "", "", 'raw {"choices": [{"text": "c", "finish_reason": "length"}]}',
+        'raw {"choices": [{"text": "d", "finish_reason": "content_filter"}]}', "400",
     ]  # fmt: skip
     given = ["--prompts", prompts, "--at-once", 1, "--rejects", bench.folder / "r.jsonl"]
     rows = made(bench, server, *given)
     assert [row["messages"][-1]["content"] for row in rows] == ["fine"]
-    dropped = {"without an answer": 1, "cut at --max-tokens": 1}
+    cut = {"cut at --max-tokens": 1, "cut by the server's filter": 1}
+    dropped = {"without an answer": 1} | cut
     assert bench.counts["dropped"] == dropped
     prompts.write_text(prompts.read_text() + '{"prompt": "too long"}\n')
     made(bench, server, *given)

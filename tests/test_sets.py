@@ -95,6 +95,17 @@ def test_sizes_and_sentences_of_ones_own_exclude_each_other(made, tmp_path, name
     assert f"{table}:1: --sentences: this row has no text in column 'text'" in error
 
 
+def test_a_sentence_of_any_length_is_shown_in_short(tmp_path, capsys):
+    """A line of a megabyte, with a code that clears the screen."""
+    text = "\n".join(["x" * 10**6 + "\x1b[2J", *FACTS.splitlines()])
+    options = sentences(tmp_path, text)
+    assert main(["data", "pig_latin", "--output", str(tmp_path / "made"), *options]) == 0
+    error = capsys.readouterr().err
+    assert "note: the first row: " in error
+    assert len(error) < 2_000
+    assert "\x1b" not in error
+
+
 def test_more_rows_than_the_rule_makes_are_an_error(made, monkeypatch):
     monkeypatch.setattr("finetune.preparation.sets.IN_VAIN", 100)
     error = made("moderation", "--held-out", 10**6, code=2)

@@ -22,7 +22,8 @@ from finetune.preparation.tasks import Prompts, Task
 SEEDS_SHOWN, NEW_SHOWN = 3, 1
 MOST_FRUITLESS = 20  # requests in a row without a new task, after which the model repeats itself
 REFUSED, EMPTY = "refused by the server", "without an answer"
-CUT, LIKE = "cut at --max-tokens", "too much like a known question"
+CUT, FILTERED = "cut at --max-tokens", "cut by the server's filter"
+LIKE = "too much like a known question"
 NO_TASK, MORE = "answer without a task", "more than asked for"
 Drop = Callable[[Row, str], None]
 
@@ -123,7 +124,7 @@ class Growing:
         try:
             found = tasks.read(text, not self._two_steps, reply.is_cut)
         except DataError:
-            self._leave_out(part, Task(reply.text, ""), CUT if reply.is_cut else NO_TASK)
+            self._leave_out(part, Task(reply.text, ""), _cut(reply) or NO_TASK)
             return []
         return [task for task in found if task.question]
 
@@ -149,6 +150,11 @@ def problem(reply: Reply | Refused) -> str | None:
     """Return why a reply teaches nothing, or None."""
     if isinstance(reply, Refused):
         return REFUSED
-    if reply.is_cut:
-        return CUT
-    return None if reply.text.strip() else EMPTY
+    return _cut(reply) or (None if reply.text.strip() else EMPTY)
+
+
+def _cut(reply: Reply) -> str | None:
+    """Return what has cut a reply, or None."""
+    if reply.is_filtered:
+        return FILTERED
+    return CUT if reply.is_cut else None

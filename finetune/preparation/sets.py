@@ -10,7 +10,7 @@ from pathlib import Path
 from finetune import failures, files
 from finetune.config import paths
 from finetune.data import clusters
-from finetune.data.places import Row
+from finetune.data.places import Row, short
 from finetune.errors import DataError, UserError
 from finetune.preparation import frame as frames
 from finetune.preparation import output, split
@@ -18,6 +18,7 @@ from finetune.preparation.frame import Frame
 
 Rows = list[dict[str, str]]
 HELD_OUT = 0.1  # of the user's own sentences, for dev, and for test
+MOST_SHOWN = 400  # characters of a column of the first row
 IN_VAIN = 50_000  # draws without a new row, before a rule is taken to make no more
 
 
@@ -161,7 +162,8 @@ def write(
         frame.written += len(rows)
         frame.changed[f"in {name}"] = len(rows)
     first = parts["train"][0]
-    frame.note("the first row: " + "  ->  ".join(first.values()).replace("\n", " | "))
+    shown = (short(value.replace("\n", " | "), MOST_SHOWN) for value in first.values())
+    frame.note("the first row: " + "  ->  ".join(shown))
 
 
 def _holds(path: Path, content: bytes) -> bool:
