@@ -320,7 +320,7 @@ class TextInfilling(CrossEntropy, Kind):
     """Train encoder-decoders to restore text whose spans one mask each replaces, drawn anew."""
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.3
     """Fraction of each document's tokens to hide, to the nearest whole number."""
-    poisson_lambda: Annotated[float, Field(gt=0)] = 3.0
+    poisson_lambda: Annotated[float, Field(ge=0.5)] = 3.0
     """Mean number of tokens in a hidden span; one of none inserts a mask (Lewis et al., 2020)."""
 
 

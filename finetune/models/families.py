@@ -217,7 +217,14 @@ def first_position(config: Any) -> int:
     """Return the number of a document's first position: RoBERTa's follow that of the pad token."""
     module = inspect.getmodule(model_class(config, MASKED)) if _has(config, MASKED) else None
     counts_from_pad = module and "create_position_ids_from_input_ids" in inspect.getsource(module)
-    return config.pad_token_id + 1 if counts_from_pad else 0
+    if not counts_from_pad:
+        return 0
+    if config.pad_token_id is None:
+        raise ModelError(
+            f"model.config: {config.model_type} counts positions from its pad token; set pad_token_id"
+        )
+    first: int = config.pad_token_id + 1
+    return first
 
 
 def shift_positions(model: Any) -> None:
