@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 FILE = Path(__file__).with_suffix(".json")
-# Seconds of CPU: 549 took 5:15 on two idle cores. `make test` may take six minutes; evaluation and
-# preference tuning will get 30 of these each. "fast" is under 90 seconds.
-BUDGET = {"all": 565.0, "fast": 180.0}
+# Seconds of CPU: 580 took 5:35 on two idle cores. `make test` may take six minutes. "fast" is under
+# 90 seconds.
+BUDGET = {"all": 580.0, "fast": 180.0}
 LONG_FORMS = {
     "proof": "make proofs",
     "fault": "make faults",

@@ -13,6 +13,8 @@ from finetune import endpoint
 from finetune.endpoint import Budget, Client, Refused, Reply, Request, Server
 from finetune.errors import Outage, UserError
 
+pytestmark = pytest.mark.slow
+
 CHAT = Request([{"role": "user", "content": "two plus two?"}], max_tokens=8)
 TEXT = Request("two plus two is", max_tokens=8)
 

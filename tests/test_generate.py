@@ -27,6 +27,8 @@ from finetune.preparation import rouge, survey, tasks
 from finetune.preparation.rouge import Texts
 from finetune.preparation.tasks import Task
 
+pytestmark = pytest.mark.slow
+
 LENIENT = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 SEEDS = [
     {"question": f"Which animal is number {word}?", "answer": f"The {word} one."}

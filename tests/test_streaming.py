@@ -26,6 +26,8 @@ from finetune.data.views import Document, Masked
 from finetune.errors import ConfigError, DataError, Outage
 from finetune.models.load import bytes_tokenizer
 
+pytestmark = pytest.mark.slow
+
 ROWS, SHARD = 203, 20
 
 
@@ -421,7 +423,6 @@ def test_equal_rows_are_held_out_together(tmp_path):
 # ------------------------------------------------------------------------------------- whole runs
 
 
-@pytest.mark.slow
 def test_a_streaming_run_resumes_to_the_bit(workshop):
     """In the middle of the second epoch, with held-out rows and packs."""
     write_jsonl(workshop.rows, pairs(150))
@@ -710,7 +711,7 @@ def test_a_store_that_is_away_for_a_moment_is_asked_again(stored, monkeypatch):
         sequences.documents(5 * SHARD)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_run_on_another_machine_goes_on_with_shards_of_the_store(workshop):
     write_jsonl(workshop.rows, pairs(150))
     settings = {
@@ -867,10 +868,13 @@ def test_a_run_that_starts_early_ends_as_one_that_found_its_shards(workshop):
 
 @pytest.mark.parametrize(
     ("changes", "says"),
-    [
-        ({"train__max_steps": 3000}, r"train.max_steps: 3,000, but train.epochs: 1 of the rows"),
-        ({"data__max_length": 300}, r"data.max_length: 300, but the model has only 256 positions"),
-    ],
+    short(
+        [
+            ({"train__max_steps": 3000}, r"train.max_steps: 3,000, but train.epochs: 1 of the row"),
+            ({"data__max_length": 300}, r"data.max_length: 300, but the model has only 256 "),
+        ],
+        ({"data__max_length": 300}, r"data.max_length: 300, but the model has only 256 "),
+    ),
 )
 def test_what_an_early_start_cannot_know_is_an_error(workshop, changes, says):
     settings = {"data__streaming": True, "data__window_gb": 4e-5, **changes}

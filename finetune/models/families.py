@@ -221,7 +221,8 @@ def first_position(config: Any) -> int:
         return 0
     if config.pad_token_id is None:
         raise ModelError(
-            f"model.config: {config.model_type} counts positions from its pad token; set pad_token_id"
+            f"model.config: {config.model_type} counts positions from its pad token; set "
+            "pad_token_id"
         )
     first: int = config.pad_token_id + 1
     return first
