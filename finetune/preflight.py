@@ -10,7 +10,7 @@ from typing import Any
 from finetune import extras, kernels, own_code
 from finetune.config import Config, base, code_identity
 from finetune.config import fields as config_fields
-from finetune.config.choices import OPTIMIZERS
+from finetune.config.choices import OPTIMIZERS, objective_kind
 from finetune.data import (
     batches,
     building,
@@ -109,7 +109,7 @@ def prepare(
     _require_packages(config)
     topology.on_main(lambda: trackers.check(config.tracking.trackers, config.tracking.wandb_mode))
     remote.keep_in(config.cache_dir)
-    wanted = _in_format(wanted, objective)
+    wanted = _in_format(config)
     sources, format = _checked_rows(wanted, topology)  # before anything is fetched from the Hub
     # First: transformers reads the tokenizer by it.
     model_config = load.load_config(config.model, config.objective.kind)
@@ -118,24 +118,20 @@ def prepare(
     # Now, because building a model completes its config, and only some processes build one.
     architecture = base_identity.architecture(model_config)
     kernel = _attention(config, model_config, topology)
-    template = _template(wanted, "text" if objective.formats else format, tokenizer, date)
+    options = _options(config, wanted, objective, model_config)
+    template = _template(wanted, "text" if options.framed else format, tokenizer, date)
     if objective.has_turns:
         template = tokens.with_bos(template, tokenizer)
-    options = _options(wanted, objective, model_config)
-    options = replace(
-        options, labels=_known_labels(config, model_config),
-        source_prefix=getattr(config.objective, "source_prefix", ""),
-    )  # fmt: skip
     start_id = load.decoder_start(model_config, config.model, tokenizer)
     view = objective.view(config.objective, Encoding(tokenizer, config.run.seed, start_id))
-    if wanted.streaming:
-        if not own_code.is_own(options.format):
-            options = replace(options, format=format)  # a shard may not show the format
-        early = topology.is_first_of_node if may_start_early and _starts_early(config) else None
-        made = _streamed(config, sources, template, tokenizer, options, view, early)
-    else:
-        made = _sequences(config, sources, template, tokenizer, options, view)
-    train, evals, known, num_rows = made
+    if wanted.streaming and not own_code.is_own(options.format):
+        options = replace(options, format=format)  # a shard may not show the format
+    early = topology.is_first_of_node if may_start_early and _starts_early(config) else None
+    train, evals, known, num_rows = (
+        _streamed(config, sources, template, tokenizer, options, view, early)
+        if wanted.streaming
+        else _sequences(config, sources, template, tokenizer, options, view)
+    )
     families.set_labels(model_config, train.examples.labels)
     template = replace(template, learn_opening=train.examples.learn_opening)
     kept = None
@@ -154,10 +150,7 @@ def prepare(
     topology.on_every(lambda: _rehearse_objective(config, objective, train_batches))
     _check_sample_prompts(config, kept, tokenizer)
     identity = {
-        "training data": train_batches.fingerprint,
-        "evaluation data": eval_batches.fingerprint if eval_batches else "none",
-        "tokenizer": tokens.tokenizer_fingerprint(tokenizer), "template": template.fingerprint,
-        "date in the template": template.date or "none", "model": architecture,
+        **_identity(train_batches, eval_batches, tokenizer, template), "model": architecture,
         **code_identity(config),
     }  # fmt: skip
     new_ids = tokenizer.convert_tokens_to_ids(config.model.new_tokens)
@@ -165,6 +158,19 @@ def prepare(
         tokenizer, template, model_config, kernel, train_batches, eval_batches, num_steps, new_ids,
         sources, known, identity, format, num_rows, options, _columns(wanted, sources, format),
     )  # fmt: skip
+
+
+def _identity(
+    train: batches.Batches, evals: batches.Batches | None, tokenizer: Any,
+    template: templates.Template,
+) -> dict[str, Any]:  # fmt: skip
+    """Return fingerprints of the data; a resuming run must find the same."""
+    return {
+        "training data": train.fingerprint,
+        "evaluation data": evals.fingerprint if evals else "none",
+        "tokenizer": tokens.tokenizer_fingerprint(tokenizer), "template": template.fingerprint,
+        "date in the template": template.date or "none",
+    }  # fmt: skip
 
 
 def _known_labels(config: Config, model_config: Any) -> tuple[str, ...]:
@@ -181,19 +187,25 @@ def _known_labels(config: Config, model_config: Any) -> tuple[str, ...]:
     return tuple(given or saved)
 
 
-def _in_format(wanted: config_fields.Data, objective: Objective) -> config_fields.Data:
-    """Return the settings with the format of an objective that reads only one."""
-    if wanted.format != "auto" or len(objective.formats) != 1:
+def _in_format(config: Config) -> config_fields.Data:
+    """Return the settings of the data with the format of an objective that reads only one."""
+    wanted, formats = config.data, objective_kind(config.objective.kind).formats
+    if wanted.format != "auto" or len(formats) != 1:
         return wanted
-    return wanted.model_copy(update={"format": next(iter(objective.formats))})
+    return wanted.model_copy(update={"format": formats[0]})
 
 
-def _options(wanted: config_fields.Data, objective: Objective, model_config: Any) -> tokens.Options:
+def _options(
+    config: Config, wanted: config_fields.Data, objective: Objective, model_config: Any
+) -> tokens.Options:
     return tokens.Options(
         wanted.format, wanted.columns, wanted.text_unit, wanted.system_prompt,
         objective.supervises(wanted.loss_on), wanted.max_length, wanted.truncation,
-        _positions(model_config), wanted.repair_turns, _skipping(wanted), bool(objective.formats),
-        wanted.special_tokens_in_text, wanted.thinking,
+        _positions(model_config), wanted.repair_turns, _skipping(wanted),
+        framed=bool(objective_kind(config.objective.kind).formats),
+        special_tokens_in_text=wanted.special_tokens_in_text, thinking=wanted.thinking,
+        labels=_known_labels(config, model_config),
+        source_prefix=getattr(config.objective, "source_prefix", ""),
     )  # fmt: skip
 
 

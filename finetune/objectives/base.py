@@ -43,14 +43,13 @@ class Encoding:
 
 
 class Objective:
-    """Base of all objectives. Your own is a subclass with a `loss`; see docs/objectives.md."""
+    """Base of all objectives. Your own is a subclass with a `loss`; see docs/objectives.md.
+
+    Which models and rows a built-in one takes stands in `OBJECTIVES` of config/choices.py.
+    """
 
     Settings: type[BaseModel] = BaseModel
     """Settings of the section `objective` in a config, which the methods get as `settings`."""
-    family = "causal"
-    """Which models it trains, of `choices.FAMILIES`."""
-    formats: frozenset[str] = frozenset()
-    """Values of data.format that it reads; empty: all that templates render."""
     has_turns = True
     """Whether rows are conversations, whose template the export keeps."""
     needs: frozenset[str] = frozenset()

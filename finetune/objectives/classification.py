@@ -7,7 +7,6 @@ import torch
 from pydantic import BaseModel
 
 from finetune.config import SequenceClassification, TokenClassification
-from finetune.config.choices import OBJECTIVES
 from finetune.data.batches import Batch
 from finetune.data.views import DocumentLabels, TokenLabels, View
 from finetune.models.policy import Policy
@@ -19,8 +18,6 @@ class SequenceLabels(Sft):
     """Cross-entropy of a label for each row."""
 
     Settings: type[BaseModel] = SequenceClassification
-    family = OBJECTIVES["sequence_classification"].family
-    formats = frozenset(OBJECTIVES["sequence_classification"].formats)
     has_turns = False
 
     def supervises(self, loss_on: str) -> str:
@@ -47,8 +44,6 @@ class WordLabels(SequenceLabels):
     """Cross-entropy of a label for each word, at its first token."""
 
     Settings = TokenClassification
-    family = OBJECTIVES["token_classification"].family
-    formats = frozenset(OBJECTIVES["token_classification"].formats)
 
     def view(self, settings: Any, encoding: Encoding) -> View:
         return TokenLabels()

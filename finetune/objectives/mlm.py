@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 
 from finetune.config import MaskedLm
-from finetune.config.choices import OBJECTIVES
 from finetune.data.views import Masked, View
 from finetune.errors import ModelError
 from finetune.objectives.base import Encoding
@@ -16,8 +15,6 @@ class Mlm(Sft):
     """Cross-entropy of a fixed number of tokens of each document, drawn anew in each epoch."""
 
     Settings = MaskedLm
-    family = OBJECTIVES["mlm"].family
-    formats = frozenset(OBJECTIVES["mlm"].formats)
     has_turns = False
 
     def supervises(self, loss_on: str) -> str:

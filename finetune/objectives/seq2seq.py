@@ -7,7 +7,6 @@ import numpy as np
 from pydantic import BaseModel
 
 from finetune.config import Seq2Seq, SpanCorruption, TextInfilling
-from finetune.config.choices import OBJECTIVES
 from finetune.data import frames
 from finetune.data.views import Infilling, Pairs, Spans, View
 from finetune.errors import ModelError
@@ -21,8 +20,6 @@ class Answers(Sft):
     """Cross-entropy of the answer to each prompt, which the encoder reads."""
 
     Settings: type[BaseModel] = Seq2Seq
-    family = OBJECTIVES["seq2seq"].family
-    formats = frozenset(OBJECTIVES["seq2seq"].formats)
     has_turns = False
 
     def view(self, settings: Any, encoding: Encoding) -> View:
@@ -33,7 +30,6 @@ class CorruptedSpans(Answers):
     """Cross-entropy of spans that sentinels hide, drawn anew in each epoch."""
 
     Settings: type[BaseModel] = SpanCorruption
-    formats = frozenset(OBJECTIVES["span_corruption"].formats)
 
     def supervises(self, loss_on: str) -> str:
         return "all"
@@ -62,7 +58,6 @@ class Infilled(CorruptedSpans):
     """Cross-entropy of whole texts, of which the encoder reads some spans as one mask each."""
 
     Settings = TextInfilling
-    formats = frozenset(OBJECTIVES["text_infilling"].formats)
 
     def view(self, settings: Any, encoding: Encoding) -> View:
         """Raise ModelError for a tokenizer without a mask token."""
