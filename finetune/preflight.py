@@ -104,17 +104,11 @@ def prepare(
     `date`: day of the run's first start, as 2026-11-26, for templates that write it; None: today.
     `may_start_early`: training may start before all shards of data.streaming are made.
     """
-    wanted, objective = config.data, chosen(config.objective)
-    kernels.require_known()
-    _require_packages(config)
-    topology.on_main(lambda: trackers.check(config.tracking.trackers, config.tracking.wandb_mode))
+    _require_packages(config, topology)
     remote.keep_in(config.cache_dir)
-    wanted = _in_format(config)
+    wanted, objective = _in_format(config), chosen(config.objective)
     sources, format = _checked_rows(wanted, topology)  # before anything is fetched from the Hub
-    # First: transformers reads the tokenizer by it.
-    model_config = load.load_config(config.model, config.objective.kind)
-    tokenizer = load.load_tokenizer(config.model, families.of(config))
-    load.check_config_vocabulary(model_config, tokenizer, config.model)
+    model_config, tokenizer = _config_and_tokenizer(config)
     # Now, because building a model completes its config, and only some processes build one.
     architecture = base_identity.architecture(model_config)
     kernel = _attention(config, model_config, topology)
@@ -134,13 +128,10 @@ def prepare(
     )
     families.set_labels(model_config, train.examples.labels)
     template = replace(template, learn_opening=train.examples.learn_opening)
-    kept = None
     if objective.has_turns:
         example = tokens.first_that_fits(sources.train, template, options)
-        kept = template = replace(template, example=example)
-    of_base = Base(config.model.path, config.model.revision, config.model.trust_remote_code)
-    topology.on_main(lambda: rehearse(tokenizer, model_config, of_base, kept, wanted.system_prompt))
-
+        template = replace(template, example=example)
+    _rehearse_export(config, topology, tokenizer, model_config, template)
     train_batches, eval_batches = _batched(
         config, topology, objective, train, evals, kernel, tokenizer
     )
@@ -148,7 +139,6 @@ def prepare(
     check_lengths([each.examples for each in (train, evals) if each], config, model_config)
     check_warmup(config, num_steps)
     topology.on_every(lambda: _rehearse_objective(config, objective, train_batches))
-    _check_sample_prompts(config, kept, tokenizer)
     identity = {
         **_identity(train_batches, eval_batches, tokenizer, template), "model": architecture,
         **code_identity(config),
@@ -237,12 +227,22 @@ def _starts_early(config: Config) -> bool:
     )
 
 
-def _require_packages(config: Config) -> None:
+def _config_and_tokenizer(config: Config) -> tuple[Any, Any]:
+    # The config first: transformers reads the tokenizer by it.
+    model_config = load.load_config(config.model, config.objective.kind)
+    tokenizer = load.load_tokenizer(config.model, families.of(config))
+    load.check_config_vocabulary(model_config, tokenizer, config.model)
+    return model_config, tokenizer
+
+
+def _require_packages(config: Config, topology: Topology) -> None:
     """Raise ConfigError for a package that the config needs and this environment lacks."""
+    kernels.require_known()
     if config.adapter.kind == "qlora":
         extras.require("bitsandbytes", "adapter.kind: qlora")
     if optim.needs_bitsandbytes(config.optimizer.kind):
         extras.require("bitsandbytes", f"optimizer.kind: {config.optimizer.kind}")
+    topology.on_main(lambda: trackers.check(config.tracking.trackers, config.tracking.wandb_mode))
 
 
 def _checked_rows(wanted: config_fields.Data, topology: Topology) -> tuple[Sources, str]:
@@ -463,6 +463,18 @@ def _batched(
     # What an objective prepares is of a step: the same however it is cut up and shared.
     of_step = size if objective.prepares else at_once * topology.num_data
     return of_train, batched(evals, of_step, at_once, True)
+
+
+def _rehearse_export(
+    config: Config, topology: Topology, tokenizer: Any, model_config: Any,
+    template: templates.Template,
+) -> None:  # fmt: skip
+    """Raise UserError for what the export could not save, and for prompts without tokens."""
+    model, kept = config.model, template if chosen(config.objective).has_turns else None
+    of_base = Base(model.path, model.revision, model.trust_remote_code)
+    system_prompt = config.data.system_prompt
+    topology.on_main(lambda: rehearse(tokenizer, model_config, of_base, kept, system_prompt))
+    _check_sample_prompts(config, kept, tokenizer)
 
 
 def _rehearse_objective(config: Config, objective: Objective, train: batches.Batches) -> None:
