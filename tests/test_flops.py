@@ -166,6 +166,7 @@ def test_a_chip_that_the_table_lacks_is_measured_by_a_product(monkeypatch):
 def test_utilisation_is_of_all_processes_together():
     assert chips.utilisation(1000.0, 1e11, 1e14, 1) == 1.0
     assert chips.utilisation(1000.0, 1e11, 1e14, 2) == 0.5
+    assert chips.utilisation(1.0, 1e9, 1e15, 1) == 1e-6
     assert chips.utilisation(1000.0, 1e11, None, 1) is None
     assert chips.utilisation(1000.0, 0.0, 1e14, 1) is None
 

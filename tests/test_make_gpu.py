@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 import yaml
-from conftest import ROOT, read_jsonl, short
+from conftest import ROOT, pretrained, read_jsonl, short
 from faults.forked import fork
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -644,6 +644,30 @@ def test_every_case_of_speed_is_a_run_that_starts():
         assert case.by in (None, speed.TRL, speed.LITGPT) or case.needs_saved_weights
         assert case.length <= speed.SHAPES[case.size]["max_position_embeddings"]
     assert len(speed.LENGTHS) * 6 == sum(speed.LENGTH in c[1] for c in speed.CASES.values()) - 1
+
+
+def test_a_run_that_is_timed_starts_from_random_weights(workshop, monkeypatch, tmp_path):
+    """What one_run.py replaces has the parameters of what it stands for."""
+    from on_gpu import one_run, random_model
+
+    shape = {**memory.TINY, "max_position_embeddings": 512}
+    random_model.write_folder(tmp_path / "base", shape)
+    replaced = [
+        (one_run.load, "load_model"), (one_run.base_identity, "hashes"),
+        (one_run.base_identity, "values"), (one_run.base_identity, "fingerprints"),
+        (one_run.parameters, "fingerprints"), (one_run.Saver, "save"),
+        (one_run.Saver, "require"), (one_run.loop, "finish"),
+    ]  # fmt: skip
+    with monkeypatch.context() as patched:
+        for owner, name in replaced:
+            patched.setattr(owner, name, getattr(owner, name))  # put back at the end
+        one_run.leave_out()
+        for adapter in ({}, {"adapter__kind": "lora"}):
+            run = workshop.train(
+                f"timed-{len(adapter)}", **pretrained(tmp_path / "base"), **adapter
+            )
+            assert len(read_jsonl(run / "metrics.jsonl")) > 0
+            assert not (run / "model").exists()
 
 
 def test_trl_gets_the_same_rows_and_its_own_best_settings():

@@ -110,3 +110,18 @@ def test_a_gpu_gets_pinned_copies_of_this_processs_part(monkeypatch):
     assert len(pinned) == len(tensors), "a tensor under two names is copied once"
     assert ids(made) == ids(parts)
     assert devices == [torch.device("cuda")], "the thread copies for the process's own GPU"
+
+
+def test_padded_batches_are_pinned_too(monkeypatch):
+    """Their positions are one row, expanded; PyTorch copies into the same strides and refuses."""
+
+    def pin(tensor):
+        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype).copy_(tensor)
+
+    batch = batches_of(padded=True).at(0)[0]
+    with pytest.raises(RuntimeError, match="single memory location"):
+        pin(batch.inputs["position_ids"])
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    positions = batch.pinned().inputs["position_ids"]
+    assert positions.is_contiguous()
+    assert torch.equal(positions, batch.inputs["position_ids"])

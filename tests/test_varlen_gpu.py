@@ -81,6 +81,19 @@ def test_a_kernel_that_agrees_with_float32_is_taken(key_heads, has_windows, caus
     assert varlen_choice.wrong(FLASH_2, work, CPU, on_cpu) == ""
 
 
+@pytest.mark.parametrize("kernel", [FLASH_4, CUDNN])
+def test_a_kernel_is_compared_on_documents_that_it_takes(kernel):
+    """cuDNN refuses a document of one token, which no run gives it; the others get one."""
+    seen = []
+
+    def noting(query, key, value, bounds, longest, lengths, *rest):
+        seen.extend(lengths.values)
+        return on_cpu(query, key, value, bounds, longest, lengths, *rest)
+
+    assert varlen_choice.wrong(kernel, WORK, CPU, noting) == ""
+    assert (1 in seen) == (kernel != CUDNN)
+
+
 def joined(query, key, value, bounds, *rest):
     return on_cpu(query, key, value, bounds[[0, 1, 2, 4]], *rest)
 

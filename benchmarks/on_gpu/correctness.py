@@ -1,6 +1,7 @@
 """tests/test_gpu.py, and the matrix: real runs, compared with each other."""
 
 import contextlib
+import importlib.util
 import json
 import math
 import shutil
@@ -18,7 +19,18 @@ import yaml
 from on_gpu import matrix
 from on_gpu.matrix import Case, Tolerance
 from on_gpu.report import KNOWN, LEFT_OUT, NO_TURN, RIGHT, WRONG
-from on_gpu.runner import ROOT, Clock, Ended, Helper, Row, last_words, run, side_by_side, threads
+from on_gpu.runner import (
+    ROOT,
+    Clock,
+    Ended,
+    Helper,
+    Row,
+    cores,
+    last_words,
+    run,
+    side_by_side,
+    threads,
+)
 
 PART = "correctness"
 SHAPE = {
@@ -33,6 +45,7 @@ USUAL_SECONDS, USUAL_COMPILED_SECONDS = 25.0, 90.0  # of a case on few cores, un
 ENDS_WELL_WITHIN = 1.5
 REHEARSED = 5  # times as long: a laptop has other things to do
 SIGNAL_AT = 3
+PYTEST_AT_ONCE = 4
 
 
 @dataclass
@@ -440,6 +453,8 @@ def run_pytest(lab: Lab) -> list[Row]:
         return [Row(PART, "tests/test_gpu.py", LEFT_OUT, "needs pytest")]
     results = lab.work / "pytest.xml"
     options = f"-q -p no:cacheprovider --junitxml={results}".split()
+    if importlib.util.find_spec("xdist"):  # one after the other they take longer than the part
+        options += ["-n", str(max(1, min(PYTEST_AT_ONCE, cores() // 4)))]
     asked = [sys.executable, "-m", "pytest", "tests/test_gpu.py", *options]
     ended = run(
         asked, env=lab.env, log=lab.logs / "pytest.log", limit=PYTEST_SECONDS, clock=lab.clock

@@ -26,7 +26,7 @@ def leave_out() -> None:
 
     def load_model(
         model: Any, config: Any, tokenizer: Any, attention: str, dtype: torch.dtype,
-        quantization: dict[str, Any] | None = None,
+        quantization: dict[str, Any] | None = None, family: Any = load.CAUSAL,
     ) -> Any:  # fmt: skip
         made = random_model.make(config, dtype, attention, quantization)
         return load._completed(made, model, tokenizer)

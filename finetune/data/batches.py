@@ -102,8 +102,11 @@ class Batch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> "Batch":
-        """Copy all tensors to page-locked memory, from where `to` does not make the host wait."""
-        return self._each(torch.Tensor.pin_memory)
+        """Copy all tensors to page-locked memory, from where `to` does not make the host wait.
+
+        An expanded tensor has to be written out first: page-locked memory is filled place by place.
+        """
+        return self._each(lambda tensor: tensor.contiguous().pin_memory())
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         """Change all tensors; one that stands under two names once."""

@@ -82,4 +82,4 @@ def utilisation(
     """Return the model FLOPs utilisation, of the GPUs' 16-bit peak; None if unknown."""
     if not peak or not flops_per_token:
         return None
-    return round(tokens_per_second * flops_per_token / (peak * num_processes), 4)
+    return float(f"{tokens_per_second * flops_per_token / (peak * num_processes):.4g}")

@@ -89,7 +89,7 @@ class _Input:
         if self._stream is None:
             target.copy_(source)
             return
-        self._stream.wait_stream(torch.cuda.current_stream(source.device))
+        self._stream.wait_stream(torch.cuda.current_stream(self._about["device"]))
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
 
