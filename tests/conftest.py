@@ -29,7 +29,7 @@ if not Path("/dev/nvidia0").exists():  # Triton reads it when it is first import
 # Else importing torch spends 2 s of CPU on collecting garbage that it does not make.
 gc.set_threshold(200_000, 20, 100)
 
-pytest_plugins = ["durations"]
+pytest_plugins = ["durations", "s3_server"]
 TINY_LLAMA = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,

@@ -1,7 +1,6 @@
 """The object store's copy is whole or absent, verified, of one writer, with clear errors."""
 
 import json
-import logging
 import os
 import re
 import socket
@@ -11,20 +10,18 @@ import threading
 import time
 from pathlib import Path
 
-import boto3
 import fsspec
 import pytest
 import requests
 from conftest import ROOT
 from fsspec.implementations.memory import MemoryFileSystem
-from moto.server import ThreadedMotoServer
+from s3_server import SECRET, bucket, s3_url
 from test_checkpoints import manifest_of
 
+from finetune import object_store
 from finetune.engine.checkpoint import folder, storage
 from finetune.engine.checkpoint.storage import Storage, TakenOver
 from finetune.errors import CheckpointError, ConfigError
-
-SECRET = "wJalrXUtnFEMIK7MDENG"
 
 
 class Flaky(MemoryFileSystem):
@@ -68,52 +65,6 @@ def flaky(monkeypatch, tmp_path):
     monkeypatch.setattr(Flaky, "fails", {})
     monkeypatch.setattr(storage, "WAITS_SECONDS", (0.01, 0.01))
     return claimed(f"flaky://{tmp_path}")
-
-
-@pytest.fixture(scope="module")
-def server():
-    """A server that speaks the protocol of S3."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # or it writes down every request
-    moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    moto.start()
-    yield "http://{}:{}".format(*moto.get_host_and_port())
-    moto.stop()
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    """For what users and accidents do there."""
-    keys = {
-        "aws_access_key_id": "AKIDEXAMPLE",
-        "aws_secret_access_key": SECRET,
-        "region_name": "us-east-1",
-    }
-    client = boto3.client("s3", endpoint_url=server, **keys)
-    yield client
-    client.close()
-
-
-@pytest.fixture
-def s3(server, client, monkeypatch, tmp_path):
-    """An empty bucket on that server, and the environment that a user would set."""
-    for name, value in {
-        "AWS_ENDPOINT_URL": server, "AWS_ACCESS_KEY_ID": "AKIDEXAMPLE",
-        "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true", "NO_PROXY": "127.0.0.1",
-        "AWS_CONFIG_FILE": str(tmp_path / "none"),
-        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    client.create_bucket(Bucket=bucket(tmp_path))
-    return client
-
-
-def bucket(tmp_path: Path) -> str:
-    return tmp_path.name.replace("_", "-")[-60:].strip("-")
-
-
-def s3_url(tmp_path: Path) -> str:
-    return f"s3://{bucket(tmp_path)}/runs"
 
 
 def claimed(url: str) -> Storage:
@@ -516,7 +467,7 @@ def test_an_unresponsive_store_is_reported_in_time(s3, tmp_path, monkeypatch):
     began = time.monotonic()
     assert "AWS_ENDPOINT_URL" in refusal(s3_url(tmp_path), CheckpointError)  # nothing listens there
     assert time.monotonic() - began < 15
-    monkeypatch.setattr(storage, "CHECK_SECONDS", 1.0)
+    monkeypatch.setattr(object_store, "CHECK_SECONDS", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         assert "cannot be written to (TimeoutError: no answer within 1 s)" in refusal(

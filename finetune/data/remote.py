@@ -80,11 +80,11 @@ def _with_scheme(scheme: str, path: str) -> str:
     return path if "://" in path else f"{scheme}://{path.removeprefix('/')}"
 
 
-def system(url: str, **options: Any) -> tuple[Any, str]:
-    """Return the file system of a URL, and the path in it. `options`: fsspec's."""
+def system(url: str) -> tuple[Any, str]:
+    """Return the file system of a URL, and the path in it."""
     import fsspec
 
-    found, path = fsspec.core.url_to_fs(url, **options)
+    found, path = fsspec.core.url_to_fs(url)
     return found, str(path)
 
 

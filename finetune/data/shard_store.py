@@ -18,12 +18,12 @@ from typing import Any
 
 from filelock import FileLock
 
-from finetune import files
+from finetune import failures, files, object_store
 from finetune.data import examples as entries
-from finetune.data import remote
 from finetune.data.layout import INDEX
-from finetune.errors import Outage
+from finetune.errors import ConfigError, FinetuneError, Outage
 
+SETTING = "data.shards"
 WAITS_SECONDS = (1, 5, 20)  # before the second and later attempts
 AT_ONCE = 4  # shards that are fetched together
 
@@ -33,24 +33,31 @@ class ShardStore:
 
     def __init__(self, url: str, folder: Path, most_bytes: int | None = None) -> None:
         """`folder`: of the stream on this machine. `most_bytes`: of all copies; None: any."""
-        self.url, self.folder, self.most_bytes = (
-            f"{url.rstrip('/')}/{folder.name}",
-            folder,
-            most_bytes,
-        )
+        self._root_url, self.url = url, f"{url.rstrip('/')}/{folder.name}"
+        self.folder, self.most_bytes = folder, most_bytes
         self._threads = ThreadPoolExecutor(AT_ONCE, "shards")
         self._under_way: list[Future[None]] = []
         self._lock = threading.Lock()
 
     @functools.cached_property
     def _system(self) -> tuple[Any, str]:
-        with remote.reached(self.url):  # without caches, as other machines write there, too
-            return remote.system(self.url, use_listings_cache=False, skip_instance_cache=True)
+        system, root = object_store.opened(self._root_url, SETTING, "data.cache_dir")
+        return system, f"{root.rstrip('/')}/{self.folder.name}"
+
+    def check(self) -> None:
+        """Write, list, read and remove a small object. Raise ConfigError, or Outage."""
+        object_store.check(*self._system, SETTING, self.url, Outage)
 
     def holds(self, name: str, last: str = entries.META) -> bool:
         """Return whether an entry is whole in the store; `last`: the file that is put last."""
         system, path = self._system
         return bool(self._tried(lambda: system.exists(f"{path}/{name}/{last}")))
+
+    def holds_all(self, names: Iterable[str]) -> bool:
+        """Return whether these entries are whole in the store: a request for a hundred of them."""
+        system, path = self._system
+        found = set(self._tried(lambda: _paths(system.find, path)))
+        return all(f"{path}/{name}/{entries.META}" in found for name in names)
 
     def put(self, name: str, last: str = entries.META) -> None:
         """Copy an entry of the folder into the store."""
@@ -62,9 +69,7 @@ class ShardStore:
 
     def _put_file(self, here: str, there: str) -> None:
         system = self._system[0]
-        if "file" in system.protocol:
-            system.makedirs(os.path.dirname(there), exist_ok=True)
-        system.put_file(here, there)
+        system.put_file(here, there, **object_store.in_parts(system, [here]))
 
     def fetch(self, name: str, sha256: str | None = None, last: str = entries.META) -> None:
         """Copy an entry into the folder, unless it is there.
@@ -81,7 +86,7 @@ class ShardStore:
             shutil.rmtree(build, ignore_errors=True)  # of a process that was killed
             build.mkdir(parents=True)
             try:
-                self._get_all(name, build)
+                self._get_all(name, build, last)
                 if sha256 is not None and files.sha256(build / last) != sha256:
                     raise Outage(
                         f"data.shards: {self.url}/{name} is not what was put there; remove it, "
@@ -108,9 +113,14 @@ class ShardStore:
             os.replace(build, copy)
         return copy
 
-    def _get_all(self, name: str, build: Path) -> None:
+    def _get_all(self, name: str, build: Path, last: str) -> None:
         system, path = self._system
-        listed = self._tried(lambda: system.ls(f"{path}/{name}", detail=False))
+        listed = self._tried(lambda: _paths(system.ls, f"{path}/{name}"))
+        if f"{path}/{name}/{last}" not in listed:
+            raise Outage(
+                f"{SETTING}: {self.url}/{name} is gone; run the same command again: it will be "
+                "made anew"
+            )
         for there in listed:
             here = str(build / os.path.basename(there))
             self._tried(functools.partial(system.get_file, there, here))
@@ -150,16 +160,31 @@ class ShardStore:
             total -= sizes[path]
 
     def _tried(self, call: Callable[[], Any]) -> Any:
-        """Call the store up to four times. Raise Outage, or DataError where that cannot help."""
+        """Call the store up to four times. Raise Outage, or ConfigError where that cannot help."""
         for wait in (*WAITS_SECONDS, None):
             try:
-                with remote.reached(self.url):
-                    return call()
-            except Outage:
-                if wait is None:
-                    raise
+                return call()
+            except Exception as exc:
+                error = self._error(exc)
+                if wait is None or not isinstance(error, Outage):
+                    raise error from exc
                 time.sleep(wait)
         raise AssertionError("the last attempt returns or raises")
+
+    def _error(self, exc: Exception) -> FinetuneError:
+        """Return our error for what a store, or the disk beside it, raises."""
+        known, passes = failures.translate(exc), object_store.may_pass(exc)
+        if known is not None and not passes:
+            return type(known)(f"{SETTING}: {self.url}: {known}")
+        problem = f"{self.url}: {object_store.plain(exc)}; {object_store.advice(exc)}"
+        return (Outage if passes else ConfigError)(f"{SETTING}: {problem}")
+
+
+def _paths(list_them: Callable[..., list[str]], path: str) -> list[str]:
+    """Return the paths that a file system lists in a folder; none if it does not exist."""
+    with suppress(FileNotFoundError):
+        return list_them(path, detail=False)
+    return []
 
 
 def _size(entry: Path) -> int:

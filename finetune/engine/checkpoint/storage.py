@@ -7,88 +7,49 @@ URLs end up in logs and receipts.
 """
 
 import contextlib
-import errno
 import json
-import math
 import os
-import re
 import secrets
 import shutil
 import socket
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import fsspec
 import yaml
 
-from finetune import failures, files
+from finetune import files, object_store
 from finetune.engine.checkpoint import folder
 from finetune.engine.checkpoint.folder import MANIFEST
-from finetune.errors import CheckpointError, ConfigError, DamagedCheckpoint, TakenOver
+from finetune.errors import CheckpointError, DamagedCheckpoint, TakenOver
 
+SETTING = "checkpoint.storage"
 CONFIG, CLAIM = "config.yaml", "writer.json"
-CHECK_SECONDS = 30.0
 WAITS_SECONDS = (1.0, 3.0)  # before the second and the third attempt
 # Errors after which another attempt cannot help.
 CANNOT_HELP = (
     FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError,
 )  # fmt: skip
-# 4 files x 4 parts x 8 MiB at once take 256 MiB (s3fs keeps a part until its next one is sent). By
-# default s3fs would send 128 files x 10 parts x 50 MiB.
-FILES_AT_ONCE, PARTS_AT_ONCE, PART_BYTES = 4, 4, 8 * 2**20
-# S3's limit for an object; s3fs respects it only if it chooses the size of parts itself.
-MAX_PARTS = 10_000
-S3, GCS, AZURE = ("s3", "s3a"), ("gs", "gcs"), ("az", "abfs", "abfss")
-PACKAGES = {  # s3fs and gcsfs work only with the fsspec of the same release
-    **dict.fromkeys(S3, f"s3fs=={fsspec.__version__}"),
-    **dict.fromkeys(GCS, f"gcsfs=={fsspec.__version__}"),
-    **dict.fromkeys(AZURE, "adlfs"),
-}
+FILES_AT_ONCE = 4  # each in as many parts as `object_store` sends at once
 
 
 class Storage:
     """`<url>/<run name>/`. Caches nothing; any thread may call it, but no forked process."""
 
     def __init__(self, url: str, run_name: str) -> None:
-        self._fs, root = _opened(url)
+        self._fs, root = object_store.opened(url, SETTING, "run.dir")
         self._root = f"{root.rstrip('/')}/{run_name}"
         self._token = ""
         self.url = f"{url.rstrip('/')}/{run_name}"
 
     def check(self) -> None:
-        """Write, list, read and remove one small object within CHECK_SECONDS.
+        """Write, list, read and remove one small object.
 
         Raises ConfigError for a mistake of the user, CheckpointError if trying again may help.
         """
-        path, content = f"{self._root}/.check-{secrets.token_hex(4)}", secrets.token_bytes(16)
-
-        def list_it() -> None:
-            if path not in [entry["name"] for entry in self._fs.ls(self._root, True)]:
-                raise OSError("an object that was just written is not listed")
-
-        def read() -> None:
-            if self._fs.cat_file(path) != content:
-                raise OSError("an object that was just written has other content")
-
-        deadline = time.monotonic() + CHECK_SECONDS
-        attempts = {
-            "written to": lambda: self._fs.pipe_file(path, content),
-            "listed": list_it,
-            "read": read,
-            "deleted from": lambda: self._fs.rm_file(path),
-        }
-        for verb, attempt in attempts.items():
-            try:
-                _within(deadline - time.monotonic(), attempt)
-            except Exception as exc:
-                kind = CheckpointError if _may_pass(exc) else ConfigError
-                problem = f"{self.url} cannot be {verb} ({_plain(exc)}); {_advice(exc)}"
-                raise kind(f"checkpoint.storage: {problem}") from exc
+        object_store.check(self._fs, self._root, SETTING, self.url, CheckpointError)
 
     def restore(self, directory: Path, over: bool = False) -> bool:
         """Fetch everything but checkpoints into a run directory, config.yaml last.
@@ -294,11 +255,7 @@ class Storage:
             self._attempt(f"{doing} {', '.join(objects)}", call, here, there)
 
     def _put(self, here: list[str], there: list[str]) -> None:
-        parts = {}
-        if "s3" in self._fs.protocol:
-            largest = max(os.path.getsize(path) for path in here)
-            parts["chunksize"] = max(PART_BYTES, math.ceil(largest / MAX_PARTS))
-        self._fs.put(here, there, **parts)
+        self._fs.put(here, there, **object_store.in_parts(self._fs, here))
 
     def _get(self, here: list[str], there: list[str]) -> None:
         self._fs.get(there, here)
@@ -317,87 +274,10 @@ class Storage:
                 if missing_ok and isinstance(exc, FileNotFoundError):
                     return None
                 if wait is None or isinstance(exc, CANNOT_HELP):
-                    raise CheckpointError(f"{self.url}: {doing} failed: {_plain(exc)}") from exc
+                    why = f"{doing} failed: {object_store.plain(exc)}"
+                    raise CheckpointError(f"{self.url}: {why}") from exc
                 time.sleep(wait)
         raise AssertionError("the last attempt returns or raises")
-
-
-def _refused(why: str) -> ConfigError:
-    return ConfigError(f"checkpoint.storage: {why}")
-
-
-def _require_url(url: str) -> str:
-    """Return the protocol of a URL. Raises ConfigError for secrets in it, or a missing part."""
-    protocol, separator, rest = url.partition("://")
-    host = rest.split("/")[0]  # a bucket; for Azure it may be container@account
-    in_host = ":" in host and protocol in PACKAGES and not host.startswith("arn:")
-    is_account = protocol in AZURE and re.fullmatch(r"[\w-]+@[\w.-]+(/[^@]*)?", rest)
-    if in_host or ("@" in url and not is_account):
-        raise _refused(
-            "the URL holds a user name, a password or a key (not repeated here); "
-            "write protocol://bucket/folder, and give credentials through the environment"
-        )
-    if "?" in rest:
-        raise _refused(
-            "the URL has a query string (not repeated here); write protocol://bucket/folder"
-        )
-    if not separator:
-        raise _refused(
-            f"got {url!r}, which has no protocol such as s3:// or gs://; run.dir is for a folder"
-        )
-    if not rest.strip("/"):
-        raise _refused(f"got {url!r}, which names no bucket or folder")
-    if protocol == "memory":
-        raise _refused("memory:// vanishes with the process; take a lasting store, such as s3://")
-    if protocol in ("file", "local") and not rest.startswith("/"):
-        raise _refused(
-            f"got {url!r}; give the whole path, "
-            "as file:///mnt/store, or the next start may look elsewhere"
-        )
-    return protocol
-
-
-def _options(protocol: str) -> dict[str, Any]:
-    """Return fsspec's options for a protocol."""
-    # Without caches, as other processes write there, too.
-    options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
-    if protocol in S3:
-        network = {
-            "connect_timeout": 5,
-            "read_timeout": 60,
-            "retries": {"total_max_attempts": 3, "mode": "standard"},
-            "max_pool_connections": 16,
-        }
-        options |= {
-            "max_concurrency": PARTS_AT_ONCE,
-            "default_block_size": PART_BYTES,
-            "config_kwargs": network,
-        }
-    elif protocol in ("file", "local"):
-        options["auto_mkdir"] = True
-    return options
-
-
-def _opened(url: str) -> tuple[Any, str]:
-    """Return the file system of a URL, and the path in it. Raises ConfigError."""
-    protocol = _require_url(url)
-    try:
-        fsspec.get_filesystem_class(protocol)
-    except ValueError:
-        raise _refused(
-            f"got {url!r}, whose protocol is not known; try s3://, gs:// or az://"
-        ) from None
-    except ImportError as exc:
-        install = f"pip install {PACKAGES[protocol]}" if protocol in PACKAGES else str(exc)
-        raise _refused(f"{protocol}:// needs a package that is missing: {install}") from exc
-    try:
-        fs, root = fsspec.url_to_fs(url, **_options(protocol))
-    except Exception as exc:  # some file systems look for credentials here
-        failures.reraise(exc, f"checkpoint.storage: {url} cannot be opened now")
-        raise _refused(f"{url} cannot be opened ({_plain(exc)}); {_advice(exc)}") from exc
-    if protocol in S3:
-        fs.retries = 1  # s3fs's multiply with botocore's: a dead endpoint would take minutes
-    return fs, root
 
 
 def _sizes(manifest: bytes) -> dict[str, int]:
@@ -405,52 +285,3 @@ def _sizes(manifest: bytes) -> dict[str, int]:
     if not manifest:
         raise ValueError(f"{MANIFEST} is missing")
     return folder.sizes(folder.parsed(manifest))
-
-
-def _within(seconds: float, call: Callable[[], None]) -> None:
-    """Call in a thread, and abandon it after `seconds`: libraries retry without a common limit."""
-    outcome: Future[None] = Future()
-
-    def run() -> None:
-        try:
-            call()
-            outcome.set_result(None)
-        except BaseException as exc:
-            outcome.set_exception(exc)
-
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        outcome.result(max(0.0, seconds))
-    except TimeoutError:
-        if outcome.done():
-            raise
-        raise TimeoutError(f"no answer within {CHECK_SECONDS:g} s") from None
-
-
-def _plain(exc: Exception) -> str:
-    return f"{type(exc).__name__}: {' '.join(str(exc).split())[:300]}"
-
-
-def _may_pass(exc: Exception) -> bool:
-    """Return whether an error may pass by itself: the network is down or the server is busy."""
-    name, busy = type(exc).__name__, (errno.EBUSY, errno.EIO, errno.EAGAIN)
-    if isinstance(exc, (ConnectionError, TimeoutError)) or "Connect" in name or "Timeout" in name:
-        return True
-    return isinstance(exc, OSError) and exc.errno in busy
-
-
-def _advice(exc: Exception) -> str:
-    name = type(exc).__name__
-    if isinstance(exc, FileNotFoundError):
-        return "create the bucket, or correct its name or the endpoint"
-    if "Credential" in name:
-        return (
-            "give credentials through the environment (S3: "
-            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role)"
-        )
-    if _may_pass(exc):
-        return (
-            "check that the network and the server are up and, "
-            "for S3, that AWS_ENDPOINT_URL is right; trying again may help"
-        )
-    return "check the credentials, and that they may list, read, write and delete there"
