@@ -1,40 +1,44 @@
-"""Talk to a model in the terminal."""
+"""Talk to a model in the terminal, and switch between base, tuned and further models."""
 
 import argparse
+import math
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-import torch
-
-from finetune import places
-from finetune.config.base import is_adapter, model_argument, require_model
+from finetune import page, places
 from finetune.data.conversations import Message
 from finetune.data.templates import PROMPT, QUESTION
-from finetune.errors import DataError, ModelError
-from finetune.export.load import (
-    base_argument,
-    load,
-    load_chat_tokenizer,
-    require_base,
-    trust_remote_code_argument,
-)
-from finetune.generation import generate
+from finetune.errors import DataError, FinetuneError, ModelError
+from finetune.export import lineup
+from finetune.export.lineup import BASE, TUNED, Lineup
+from finetune.generation import generate, streaming
+from finetune.generation.streaming import Sampling, Token
+
+TOP = 3  # tokens shown beside each token of an answer
+COMMANDS = {
+    "/base": "answer by the base",
+    "/tuned": "answer by the tuned model",
+    "/model NAME": "answer by the model of this name; without a name, list them",
+    "/system TEXT": "set the system message, without a text remove it; begins a new conversation",
+    "/retry": "answer the last message again, perhaps by another model",
+    "/probs": "show the probability of each token after an answer, or stop showing it",
+    "/help": "list the commands",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    what, none = "run directory, folder or Hub id, full weights or adapter", argparse.SUPPRESS
-    add("model", nargs="?", type=model_argument, metavar="MODEL", default=none, help=what)
-    add("--model", type=model_argument, help="the same, as an option")
+    lineup.add_arguments(parser)
     add("--prompt", default=None, help="answer this one message and end")
     add("--system", default=None, help="system message")
     add("--max-new-tokens", type=generate.at_least(1), default=256, help="longest answer")
     what = "sampling temperature; 0: always take the likeliest token"
     add("--temperature", type=_temperature, default=0.0, help=what)
     add("--one-turn", action="store_true", help="forget each message before the next")
-    base_argument(parser)
-    trust_remote_code_argument(parser)
+    what = f"after each answer show the probabilities of its tokens and of the {TOP} likeliest"
+    add("--probs", action="store_true", help=what)
 
 
 def _temperature(text: str) -> float:
@@ -63,57 +67,139 @@ def require_system(tokenizer: Any, start: list[Message]) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     """Answer --prompt, or the lines that the user types."""
-    if arguments.model is None:
-        raise ModelError(
-            f"name a model: {places.command()} chat runs/my_run, or a folder, or a Hub id"
-        )
-    require_model(arguments.model, "--model")
-    if arguments.base is not None and not is_adapter(arguments.model):
-        raise ModelError(
-            f"--base: {arguments.model} is not the folder of an adapter, so --base would be "
-            "ignored; remove --base"
-        )
-    require_base(arguments.base)
-    tokenizer = load_chat_tokenizer(arguments.model, arguments.trust_remote_code)
-    start = [Message("system", arguments.system)] if arguments.system is not None else []
-    require_system(tokenizer, start)
-    trusted = arguments.trust_remote_code
-    model = load(arguments.model, trust_remote_code=trusted, base=arguments.base)
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-
-    def answer(messages: list[Message]) -> str:
-        return _answer(model, tokenizer, messages, arguments)
-
+    models = lineup.of_arguments(arguments, f"{places.command()} chat", _log)
+    chat = Chat(models, arguments)
+    require_system(models.tokenizer(TUNED), chat.start)
+    models.open(TUNED)
     if arguments.prompt is not None:
-        answer([*start, Message("user", arguments.prompt)])
+        chat.ask(arguments.prompt)
         return
-    print("An empty line starts a new conversation, Ctrl-D ends.", file=sys.stderr)
-    messages = list(start)
+    _log("An empty line starts a new conversation, /help lists the commands, Ctrl-D ends.")
     while True:
         try:
-            text = input("> ").strip()
+            text = input("> ")
         except (EOFError, KeyboardInterrupt):
             return
-        if not text or arguments.one_turn:
-            messages = list(start)
-        if text:
-            messages.append(Message("user", text))
-            messages.append(Message("assistant", answer(messages)))
+        if text.startswith("/"):
+            chat.obey(text)
+            continue
+        if not text.strip() or arguments.one_turn:
+            chat.forget()
+        if text.strip():
+            chat.ask(text.strip())
 
 
-def _answer(
-    model: Any, tokenizer: Any, messages: list[Message], arguments: argparse.Namespace
-) -> str:
-    """Return the answer, printed as it is written."""
-    prompt, limit = generate.chat_prompt(tokenizer, messages), arguments.max_new_tokens
-    streamer = generate.TextStreamer(
-        tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
-    [given] = generate.answers(
-        model, tokenizer, [prompt], max_new_tokens=limit, batch_size=1,
-        temperature=arguments.temperature, streamer=streamer,
-    )  # fmt: skip
-    if given.is_cut:
-        note = f"note: the answer was cut after {limit} tokens; see --max-new-tokens"
-        print(note, file=sys.stderr)
-    return given.text
+class Chat:
+    """A conversation with one model of a lineup at a time; it goes on when the model changes."""
+
+    def __init__(self, models: Lineup, arguments: argparse.Namespace) -> None:
+        self.models, self.name = models, TUNED
+        self.system: str | None = arguments.system
+        self.shows_probabilities: bool = arguments.probs
+        self._limit, self._temperature = arguments.max_new_tokens, arguments.temperature
+        self.messages = self.start
+
+    @property
+    def start(self) -> list[Message]:
+        return [Message("system", self.system)] if self.system is not None else []
+
+    def forget(self) -> None:
+        self.messages = self.start
+
+    def ask(self, text: str) -> None:
+        """Print the answer to a message as it is written, and keep both."""
+        self.messages.append(Message("user", text))
+        self.messages.append(Message("assistant", self._answer()))
+
+    def obey(self, line: str) -> None:
+        """Run a command, or say in one line why it cannot be run."""
+        word, _, rest = line.partition(" ")
+        known: dict[str, Callable[[str], None]] = {
+            "/base": lambda rest: self._switch(BASE), "/tuned": lambda rest: self._switch(TUNED),
+            "/model": self._switch, "/system": self._set_system, "/retry": self._retry,
+            "/probs": self._toggle_probabilities, "/help": self._help,
+        }  # fmt: skip
+        if word not in known:
+            _log(f"{word} is not a command; /help lists them; a message may begin with a space")
+            return
+        try:
+            known[word](rest.strip())
+        except FinetuneError as exc:
+            _log(str(exc))
+
+    # --------------------------------------------------------------------------- commands
+
+    def _switch(self, name: str) -> None:
+        if not name:
+            _log(f"models: {', '.join(self.models.names)}; now {self.name}")
+            return
+        self.models.open(name)
+        self.name = name
+        _log(f"now {name}: {self.models.paths[name]}")
+
+    def _set_system(self, text: str) -> None:
+        start = [Message("system", text)] if text else []
+        require_system(self.models.tokenizer(self.name), start)
+        self.system = text or None
+        self.forget()
+        _log("system message set; a new conversation" if text else "no system message")
+
+    def _retry(self, rest: str) -> None:
+        asked = [number for number, each in enumerate(self.messages) if each.role == "user"]
+        if not asked:
+            _log("/retry: there is nothing to answer yet; type a message")
+            return
+        text = self.messages[asked[-1]].content
+        del self.messages[asked[-1] :]
+        self.ask(text)
+
+    def _toggle_probabilities(self, rest: str) -> None:
+        self.shows_probabilities = not self.shows_probabilities
+        _log(f"probabilities are {'shown' if self.shows_probabilities else 'not shown'}")
+
+    def _help(self, rest: str) -> None:
+        for command, what in COMMANDS.items():
+            _log(f"{command:<13} {what}")
+
+    # ----------------------------------------------------------------------------- answers
+
+    def _answer(self) -> str:
+        prompt = generate.chat_prompt(self.models.tokenizer(self.name), self.messages)
+        with self.models.use(self.name) as opened:
+            limit = self._limit
+            ids, note = streaming.fitted(opened.model, opened.tokenizer, prompt, limit)
+            if note:
+                _log(note)
+            top = TOP if self.shows_probabilities else None
+            sampling = Sampling(limit, self._temperature, top_logprobs=top)
+            given = streaming.stream(
+                opened.model, opened.tokenizer, ids, sampling, opened.ends, _print
+            )
+        print()
+        if given.finish_reason == "length":
+            _log(f"note: the answer was cut after {limit} tokens; see --max-new-tokens")
+        for token in given.tokens:
+            print(shown(token))
+        return given.text
+
+
+def _print(text: str, tokens: object) -> None:
+    print(text, end="", flush=True)
+
+
+def shown(token: Token) -> str:
+    """Return one line: a token, its probability, and the likeliest tokens with theirs."""
+    top = "  ".join(f"{_visible(text)} {_percent(value)}" for text, value in token.top)
+    return f"{_percent(token.logprob):>7}  {_visible(token.text):<16}  of {top}"
+
+
+def _percent(logprob: float) -> str:
+    return f"{math.exp(logprob):.1%}"
+
+
+def _visible(text: str) -> str:
+    return page.plain(repr(text))
+
+
+def _log(text: str) -> None:
+    print(text, file=sys.stderr)
