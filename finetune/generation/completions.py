@@ -72,10 +72,14 @@ class Scorer(Protocol):
     0 to 1, shown in percent.
     """
 
-    name: str
-    line: str
-    higher: bool | None
-    is_share: bool
+    @property
+    def name(self) -> str: ...
+    @property
+    def line(self) -> str: ...
+    @property
+    def higher(self) -> bool | None: ...
+    @property
+    def is_share(self) -> bool: ...
 
     def __call__(self, completions: Sequence[Completion]) -> list[Score]:
         """Return a score for each answer, in their order."""

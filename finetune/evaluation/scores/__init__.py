@@ -1,0 +1,33 @@
+"""Scores of answers: rules, comparisons with the reference, models, code; all as `Scorer`s.
+
+found = scores.of(scores.choose(["rouge-l"]), {"base": completions, "tuned": others})
+found["ROUGE-L"]["base"]  # a Score for each answer
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from finetune.evaluation.scores.base import Detailed, OfAll
+from finetune.evaluation.scores.plain import SCORES, exact_match, word_accuracy
+from finetune.evaluation.scores.table import KINDS, choose, listing, suitable
+from finetune.generation.completions import Completion, Score, Scorer
+
+__all__ = [
+    "KINDS", "SCORES", "Detailed", "OfAll", "choose", "exact_match", "gaps", "listing", "of",
+    "suitable", "word_accuracy",
+]  # fmt: skip
+
+
+def of(
+    scorers: Sequence[Scorer], answers: Mapping[str, Sequence[Completion]]
+) -> dict[str, dict[str, list[Score]]]:
+    """Return score -> model -> a score for each answer."""
+    return {
+        scorer.name: {model: scorer(given) for model, given in answers.items()}
+        for scorer in scorers
+    }
+
+
+def gaps(scores: Sequence[Score]) -> dict[str, int]:
+    """Return why scores could not be computed, the most frequent reason first, and how often."""
+    return dict(Counter(each.reason for each in scores if each.value is None).most_common())

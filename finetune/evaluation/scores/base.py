@@ -1,0 +1,78 @@
+"""What most scores are made of: a function of one answer, and what becomes of gaps.
+
+A score that cannot be computed for an answer is `Score(None, reason)`: counted and shown, never 0.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from finetune.generation.completions import Completion, Score
+
+NO_ANSWER = Score(None, "no answer came")
+NO_REFERENCE = Score(None, "the row has no reference")
+Value = float | Score
+
+
+@dataclass(frozen=True)
+class OfAnswer:
+    """A score that a function computes of one answer at a time.
+
+    function: gets the completion. The rest as in `Scorer`. needs_reference: rows without one get a
+    gap, and the function is not called.
+    """
+
+    name: str
+    line: str
+    function: Callable[[Completion], Value]
+    higher: bool | None = True
+    is_share: bool = True
+    needs_reference: bool = False
+
+    def __call__(self, completions: Sequence[Completion]) -> list[Score]:
+        return [self._of(each) for each in completions]
+
+    def _of(self, completion: Completion) -> Score:
+        if (gap := gap_of(completion, self.needs_reference)) is not None:
+            return gap
+        value = self.function(completion)
+        return value if isinstance(value, Score) else Score(float(value))
+
+
+def of_reference(
+    name: str, line: str, function: Callable[[str, str], Value], higher: bool | None = True,
+    is_share: bool = True,
+) -> OfAnswer:  # fmt: skip
+    """Return a score of (answer, reference)."""
+
+    def of(completion: Completion) -> Value:
+        return function(completion.text, completion.prompt.reference or "")
+
+    return OfAnswer(name, line, of, higher, is_share, needs_reference=True)
+
+
+def gap_of(completion: Completion, needs_reference: bool) -> Score | None:
+    """Return the gap of an answer that did not come, or of a row without a needed reference."""
+    if completion.finish_reason == "failed":
+        return NO_ANSWER
+    if needs_reference and completion.prompt.reference is None:
+        return NO_REFERENCE
+    return None
+
+
+@runtime_checkable
+class OfAll(Protocol):
+    """A scorer whose value of all answers is not the mean of theirs, such as corpus BLEU."""
+
+    def of_all(self, completions: Sequence[Completion]) -> float | None:
+        """Return the value of all answers together; None if there is none."""
+        ...
+
+
+@runtime_checkable
+class Detailed(Protocol):
+    """A scorer that has more to show than one number."""
+
+    def details(self, completions: Sequence[Completion]) -> list[str]:
+        """Return lines for below the table, such as a confusion matrix."""
+        ...

@@ -1,0 +1,28 @@
+"""What an answer costs: seconds, and money."""
+
+from finetune.evaluation.scores.base import OfAnswer, Value
+from finetune.generation.completions import Completion, Score
+
+NOT_TIMED = Score(None, "the time was not measured")
+
+
+def seconds() -> OfAnswer:
+    """Return the seconds that an answer took; of a batch, its share."""
+    line = "seconds for an answer: of the request, or of the batch divided by its answers"
+
+    def of(completion: Completion) -> Value:
+        return Score(completion.seconds) if completion.seconds else NOT_TIMED
+
+    return OfAnswer("seconds", line, of, higher=False, is_share=False)
+
+
+def cost(price_of_an_hour: float) -> OfAnswer:
+    """Return what a thousand answers like this one cost on a machine of this price."""
+    line = "price of 1,000 answers like this one, from their seconds and the price of an hour"
+
+    def of(completion: Completion) -> Value:
+        if not completion.seconds:
+            return NOT_TIMED
+        return Score(1_000 * completion.seconds * price_of_an_hour / 3_600)
+
+    return OfAnswer("cost of 1,000", line, of, higher=False, is_share=False)
