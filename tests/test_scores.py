@@ -77,7 +77,7 @@ RIGHT, WRONG = 1, 0
         ("words", "one two, three!", "", 3),
         ("spelling", "this is an old mispeling", "", 4 / 5),
         ("spelling", "Zxqv said gsm8k was at foo.com and zblorf", "zblorf", 1),
-        ("spelling=de", "das ist ganz falsc", "", 3 / 4),
+        pytest.param("spelling=de", "das ist ganz falsc", "", 3 / 4, marks=pytest.mark.proof),
     ],
 )
 def test_score_of_an_answer(name, answer, reference, wanted):
