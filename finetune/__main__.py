@@ -25,7 +25,7 @@ COMMANDS = {
         "prepare rows: clean, remove duplicates, split and more; data --help lists all",
     ),
     "evaluate": (
-        "finetune.evaluation.compare",
+        "finetune.evaluation.command",
         "compare the base and the tuned model on held-out rows",
     ),
     "chat": ("finetune.chat", "chat with a model in the terminal"),

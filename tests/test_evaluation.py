@@ -14,7 +14,7 @@ from finetune import files
 from finetune.__main__ import main
 from finetune.data.tokens import encode_prompt
 from finetune.errors import DataError
-from finetune.evaluation import compare, scores
+from finetune.evaluation import held_out, scores
 from finetune.generation import generate
 
 
@@ -116,8 +116,8 @@ def test_run_directories_stand_for_their_models_and_duplicates_are_refused(base_
 def test_held_out_rows_may_be_a_folder_and_every_error_is_reported(tmp_path, capsys):
     (tmp_path / "test.csv").write_text("question;answer\nwhy;because\n")
     write_jsonl(tmp_path / "train.jsonl", pairs())
-    [conversation] = compare.read(str(tmp_path), "auto", {}, None)
-    assert str(conversation.place) == f"{tmp_path}/test.csv:2"
+    [prompt] = held_out.read(str(tmp_path))
+    assert prompt.place == f"{tmp_path}/test.csv:2"
     assert (
         f"note: --data does not read {tmp_path}/train.jsonl (not named as test rows)"
         in capsys.readouterr().err
@@ -126,14 +126,14 @@ def test_held_out_rows_may_be_a_folder_and_every_error_is_reported(tmp_path, cap
     with pytest.raises(
         DataError, match=r"20 of 20 rows are wrong:\n  .*bad.jsonl:1: column 'answer' is empty"
     ):
-        compare.read(str(path), "auto", {}, None)
+        held_out.read(str(path))
 
 
 def test_unread_columns_are_reported_including_scores(tmp_path, capsys):
     """Nothing is learned here, so bad answers cannot be."""
     row = {"question": "q", "answer": "a", "input": "i", "score": 0.5, "rejected": "b"}
     path = write_jsonl(tmp_path / "rows.jsonl", [row, row])
-    assert len(compare.read(str(path), "auto", {}, None)) == 2
+    assert len(held_out.read(str(path))) == 2
     printed = capsys.readouterr().err
     assert printed == (
         "note: not read: columns ['input', 'rejected', 'score']; every answer counts as correct\n"
@@ -147,24 +147,25 @@ def test_skipped_rows_are_counted_as_in_training(tmp_path, capsys):
         (",\nr,b\n", 1, "1 empty row"),
     ):
         path.write_text(f"question,answer\n{rows}")
-        assert len(compare.read(str(path), "auto", {}, None)) == number
+        assert len(held_out.read(str(path))) == number
         assert capsys.readouterr().err == f"note: {skipped} skipped\n"
 
 
 def test_row_errors_use_the_options_of_the_command(tmp_path):
     with pytest.raises(DataError, match=r"; --data takes files, folders") as caught:
-        compare.read(str(tmp_path / "missing.jsonl"), "auto", {}, None)
+        held_out.read(str(tmp_path / "missing.jsonl"))
     assert "data.train" not in str(caught.value)
     path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}])
     with pytest.raises(DataError, match="or map them with --columns, for example"):
-        compare.read(str(path), "auto", {}, None)
+        held_out.read(str(path))
 
 
 def test_special_tokens_of_a_row_are_asked_as_text(bytes_tokenizer, tmp_path):
     rows = [{"question": "x<|eos|>", "answer": "y"}]
     path = str(write_jsonl(tmp_path / "rows.jsonl", rows))
     bytes_tokenizer.chat_template = "{{ messages[0].content }}<|im_end|>"
-    [prompt] = generate.prompts_of(bytes_tokenizer, compare.read(path, "auto", {}, None))
+    [read] = held_out.read(path)
+    [prompt] = generate.prompts_of(bytes_tokenizer, [read.conversation])
     ids = encode_prompt(prompt, bytes_tokenizer)
     assert bytes_tokenizer.decode(ids) == "x<|eos|><|im_end|>"
     assert bytes_tokenizer.eos_token_id not in ids

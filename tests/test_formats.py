@@ -573,18 +573,17 @@ def test_a_bad_row_is_shown_with_its_first_characters(tmp_path):
 
 
 def test_evaluation_asks_with_tools_and_refuses_calls_as_answers(tmp_path, bytes_tokenizer):
-    from finetune.evaluation import compare
+    from finetune.evaluation import held_out
     from finetune.generation.generate import chat_prompt
 
     path = str(write_jsonl(tmp_path / "rows.jsonl", [calling(tool_calls=[CALL])]))
-    [conversation] = compare.read(path, "auto", {}, None)
+    [read] = held_out.read(path)
+    asked = read.conversation
     bytes_tokenizer.chat_template = CHATML
-    prompt = chat_prompt(
-        bytes_tokenizer, conversation.messages[:-1], conversation.place, conversation.tools
-    )
+    prompt = chat_prompt(bytes_tokenizer, asked.messages, asked.place, asked.tools)
     assert prompt.startswith(json.dumps(TOOLS))
     assert prompt.endswith("20<|im_end|>\n<|im_start|>assistant\n")
     ends = calling(tool_calls=[CALL])
     write_jsonl(tmp_path / "rows.jsonl", [{**ends, "messages": ends["messages"][:2]}])
     with pytest.raises(DataError, match=r"rows\.jsonl:1: ends with tool calls, and evaluate"):
-        compare.read(path, "auto", {}, None)
+        held_out.read(path)

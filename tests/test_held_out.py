@@ -15,7 +15,7 @@ from finetune.data import held_out
 from finetune.engine.rundir import RunDirectory
 from finetune.engine.topology import Topology
 from finetune.errors import DataError
-from finetune.evaluation import compare
+from finetune.evaluation import held_out as evaluated
 from finetune.run import Run
 
 
@@ -61,8 +61,8 @@ def test_rows_are_written_as_they_were_given(workshop):
     for row in rows:
         is_trained = any(f"{row['question']}\n" in text for text in trained)
         assert is_trained == (row not in kept)
-    conversations = compare.read(str(path), "auto", {}, None)
-    assert [c.messages[-1].content for c in conversations] == [row["answer"] for row in kept]
+    prompts = evaluated.read(str(path))
+    assert [prompt.reference for prompt in prompts] == [row["answer"] for row in kept]
 
 
 def test_a_long_text_is_written_once_and_whole(workshop):

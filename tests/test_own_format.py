@@ -16,7 +16,8 @@ from finetune.data.examples import hold_out
 from finetune.data.order import Sequences
 from finetune.data.problems import Problems
 from finetune.errors import ConfigError, DataError, RunDirectoryError, UserError
-from finetune.evaluation import compare
+from finetune.evaluation import command, held_out
+from finetune.evaluation.held_out import Reading
 
 TURNS = """
 def rows(row):
@@ -294,17 +295,17 @@ def test_evaluation_rows_with_other_fields_are_refused(workshop, own):
 
 
 def test_evaluate_reads_rows_by_the_same_function(workshop, own, capsys):
-    name = compare._format(f"{workshop.folder}/{own(TURNS)}")
-    assert len(compare.read(str(workshop.rows), name, {}, 3)) == 3
+    name = command._format(f"{workshop.folder}/{own(TURNS)}")
+    assert len(held_out.read(str(workshop.rows), Reading(name), 3)) == 3
     assert "note: --format skips 4 of 7 rows" in capsys.readouterr().err
     with pytest.raises(UserError, match="--columns: would be ignored"):
-        compare.read(str(workshop.rows), name, {"question": "Patient"}, 3)
+        held_out.read(str(workshop.rows), Reading(name, {"question": "Patient"}), 3)
     with pytest.raises(argparse.ArgumentTypeError, match=r"defines no row; did you mean rows\?"):
-        compare._format(name[:-1])
+        command._format(name[:-1])
     with pytest.raises(
         argparse.ArgumentTypeError, match=r"should be auto, .* or FILE.py:NAME, got 'chat'"
     ):
-        compare._format("chat")
+        command._format("chat")
     own(TURNS.replace("votes", "likes"))
     with pytest.raises(DataError, match=r"rows\.jsonl:1: --format: .*own\.py:3: KeyError: 'likes'"):
-        compare.read(str(workshop.rows), compare._format(name), {}, 3)
+        held_out.read(str(workshop.rows), Reading(command._format(name)), 3)

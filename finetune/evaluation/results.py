@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from finetune.evaluation import statistics
+from finetune.evaluation.statistics import Difference
 from finetune.generation.completions import Completion, Prompt, Score, Scorer
 
 BASE, TUNED = "base", "tuned"
@@ -29,3 +31,29 @@ class Results:
     @property
     def models(self) -> list[str]:
         return list(self.answers)
+
+    def values(self, score: str, model: str) -> list[float]:
+        """Return the scores that could be computed."""
+        return [each.value for each in self.scores[score][model] if each.value is not None]
+
+    def mean(self, score: str, model: str) -> float | None:
+        """Return the mean of the scores that could be computed; None without any."""
+        values = self.values(score, model)
+        return sum(values) / len(values) if values else None
+
+    def paired(
+        self, score: str, before: str = BASE, after: str = TUNED
+    ) -> tuple[list[float], list[float], list[int]]:
+        """Return the scores of both models, and the clusters, of rows that have both scores."""
+        by_model, ones, others, clusters = self.scores[score], [], [], []
+        for one, other, cluster in zip(by_model[before], by_model[after], self.clusters):
+            if one.value is not None and other.value is not None:
+                ones.append(one.value)
+                others.append(other.value)
+                clusters.append(cluster)
+        return ones, others, clusters
+
+    def difference(self, score: str, before: str = BASE, after: str = TUNED) -> Difference | None:
+        """Return the difference over rows that have the score of both models; None without any."""
+        paired = self.paired(score, before, after)
+        return statistics.difference(*paired) if paired[0] else None

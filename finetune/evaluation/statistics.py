@@ -40,17 +40,21 @@ class Difference:
 
     @property
     def rows_needed(self) -> int | None:
-        """Return how many rows like these would show a difference of this size; None of 0.
+        """Return how many rows like these would show a difference of this size; None of 0."""
+        return self.rows_for(self.mean)
 
-        In 80% of repetitions, at a level of 5%: n (z_0.975 + z_0.8)^2 (standard error / mean)^2.
+    def rows_for(self, effect: float) -> int | None:
+        """Return how many rows like these would show a difference of `effect`; None of 0.
+
+        In 80% of repetitions, at a level of 5%: n (z_0.975 + z_0.8)^2 (standard error / effect)^2.
         """
-        if not self.mean or not self.standard_error:
+        if not effect or not self.standard_error:
             return None
         extras.require("scipy", "evaluate")
         from scipy.stats import norm
 
         distance = norm.ppf((1 + CONFIDENCE) / 2) + norm.ppf(POWER)
-        times = (distance * self.standard_error / self.mean) ** 2
+        times = (distance * self.standard_error / effect) ** 2
         return max(FEWEST_ROWS, int(np.ceil(self.num_rows * times)))
 
 

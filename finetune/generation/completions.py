@@ -69,7 +69,7 @@ class Scorer(Protocol):
 
     name: as in tables and files, in words with spaces. line: one line of documentation. higher:
     whether more is better; None where neither is, as for lengths. is_share: whether values are from
-    0 to 1, shown in percent.
+    0 to 1, shown in percent. All four are attributes, also of a frozen dataclass.
     """
 
     @property

@@ -210,7 +210,7 @@ def chat_prompt(
 
 
 def prompts_of(tokenizer: Any, conversations: Sequence[Conversation]) -> list[str]:
-    """Return the prompts of conversations, each without its last message.
+    """Return the prompts of conversations that end before an answer.
 
     Raises DataError for rows with special tokens in calls of tools, where they would forge turns.
     """
@@ -218,7 +218,7 @@ def prompts_of(tokenizer: Any, conversations: Sequence[Conversation]) -> list[st
     for each in conversations:
         problems.num_rows += 1
         with problems.noted():
-            found.append(prompts.of(replace(each, messages=each.messages[:-1])))
+            found.append(prompts.of(each))
     problems.raise_if_any()
     return found
 

@@ -8,12 +8,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from finetune.evaluation.scores.base import Detailed, OfAll
-from finetune.evaluation.scores.plain import SCORES, exact_match, word_accuracy
+from finetune.evaluation.scores.plain import SCORERS, exact_match, word_accuracy
 from finetune.evaluation.scores.table import KINDS, choose, listing, suitable
 from finetune.generation.completions import Completion, Score, Scorer
 
 __all__ = [
-    "KINDS", "SCORES", "Detailed", "OfAll", "choose", "exact_match", "gaps", "listing", "of",
+    "KINDS", "SCORERS", "Detailed", "OfAll", "choose", "exact_match", "gaps", "listing", "of",
     "suitable", "word_accuracy",
 ]  # fmt: skip
 

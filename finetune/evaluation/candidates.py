@@ -1,0 +1,74 @@
+"""The models of an evaluation: the base, the tuned one, and others beside them."""
+
+import argparse
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune.config import paths
+from finetune.config.base import model_in, require_model
+from finetune.errors import UserError
+from finetune.evaluation.held_out import note
+from finetune.evaluation.results import BASE, TUNED
+from finetune.export.load import moved, require_base
+
+_NAMED = re.compile(r"([\w .+-]{1,40})=(.+)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """name: as in tables and files. model: a folder or Hub id. base: of a moved adapter, where its
+    base is now. option: which option named it.
+    """
+
+    name: str
+    model: str
+    base: str | None = None
+    option: str = "--also"
+
+
+def other_argument(text: str) -> tuple[str | None, str]:
+    """Parse MODEL or NAME=MODEL of --also; a type for argparse."""
+    found = _NAMED.fullmatch(text)
+    if found and not os.path.exists(text):
+        if found[1].strip() in ("", BASE, TUNED):
+            raise argparse.ArgumentTypeError(f"{text!r}: base and tuned are taken; choose another")
+        return found[1].strip(), model_in(paths.argument(found[2]))
+    return None, model_in(paths.argument(text))
+
+
+def candidates(base: str, tuned: str, others: Sequence[tuple[str | None, str]]) -> list[Candidate]:
+    """Return the models in the order of the table. Raise ModelError for one that cannot be read."""
+    found = [Candidate(BASE, base, option="--base"), Candidate(TUNED, tuned, option="--tuned")]
+    for name, model in others:
+        found.append(Candidate(name or _short_name(model), model))
+    names = [each.name for each in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(
+            f"--also: two models are called {twice[0]!r}; name one of them, as "
+            f"--also other={found[-1].model}"
+        )
+    for each in found:
+        require_model(each.model, each.option)
+    moved_base = moved(tuned, base)
+    if same_model(base, tuned):
+        note("--base and --tuned are the same model")
+    elif moved_base:
+        require_base(base)
+        found[1] = Candidate(TUNED, tuned, moved_base, "--tuned")
+    return found
+
+
+def same_model(one: str, other: str) -> bool:
+    """Return whether two names are one model: the same folder, or one name on the Hub."""
+    if os.path.exists(one) and os.path.exists(other):
+        return os.path.samefile(one, other)
+    return one == other
+
+
+def _short_name(model: str) -> str:
+    """Return the name of a run, or of the folder or Hub id."""
+    path = Path(model)
+    return path.parent.name if path.name == "model" and path.parent.name else path.name

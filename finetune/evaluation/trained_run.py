@@ -1,0 +1,103 @@
+"""What a run directory says of its training: the base, the model, the rows and how to read them."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune import config as configs
+from finetune import files, places, replay
+from finetune.config import paths
+from finetune.config.base import is_model_or_adapter, kind_of_folder
+from finetune.engine.rundir import HELD_OUT, OUTCOME
+from finetune.errors import RunDirectoryError
+from finetune.evaluation.held_out import Reading
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run directory with a model. settings: the sections of its config.yaml."""
+
+    path: Path
+    settings: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, folder: str) -> "TrainedRun":
+        """Read a run directory. Raise RunDirectoryError for another folder, or without a model."""
+        path = Path(folder)
+        if path.name == "model" and kind_of_folder(str(path.parent)) == "run":
+            path = path.parent
+        kind = kind_of_folder(str(path))
+        if kind != "run":
+            hint = (
+                f"give a run directory, or {places.command()} evaluate --base A --tuned B --data F"
+            )
+            near = Path(paths.RUNS, folder)
+            if not path.exists() and kind_of_folder(str(near)) == "run":
+                hint = f"did you mean {near}?"
+            what = f"is {'an' if kind == 'adapter' else 'a'} {kind}" * (
+                kind in ("model", "adapter")
+            )
+            raise RunDirectoryError(f"{folder} {what or kind}; {hint}")
+        settings = configs.read_resolved(path / "config.yaml")
+        if not is_model_or_adapter(path / "model"):
+            state = files.read_note(path / OUTCOME)[0].get("state", "not known to have ended")
+            raise RunDirectoryError(
+                f"{path} has no model yet: its run is {state}; train to the end"
+            )
+        receipt = files.read_note(path / "receipt.json")[0]
+        replay.require_own_code(path, {"data.format": settings["data"].get("format")}, receipt)
+        return cls(path, settings)
+
+    @property
+    def model(self) -> str:
+        return str(self.path / "model")
+
+    @property
+    def base(self) -> str:
+        """Return the folder or Hub id of the model before. Raise RunDirectoryError without one."""
+        name = self.settings["model"].get("path")
+        if not name:
+            raise RunDirectoryError(
+                f"{self.path} began with random weights, so it has no base to compare with; give "
+                "one with --base"
+            )
+        if paths.is_local(name) and not os.path.exists(name):
+            raise RunDirectoryError(
+                f"{self.path / 'config.yaml'}: model.path: {name}: no such folder in "
+                f"{os.getcwd()}; give --base with the folder where it is now"
+            )
+        return str(name)
+
+    @property
+    def system_prompt(self) -> str | None:
+        return self.settings["data"].get("system_prompt")
+
+    @property
+    def reading(self) -> Reading:
+        """Return how its rows are read."""
+        data = self.settings["data"]
+        return Reading(
+            data.get("format", "auto"), dict(data.get("columns") or {}),
+            data.get("text_unit", "line"), bool(data.get("repair_turns")),
+            data.get("thinking", "keep"),
+        )  # fmt: skip
+
+    @property
+    def held_out(self) -> str | list[str]:
+        """Return the rows that training held out, or data.eval. Raise RunDirectoryError."""
+        if (self.path / HELD_OUT).exists():
+            return str(self.path / HELD_OUT)
+        if named := self.settings["data"].get("eval"):
+            return named if isinstance(named, str) else list(named)
+        raise RunDirectoryError(
+            f"{self.path} held out no rows, and has no data.eval; give rows that it was not "
+            "trained on with --data"
+        )
+
+    @property
+    def trained_on(self) -> list[str]:
+        """Return data.train."""
+        named = self.settings["data"].get("train") or []
+        return [named] if isinstance(named, str) else list(named)
