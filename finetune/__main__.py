@@ -29,6 +29,10 @@ COMMANDS = {
         "compare the base and the tuned model on held-out rows",
     ),
     "chat": ("finetune.chat", "chat with a model in the terminal"),
+    "serve": (
+        "finetune.serving.serve",
+        "serve base and tuned model with OpenAI's methods, for trying",
+    ),
     "plan": (
         "finetune.forecast.command",
         "forecast the memory of a run, the topologies it fits on, and what to change",

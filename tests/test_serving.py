@@ -1,9 +1,13 @@
 """Models side by side, answers token by token, chat in the terminal and over HTTP."""
 
 import argparse
+import contextlib
 import io
+import json
 import random
+import threading
 
+import httpx2
 import pytest
 import torch
 from conftest import Workshop, pretrained, write_jsonl
@@ -11,12 +15,15 @@ from conftest import Workshop, pretrained, write_jsonl
 from finetune import chat
 from finetune.__main__ import main
 from finetune.data.conversations import Message
-from finetune.errors import ModelError
+from finetune.endpoint import Client, Refused, Request, Server
+from finetune.errors import ModelError, UserError
 from finetune.export import lineup
 from finetune.export.lineup import Lineup
 from finetune.export.load import load, load_tokenizer
 from finetune.generation import generate, streaming
-from finetune.generation.streaming import Sampling
+from finetune.generation.streaming import Sampling, Streamed, Token
+from finetune.serving import api, http, serve
+from finetune.serving.service import Service
 
 QUESTION = [Message("user", "ab")]
 
@@ -254,3 +261,232 @@ def test_a_further_model_that_does_not_exist_is_exit_2(runs, capsys):
     given = ["chat", str(runs / "lora"), "--also", "/no/such", "--prompt", "a"]
     assert main(given) == 2
     assert "--also: /no/such: no such folder" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------- the server
+
+
+@contextlib.contextmanager
+def served(service, handler=serve.Handler, owner=None):
+    """Serve in a thread; yield the server."""
+    server = http.bind("127.0.0.1", 0, handler, owner or serve.Api(service, 9))
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class ByRule:
+    """Answers as a service does, without a model: the last message, letter by letter."""
+
+    def __init__(self):
+        self.asked, self.pieces = [], 0
+        self.models = argparse.Namespace(names=["tuned", "base"])
+
+    def chat(self, name, messages, sampling, listen):
+        return self.complete(name, messages[-1].content, sampling, listen)
+
+    def complete(self, name, text, sampling, listen):
+        self.asked.append((name, text, sampling))
+        if text == "break":
+            raise RuntimeError("a fault of this program")
+        tokens = []
+        for letter in text[: sampling.max_new_tokens]:
+            self.pieces += 1
+            top = ((letter, -0.1), ("?", -2.5))[: sampling.top_logprobs or 0]
+            tokens.append(Token(0, letter, -0.1, top))
+            listen(letter, tokens[-1:] if sampling.top_logprobs is not None else [])
+        reason = "length" if len(text) > sampling.max_new_tokens else "stop"
+        kept = tuple(tokens) if sampling.top_logprobs is not None else ()
+        return Streamed("".join(t.text for t in tokens), reason, 3, len(tokens), kept)
+
+
+@pytest.fixture
+def by_rule():
+    with served(ByRule()) as server:
+        yield server
+
+
+def post(server, values, path="/v1/chat/completions", **headers):
+    data = values if isinstance(values, bytes) else json.dumps(values).encode()
+    given = {"Content-Type": "application/json", **headers}
+    return httpx2.post(server.url + path, content=data, headers=given, timeout=60)
+
+
+HI = {"model": "tuned", "messages": [{"role": "user", "content": "hello"}]}
+
+
+def test_the_projects_own_client_asks_it(by_rule):
+    for prompt in ("hello", [{"role": "user", "content": "hello"}]):
+        with Client(Server(f"{by_rule.url}/v1", "base")) as client:
+            reply = client.ask(Request(prompt, max_tokens=3, top_logprobs=2))
+        assert (reply.text, reply.finish_reason, reply.is_cut) == ("hel", "length", True)
+        assert (reply.prompt_tokens, reply.completion_tokens) == (3, 3)
+        assert list(reply.top_logprobs) == [{x: -0.1, "?": -2.5} for x in "hel"]
+    with pytest.raises(UserError, match="has no model 'other'.*it has tuned, base"):
+        ask_for(by_rule, "other", "hello")
+    with pytest.raises(Refused, match="prompt: is empty"):
+        ask_for(by_rule, "base", "")
+
+
+def ask_for(server, model, prompt):
+    with Client(Server(f"{server.url}/v1", model)) as client:
+        return client.ask(Request(prompt))
+
+
+def test_settings_of_a_request_reach_the_model(by_rule):
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    asked = {
+        "model": "base", "messages": [{"role": "developer", "content": parts}], "temperature": 0,
+        "top_p": 0.5, "seed": 3, "stop": "x", "max_completion_tokens": 4, "logprobs": True,
+        "top_logprobs": 2, "user": "me", "presence_penalty": 0, "tools": [], "n": None,
+    }  # fmt: skip
+    assert post(by_rule, asked).status_code == 200
+    assert by_rule.owner.service.asked == [
+        ("base", "ab", Sampling(4, 0.0, 0.5, 3, ("x",), 2))
+    ]  # fmt: skip
+    assert post(by_rule, HI).json()["choices"][0]["logprobs"] is None
+    assert by_rule.owner.service.asked[-1][2] == Sampling(9, 1.0)
+
+
+def events(response):
+    lines = [line for line in response.text.split("\n\n") if line]
+    assert all(line.startswith("data: ") for line in lines)
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line[6:]) for line in lines[:-1]]
+
+
+def test_a_stream_makes_the_same_answer_in_pieces(by_rule):
+    asked = {**HI, "stream": True, "stream_options": {"include_usage": True}, "logprobs": True}
+    found = events(post(by_rule, asked))
+    choices = [each["choices"][0] for each in found[:-1]]
+    assert "".join(each["delta"].get("content", "") for each in choices) == "hello"
+    assert [each["delta"].get("role") for each in choices][:2] == ["assistant", None]
+    assert [each["finish_reason"] for each in choices] == [None] * 5 + ["stop"]
+    assert choices[1]["logprobs"]["content"][0]["token"] == "e"
+    assert found[-1]["usage"] == {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
+    assert {each["object"] for each in found} == {"chat.completion.chunk"}
+    assert len({each["id"] for each in found}) == 1
+    asked = {"model": "base", "prompt": ["ab", "c"], "stream": True, "logprobs": 0}
+    found = events(post(by_rule, asked, "/v1/completions"))
+    pieces = [(each["choices"][0]["index"], each["choices"][0]["text"]) for each in found]
+    assert pieces == [(0, "a"), (0, "b"), (1, "c"), (0, ""), (1, "")]
+    assert found[1]["choices"][0]["logprobs"]["text_offset"] == [1]
+
+
+@pytest.mark.parametrize(
+    ("values", "status", "words"),
+    [
+        (b"{", 400, "the body is not JSON"), (b"[]", 400, "should be a JSON object, got list"),
+        (b"[" * 100_000, 400, "nested too deeply"), (b"\xff", 400, "the body is not JSON"),
+        ({**HI, "model": "x"}, 404, "the model 'x' does not exist; there are tuned, base"),
+        ({"model": "base"}, 400, "messages: Field required"),
+        ({**HI, "messages": []}, 400, "messages: List should have at least 1 item"),
+        ({**HI, "messages": [{"role": "tool", "content": "a"}]}, 400, "messages.0.role: Input"),
+        ({**HI, "messages": [{"role": "user", "content": [{"type": "image"}]}]}, 400,
+         "messages.0.content.0.type: Input should be 'text'"),
+        ({**HI, "messages": [{"role": "user", "content": "\ud83d"}]}, 400, "half a character"),
+        ({**HI, "n": 2}, 400, "n: Input should be 1"),
+        ({**HI, "tools": [{}]}, 400, "tools: this server does not support it"),
+        ({**HI, "frequency_penalty": 0.5}, 400, "frequency_penalty: this server does not"),
+        ({**HI, "temperature": -1}, 400, "temperature: Input should be greater than or equal to 0"),
+        ({**HI, "temperature": "1"}, 400, "temperature: Input should be a valid number"),
+        ({**HI, "max_tokens": 0}, 400, "max_tokens: Input should be greater than"),
+        ({**HI, "stop": [""]}, 400, "stop"), ({**HI, "seed": 2**64}, 400, "seed"),
+        ({**HI, "top_logprobs": 21}, 400, "top_logprobs"),
+    ],
+)  # fmt: skip
+def test_a_wrong_request_gets_an_error_as_openais(by_rule, values, status, words):
+    answer = post(by_rule, values)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"]) == (status, "invalid_request_error")
+    assert words in error["message"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert by_rule.owner.service.asked == []
+
+
+def test_other_paths_methods_and_large_bodies_are_refused(by_rule, monkeypatch):
+    assert httpx2.get(f"{by_rule.url}/v1/models").json() == api.models(["tuned", "base"])
+    assert httpx2.get(f"{by_rule.url}/v1/models/base").json()["id"] == "base"
+    assert httpx2.get(f"{by_rule.url}/v1/models/no").status_code == 404
+    assert httpx2.get(f"{by_rule.url}/etc/passwd").status_code == 404
+    assert post(by_rule, HI, "/v2/chat").status_code == 404
+    assert httpx2.request("PUT", f"{by_rule.url}/v1/models").status_code == 501
+    monkeypatch.setattr(http, "MOST_BYTES", 10)
+    assert post(by_rule, HI).status_code == 413
+
+
+def test_pages_of_other_sites_cannot_ask(by_rule):
+    """Through a name that points here, from their own origin, or by a form."""
+    assert post(by_rule, HI, Host="evil.example").status_code == 403
+    assert post(by_rule, HI, Origin="http://evil.example").status_code == 403
+    assert post(by_rule, HI, Origin="null").status_code == 403
+    assert post(by_rule, HI, **{"Content-Type": "text/plain"}).status_code == 415
+    assert by_rule.owner.service.asked == []
+    assert post(by_rule, HI, Origin=by_rule.url).status_code == 200
+
+
+def test_a_fault_ends_its_request_and_not_the_server(by_rule, capsys):
+    asked = {**HI, "messages": [{"role": "user", "content": "break"}]}
+    answer = post(by_rule, asked)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+    assert "RuntimeError" in capsys.readouterr().err
+    assert post(by_rule, HI).status_code == 200
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_an_answer_ends_when_its_client_leaves(by_rule, streams):
+    service = by_rule.owner.service
+    by_rule.owner.longest = 10**6
+    left = threading.Event()
+    listen = ByRule.complete
+
+    def slow(self, name, text, sampling, listener):
+        def waiting(piece, tokens):
+            left.wait(5)
+            listener(piece, tokens)
+
+        try:
+            return listen(self, name, text, sampling, waiting)
+        finally:
+            done.set()
+
+    done = threading.Event()
+    service.complete = slow.__get__(service)
+    asked = {**HI, "messages": [{"role": "user", "content": "x" * 100_000}], "stream": streams}
+    with pytest.raises(httpx2.TimeoutException):
+        httpx2.post(f"{by_rule.url}/v1/chat/completions", json=asked, timeout=0.05)
+    left.set()
+    assert done.wait(20)
+    assert service.pieces < 100_000
+
+
+def test_a_port_in_use_is_exit_2(by_rule):
+    port = by_rule.server_address[1]
+    with pytest.raises(UserError, match=f"--port {port}: cannot listen here.*another --port"):
+        http.bind("127.0.0.1", port, serve.Handler, None)
+    with pytest.raises(UserError, match="--port 70000: should be from 0 to 65535"):
+        http.bind("127.0.0.1", 70_000, serve.Handler, None)
+
+
+@pytest.mark.proof
+def test_base_and_tuned_are_served_as_chat_answers(runs):
+    models = Lineup(str(runs / "lora/model"))
+    with served(Service(models)) as server:
+        for name in ("base", "tuned", "base"):
+            with Client(Server(f"{server.url}/v1", name)) as client:
+                reply = client.ask(Request([{"role": "user", "content": "ab"}], 12))
+                assert reply.text == answered(models, name).text
+                assert client.ask(Request("ab", 3, top_logprobs=2)).top_logprobs
+        long = {**HI, "messages": [{"role": "user", "content": "x" * 300}]}
+        error = post(server, long).json()["error"]
+        assert error["code"] == "context_length_exceeded"
+        assert "the model has positions for 256 tokens" in error["message"]
+        stopped = post(server, {**HI, "temperature": 0, "stop": ["x"]}).json()["choices"][0]
+        assert "x" not in stopped["message"]["content"]
+        drawn = [post(server, {**HI, "seed": 5}).json()["choices"] for _ in range(2)]
+        assert drawn[0] == drawn[1]
