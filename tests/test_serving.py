@@ -26,6 +26,7 @@ from finetune.serving import api, http, serve
 from finetune.serving.service import Service
 
 QUESTION = [Message("user", "ab")]
+WEB = httpx2.Client(verify=False, timeout=60)  # once: reading certificates takes a while
 
 
 @pytest.fixture(scope="module")
@@ -305,16 +306,22 @@ class ByRule:
         return Streamed("".join(t.text for t in tokens), reason, 3, len(tokens), kept)
 
 
-@pytest.fixture
-def by_rule():
+@pytest.fixture(scope="module")
+def rule_server():
     with served(ByRule()) as server:
         yield server
+
+
+@pytest.fixture
+def by_rule(rule_server):
+    rule_server.owner = serve.Api(ByRule(), 9)
+    return rule_server
 
 
 def post(server, values, path="/v1/chat/completions", **headers):
     data = values if isinstance(values, bytes) else json.dumps(values).encode()
     given = {"Content-Type": "application/json", **headers}
-    return httpx2.post(server.url + path, content=data, headers=given, timeout=60)
+    return WEB.post(server.url + path, content=data, headers=given)
 
 
 HI = {"model": "tuned", "messages": [{"role": "user", "content": "hello"}]}
@@ -410,12 +417,12 @@ def test_a_wrong_request_gets_an_error_as_openais(by_rule, values, status, words
 
 
 def test_other_paths_methods_and_large_bodies_are_refused(by_rule, monkeypatch):
-    assert httpx2.get(f"{by_rule.url}/v1/models").json() == api.models(["tuned", "base"])
-    assert httpx2.get(f"{by_rule.url}/v1/models/base").json()["id"] == "base"
-    assert httpx2.get(f"{by_rule.url}/v1/models/no").status_code == 404
-    assert httpx2.get(f"{by_rule.url}/etc/passwd").status_code == 404
+    assert WEB.get(f"{by_rule.url}/v1/models").json() == api.models(["tuned", "base"])
+    assert WEB.get(f"{by_rule.url}/v1/models/base").json()["id"] == "base"
+    assert WEB.get(f"{by_rule.url}/v1/models/no").status_code == 404
+    assert WEB.get(f"{by_rule.url}/etc/passwd").status_code == 404
     assert post(by_rule, HI, "/v2/chat").status_code == 404
-    assert httpx2.request("PUT", f"{by_rule.url}/v1/models").status_code == 501
+    assert WEB.request("PUT", f"{by_rule.url}/v1/models").status_code == 501
     monkeypatch.setattr(http, "MOST_BYTES", 10)
     assert post(by_rule, HI).status_code == 413
 
@@ -459,7 +466,7 @@ def test_an_answer_ends_when_its_client_leaves(by_rule, streams):
     service.complete = slow.__get__(service)
     asked = {**HI, "messages": [{"role": "user", "content": "x" * 100_000}], "stream": streams}
     with pytest.raises(httpx2.TimeoutException):
-        httpx2.post(f"{by_rule.url}/v1/chat/completions", json=asked, timeout=0.05)
+        WEB.post(f"{by_rule.url}/v1/chat/completions", json=asked, timeout=0.05)
     left.set()
     assert done.wait(20)
     assert service.pieces < 100_000
