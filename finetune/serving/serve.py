@@ -137,9 +137,8 @@ def main(arguments: argparse.Namespace) -> None:
     server = http.bind(arguments.host, arguments.port, Handler, owner)
     models.open(TUNED)
     if not server.is_loopback:
-        _log(
-            f"note: {arguments.host} is not loopback: every machine that reaches it can ask, without a key"
-        )
+        what = "is not loopback: every machine that reaches it can ask, without a key"
+        _log(f"note: {arguments.host} {what}")
     _log(f"{', '.join(models.names)} at {server.url}/v1, one answer at a time; Ctrl-C ends")
     server.run()
 
