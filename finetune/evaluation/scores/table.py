@@ -18,6 +18,7 @@ from finetune import extras, own_code
 from finetune.data.places import printable
 from finetune.errors import ConfigError, UserError
 from finetune.evaluation.scores import cost, form, labels, matching, overlap
+from finetune.evaluation.scores.code_tests import DEFAULT_COLUMN, CodeTests
 from finetune.evaluation.scores.consistency import Consistency
 from finetune.evaluation.scores.normalise import NORMALISATIONS, json_in, numbers_in, words
 from finetune.evaluation.scores.own import own_score
@@ -135,6 +136,10 @@ KINDS = {
         _simple(matching.math),
     ),
     "json-schema": Kind("the answer holds JSON that the schema accepts", _json_schema, "FILE.json"),
+    "code-tests": Kind(
+        "the answer's Python passes the tests in COLUMN (tests), in a sandbox",
+        lambda value: CodeTests(value or DEFAULT_COLUMN), "[COLUMN]",
+    ),
     "token-f1": Kind("words shared with the reference, in any order (SQuAD)",
                      _simple(overlap.token_f1)),
     "rouge-l": Kind("words shared with the reference, in its order", _simple(overlap.rouge_l)),
