@@ -126,7 +126,7 @@ def main() -> None:
 
 
 def write_maps(process: int, user: int, group: int) -> None:
-    """Map users of a namespace: root there is this user; where that is root, 1 is a user without rights."""
+    """Map users of a namespace: root is this user; if this is root, 1 is a user without rights."""
     more = f"\n{PROGRAM_UID} {UNPRIVILEGED} 1" if user == 0 else ""
     if user:  # as the kernel asks of other users
         write(f"/proc/{process}/setgroups", "deny")
