@@ -1,13 +1,7 @@
 """The verdict of an evaluation, and a run directory that knows what to compare."""
 
-import json
-import shutil
-from pathlib import Path
-
 import pytest
-from conftest import Workshop, pretrained, write_jsonl
 
-from finetune.__main__ import main
 from finetune.data.conversations import Conversation, Message
 from finetune.data.places import Place
 from finetune.errors import DataError
@@ -117,63 +111,3 @@ def test_groups_are_clusters_and_a_missing_group_is_named():
     assert held_out.grouped(prompts) == [0, 0, 0, 0]
     with pytest.raises(DataError, match=r"--group: rows:9 has no column user; it has \['id'\]"):
         held_out.grouped([*prompts, prompt(9, id=1)], "user")
-
-
-SIZES = {"train__global_batch_size": 4, "train__micro_batch_size": 4, "train__max_steps": 1}
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run of one step that held out rows, with a base of random weights."""
-    shared = Workshop(tmp_path_factory.mktemp("runs"))
-    rows = [{"question": f"ab{n}", "answer": f"AB{n}", "user": n % 4} for n in range(40)]
-    write_jsonl(shared.rows, rows)
-    base = shared.train("base", **SIZES) / "model"
-    columns = {"question": "question", "answer": "answer"}
-    return shared.train(
-        "tuned", **pretrained(base), **SIZES, data__eval_fraction=0.2, data__columns=columns
-    )
-
-
-def evaluate(*arguments):
-    return main(["evaluate", *map(str, arguments), "--max-new-tokens", "2"])
-
-
-def test_a_run_directory_knows_what_to_compare(run, capsys):
-    assert evaluate(run) == 0
-    printed = capsys.readouterr().out
-    assert "8 held-out rows" in printed
-    assert printed.endswith("8 rows; at least 30 are needed\n")
-    assert f"{run}/held_out.jsonl" not in printed
-    assert evaluate(run / "model", "--limit", 3, "--group", "user", "--also", f"me={run}") == 0
-    printed = capsys.readouterr().out
-    assert "3 held-out rows" in printed
-    assert "tuned against me: exact match +0.0" in printed
-
-
-def test_a_run_without_what_it_takes_says_what_to_give(run, tmp_path, capsys):
-    copy = tmp_path / "copy"
-    shutil.copytree(run, copy)
-    (copy / "held_out.jsonl").unlink()
-    for arguments, says in (
-        ([copy], "held out no rows, and has no data.eval; give rows"),
-        ([run.parent / "base"], "began with random weights, so it has no base to compare with"),
-        ([run, "--tuned", run], "--tuned: the tuned model is that of"),
-        ([tmp_path / "no"], "no does not exist; give a run directory"),
-        ([run.parent / "base" / "checkpoints"], "give a run directory"),
-        ([], "name a run, as "),
-        (["--base", run], "or give also --tuned and --data"),
-    ):
-        assert evaluate(*arguments) == 2
-        assert says in capsys.readouterr().err
-    shutil.rmtree(copy / "model")
-    (copy / "outcome.json").write_text(json.dumps({"state": "preempted"}))
-    assert evaluate(copy) == 2
-    assert "has no model yet: its run is preempted" in capsys.readouterr().err
-    config = (run / "config.yaml").read_text()
-    (copy / "model").mkdir()
-    (copy / "model" / "config.json").touch()
-    named = str(Path(run.parent / "base" / "model"))
-    (copy / "config.yaml").write_text(config.replace(named, "/gone/model"))
-    assert evaluate(copy) == 2
-    assert "give --base with the folder where it is now" in capsys.readouterr().err

@@ -17,11 +17,12 @@ from finetune.config.base import model_argument
 from finetune.config.own import own_format
 from finetune.data.column_names import FORMATS
 from finetune.errors import ConfigError, UserError
-from finetune.evaluation import held_out, output, scores, table, verdict
+from finetune.evaluation import held_out, output, scores, table, trained_rows, verdict
 from finetune.evaluation.candidates import Candidate, candidates, other_argument
 from finetune.evaluation.held_out import Reading, note
 from finetune.evaluation.results import BASE, Results
 from finetune.evaluation.scores import SCORERS
+from finetune.evaluation.trained_rows import Trained
 from finetune.evaluation.trained_run import TrainedRun
 from finetune.export.load import (
     load,
@@ -54,6 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--format", default=None, type=_format, metavar=shown, help=what)
     what = "map columns with other names, as data.columns does"
     add("--columns", type=_mapping, default=None, help=what)
+    what = (
+        "rows of --data that RUN was trained on, exactly or nearly: leave them out (refuse), or "
+        "score with and without them"
+    )
+    add("--trained-rows", choices=["refuse", "score"], default="refuse", help=what)
     add("--limit", type=at_least(1), default=None, help="use only the first N rows")
     add("--max-new-tokens", type=at_least(1), default=256, help="longest answer")
     what = "number of answers to generate at once"
@@ -125,15 +131,35 @@ def main(arguments: argparse.Namespace) -> None:
         output.require(Path(arguments.output), request.data)
     models = candidates(request.base, request.tuned, arguments.also)
     prompts = held_out.read(request.data, request.reading, arguments.limit)
+    trained = trained_in(prompts, request.run)
+    if arguments.trained_rows == "refuse":
+        prompts, trained = trained_rows.refuse(prompts, trained), {}
     clusters = held_out.grouped(prompts, arguments.group)
     answers = _answers(models, prompts, arguments)
     settings = {"group": arguments.group} if arguments.group else {}
     run_dir = str(request.run.path) if request.run else None
-    results = score(prompts, clusters, answers, list(SCORERS.values()), settings, run_dir)
+    results = clean = score(prompts, clusters, answers, list(SCORERS.values()), settings, run_dir)
     print(table.text(results, arguments.examples, arguments.max_new_tokens))
-    print(f"\nverdict: {verdict.of(results, smallest=arguments.smallest_effect).sentence}")
+    if trained and len(trained) < len(prompts):
+        listed = trained_rows.listing(prompts, trained)
+        print(f"\nwithout {len(trained):,} rows that were trained on:{listed}")
+        clean = results.subset([row for row in range(len(prompts)) if row not in trained])
+        print(table.text(clean, 0, arguments.max_new_tokens))
+    found = verdict.of(clean, smallest=arguments.smallest_effect)
+    print(f"\nverdict: {found.sentence}")
     if arguments.output:
         output.write(Path(arguments.output), results)
+
+
+def trained_in(prompts: Sequence[Prompt], run: TrainedRun | None) -> dict[int, Trained]:
+    """Return which prompts the run was trained on, or note that its rows cannot be read."""
+    if run is None:
+        return {}
+    try:
+        return trained_rows.find(prompts, run)
+    except trained_rows.Unread as exc:
+        note(f"the rows that {run.path} was trained on cannot be compared with these: {exc}")
+        return {}
 
 
 def score(

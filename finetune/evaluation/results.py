@@ -1,7 +1,7 @@
 """What an evaluation found: answers and scores of several models on the same prompts."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from finetune.evaluation import statistics
@@ -31,6 +31,19 @@ class Results:
     @property
     def models(self) -> list[str]:
         return list(self.answers)
+
+    def subset(self, rows: Sequence[int]) -> "Results":
+        """Return the results of some of the rows."""
+        return replace(
+            self,
+            prompts=[self.prompts[row] for row in rows],
+            clusters=[self.clusters[row] for row in rows],
+            answers={name: [given[row] for row in rows] for name, given in self.answers.items()},
+            scores={
+                score: {name: [given[row] for row in rows] for name, given in by_model.items()}
+                for score, by_model in self.scores.items()
+            },
+        )
 
     def values(self, score: str, model: str) -> list[float]:
         """Return the scores that could be computed."""

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from finetune import config as configs
-from finetune import files, places, replay
+from finetune import files, own_code, places, replay
 from finetune.config import paths
 from finetune.config.base import is_model_or_adapter, kind_of_folder
+from finetune.config.own import own_format
 from finetune.engine.rundir import HELD_OUT, OUTCOME
 from finetune.errors import RunDirectoryError
 from finetune.evaluation.held_out import Reading
@@ -46,8 +47,11 @@ class TrainedRun:
             raise RunDirectoryError(
                 f"{path} has no model yet: its run is {state}; train to the end"
             )
-        receipt = files.read_note(path / "receipt.json")[0]
-        replay.require_own_code(path, {"data.format": settings["data"].get("format")}, receipt)
+        format = settings["data"].get("format", "auto")
+        if own_code.is_own(format):
+            receipt = files.read_note(path / "receipt.json")[0]
+            replay.require_own_code(path, {"data.format": format}, receipt)
+            settings["data"]["format"] = own_format(own_code.find(format)).name
         return cls(path, settings)
 
     @property
@@ -85,10 +89,15 @@ class TrainedRun:
         )  # fmt: skip
 
     @property
+    def held_out_file(self) -> list[str]:
+        """Return the file of rows that training held out of data.train; empty without one."""
+        return [str(self.path / HELD_OUT)] if (self.path / HELD_OUT).exists() else []
+
+    @property
     def held_out(self) -> str | list[str]:
         """Return the rows that training held out, or data.eval. Raise RunDirectoryError."""
-        if (self.path / HELD_OUT).exists():
-            return str(self.path / HELD_OUT)
+        if file := self.held_out_file:
+            return file
         if named := self.settings["data"].get("eval"):
             return named if isinstance(named, str) else list(named)
         raise RunDirectoryError(

@@ -1,0 +1,143 @@
+"""A run directory knows what to compare, and which rows it was trained on."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import Workshop, pretrained, read_jsonl, write_jsonl
+
+from finetune.__main__ import main
+from finetune.evaluation import held_out, trained_rows
+from finetune.evaluation.trained_run import TrainedRun
+
+SIZES = {"train__global_batch_size": 4, "train__micro_batch_size": 4, "train__max_steps": 1}
+WORDS = "amber birch cedar dune ember fern grove heath iris jade kelp lark moss north".split()
+
+
+def row(number):
+    """Ten words that no other row has in this order, with a number."""
+    asked = [WORDS[(number * 3 + place * place) % len(WORDS)] for place in range(9)]
+    return {
+        "question": f"{' '.join(asked)} {number}",
+        "answer": f"answer {number}",
+        "user": number % 4,
+    }
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    shared = Workshop(tmp_path_factory.mktemp("runs"))
+    write_jsonl(shared.rows, [row(number) for number in range(30)])
+    base = shared.train("base", **SIZES) / "model"
+    columns = {"question": "question", "answer": "answer"}
+    changes = {"data__eval_fraction": 0.2, "data__columns": columns}
+    return shared.train("tuned", **pretrained(base), **SIZES, **changes)
+
+
+def trained(run, path):
+    opened = TrainedRun.open(str(run))
+    prompts = held_out.read(str(path), opened.reading)
+    return prompts, trained_rows.find(prompts, opened)
+
+
+def test_the_rows_that_a_run_held_out_were_not_trained_on(run):
+    assert len(read_jsonl(run / "held_out.jsonl")) == 6
+    assert trained(run, run / "held_out.jsonl")[1] == {}
+
+
+def test_planted_rows_are_found_exact_and_near_with_both_places(run, tmp_path):
+    kept = {each["question"] for each in read_jsonl(run / "held_out.jsonl")}
+    [one, other, *_] = [n for n in range(30) if row(n)["question"] not in kept]
+    long = row(other)["question"]
+    planted = [
+        {"question": "something else entirely", "answer": "no"},
+        {"question": row(one)["question"].upper() + "!", "answer": "another answer"},
+        {"question": row(one)["question"], "answer": "a second time"},
+        {"question": f"{long} please", "answer": row(other)["answer"]},
+    ]
+    path = write_jsonl(tmp_path / "planted.jsonl", planted)
+    prompts, found = trained(run, path)
+    assert sorted(found) == [1, 2, 3]
+    assert found[1] == trained_rows.Trained(
+        f"{run.parents[1]}/rows.jsonl:{one + 1}", "the same text"
+    )
+    assert found[3].place.endswith(f"rows.jsonl:{other + 1}")
+    assert f"{path}:2 repeats " in trained_rows.listing(prompts, found)
+    assert [p.place for p in trained_rows.refuse(prompts, found)] == [f"{path}:1"]
+
+
+def evaluate(*arguments):
+    return main(["evaluate", *map(str, arguments), "--max-new-tokens", "1", "--examples", "0"])
+
+
+def test_the_command_leaves_them_out_or_scores_with_and_without(run, tmp_path, capsys):
+    kept = read_jsonl(run / "held_out.jsonl")
+    [leak, *_] = [row(n) for n in range(30) if row(n) not in kept]
+    path = write_jsonl(tmp_path / "rows.jsonl", [*kept, leak])
+    assert evaluate(run, "--data", path) == 0
+    printed = capsys.readouterr()
+    assert "6 held-out rows" in printed.out
+    assert "note: 1 of 7 rows were trained on, and are left out" in printed.err
+    assert f"{path}:7 repeats " in printed.err
+    assert evaluate(run, "--data", path, "--trained-rows", "score") == 0
+    printed = capsys.readouterr().out
+    assert "7 held-out rows" in printed
+    assert "without 1 rows that were trained on" in printed
+    assert "6 held-out rows" in printed
+    write_jsonl(path, [leak])
+    assert evaluate(run, "--data", path) == 2
+    assert "1 of 1 rows were trained on, so they cannot show" in capsys.readouterr().err
+
+
+def test_training_rows_that_are_gone_are_noted(run, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    config = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(config.replace("rows.jsonl", "gone.jsonl"))
+    prompts = held_out.read(str(run / "held_out.jsonl"))
+    with pytest.raises(trained_rows.Unread, match=r"gone\.jsonl: no such file"):
+        trained_rows.find(prompts, TrainedRun.open(str(copy)))
+    assert evaluate(copy) == 0
+    assert "was trained on cannot be compared with these" in capsys.readouterr().err
+    assert json.loads((copy / "outcome.json").read_text())["state"] == "complete"
+
+
+def test_a_run_directory_knows_what_to_compare(run, capsys):
+    assert evaluate(run) == 0
+    printed = capsys.readouterr().out
+    assert "6 held-out rows" in printed
+    assert "6 rows; at least 30 are needed" in printed
+    assert f"{run}/held_out.jsonl" not in printed
+    assert evaluate(run / "model", "--limit", 3, "--group", "user", "--also", f"me={run}") == 0
+    printed = capsys.readouterr().out
+    assert "3 held-out rows" in printed
+    assert "tuned against me: exact match +0.0" in printed
+
+
+def test_a_run_without_what_it_takes_says_what_to_give(run, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    (copy / "held_out.jsonl").unlink()
+    for arguments, says in (
+        ([copy], "held out no rows, and has no data.eval; give rows"),
+        ([run.parent / "base"], "began with random weights, so it has no base to compare with"),
+        ([run, "--tuned", run], "--tuned: the tuned model is that of"),
+        ([tmp_path / "no"], "no does not exist; give a run directory"),
+        ([run.parent / "base" / "checkpoints"], "give a run directory"),
+        ([], "name a run, as "),
+        (["--base", run], "or give also --tuned and --data"),
+    ):
+        assert evaluate(*arguments) == 2
+        assert says in capsys.readouterr().err
+    shutil.rmtree(copy / "model")
+    (copy / "outcome.json").write_text(json.dumps({"state": "preempted"}))
+    assert evaluate(copy) == 2
+    assert "has no model yet: its run is preempted" in capsys.readouterr().err
+    config = (run / "config.yaml").read_text()
+    (copy / "model").mkdir()
+    (copy / "model" / "config.json").touch()
+    named = str(Path(run.parent / "base" / "model"))
+    (copy / "config.yaml").write_text(config.replace(named, "/gone/model"))
+    assert evaluate(copy) == 2
+    assert "give --base with the folder where it is now" in capsys.readouterr().err
