@@ -140,8 +140,11 @@ class Run:
         self.topology.on_main(self._begin)
         self.metrics = self._metrics()
         self.saver = self._saver(resumed_from)
-        part, device = self.topology.part, self.topology.device
-        self.batches = Prefetch(self.data.train, self.data.num_steps, part=part, device=device)
+        topology = self.topology
+        self.batches = Prefetch(
+            self.data.train, self.data.num_steps, part=topology.part, device=topology.device,
+            heartbeat=topology.watchdog.heartbeat,
+        )  # fmt: skip
         self.best = BestCheckpoint(
             self.config.evaluation, self.directory, self.topology, lambda: self.saver.under_way
         )

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from test_tokens import chat_for, load_template, options
 
 from finetune import workers
-from finetune.data import building, layout, shards, source_files, stream
+from finetune.data import building, layout, prefetch, shards, source_files, stream
 from finetune.data import examples as entries
 from finetune.data.batches import Batches
 from finetune.data.layout import Layout
@@ -25,6 +25,7 @@ from finetune.data.order import Sequences
 from finetune.data.views import Document, Masked
 from finetune.errors import ConfigError, DataError, Outage
 from finetune.models.load import bytes_tokenizer
+from finetune.survival.watchdog import Watchdog
 
 pytestmark = pytest.mark.slow
 
@@ -816,6 +817,70 @@ def test_a_step_waits_for_the_window_that_it_needs(halting, monkeypatch):
     early.let_through(8)
     waiting.join(30)
     assert found == [wanted[6]]
+
+
+def waiting_for_shards(
+    early: Halting, monkeypatch: pytest.MonkeyPatch, window: int, heartbeat: Any = lambda: None
+) -> tuple[Batches, threading.Thread]:
+    """Return batches of which a thread wants step 6, which needs a shard that is not there."""
+    monkeypatch.setattr(prefetch, "BEAT_SECONDS", 0.02)
+    threading.Timer(0.1, lambda: early.let_through(3)).start()
+    batches = batches_of(early.begin(monkeypatch, window=window))
+    ahead = prefetch.Prefetch(batches, 18, heartbeat=heartbeat)
+    waiting = threading.Thread(target=lambda: ahead.at(6), daemon=True)
+    waiting.start()
+    return batches, waiting
+
+
+def test_a_step_that_is_there_waits_for_no_later_one(halting, monkeypatch):
+    """While the next one waits for its shards, all that the loop asks of this one is answered."""
+    early, window, wanted = halting
+    batches, waiting = waiting_for_shards(early, monkeypatch, window)
+    asked = []
+
+    def ask() -> None:
+        asked.append((tokens_of(batches.at(0)), batches.size_of(0), batches.num_epochs(1)))
+        batches.totals(0), batches.places(0)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(5)
+    assert not asking.is_alive()
+    assert asked == [(wanted[0], 24, 0.0)]
+    assert waiting.is_alive()
+    early.let_through(8)
+    waiting.join(30)
+
+
+def test_a_step_may_wait_for_shards_as_long_as_some_are_made(halting, monkeypatch):
+    """Each shard takes less than train.hang_minutes, all of them more; then the builder hangs."""
+    early, window, _ = halting
+    watchdog, problems = Watchdog(0, 1), list[str]()
+    watchdog.start(1.5, problems.append)
+    try:
+        _, waiting = waiting_for_shards(early, monkeypatch, window, watchdog.heartbeat)
+        watchdog.heartbeat("step 7")
+        for _ in range(4):
+            waiting.join(0.5)
+            early.let_through(1)
+        assert waiting.is_alive()
+        assert not problems
+        waiting.join(3)
+        assert problems == ["every process has made no progress for 1.5 s at step 7"]
+    finally:
+        watchdog.stop()
+    early.let_through(8)
+    waiting.join(30)
+
+
+def test_a_builder_that_was_killed_ends_the_run(halting, monkeypatch):
+    early, window, _ = halting
+    threading.Timer(0.1, lambda: early.let_through(3)).start()
+    sequences = early.begin(monkeypatch, window=window)
+    monkeypatch.setattr(sequences.opened.building.process, "is_alive", lambda: False)
+    with pytest.raises(Outage, match=r"the process that tokenises was killed .* run the same comm"):
+        batches_of(sequences).at(6)
+    early.let_through(8)
 
 
 @pytest.mark.parametrize("number", [5, 190])

@@ -166,6 +166,10 @@ class Batches:
         """Return the epochs of the first steps; 0 while the length of an epoch is not known."""
         return step / self.steps_per_epoch if self.sequences.is_whole else 0.0
 
+    def progress(self) -> float:
+        """Return a number that changes as long as shards are made that a step may wait for."""
+        return self.sequences.progress()
+
     def of_all(self) -> "Batches":
         """Return the same steps as one process alone sees them."""
         whole = copy.copy(self)
@@ -191,8 +195,11 @@ class Batches:
     def size_of(self, step: int) -> int:
         """Return how many sequences a step has, without a look at the order.
 
-        Reading that of a window that was left would fetch its shards again.
+        Reading that of a window that was left would fetch its shards again, and the length of an
+        epoch is not known while shards of a stream are made.
         """
+        if self.sequences.holds((step + 1) * self.global_batch_size - 1):
+            return self.global_batch_size
         done = step % self.steps_per_epoch * self.global_batch_size
         return min(self.global_batch_size, len(self.sequences) - done)
 

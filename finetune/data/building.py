@@ -29,6 +29,15 @@ class Building:
         """`process`: the builder, in the process that started it."""
         self.laid_out, self.process = laid_out, process
 
+    def progress(self) -> float:
+        """Return when a builder of these shards last made some of its way, in seconds.
+
+        It may be one of another run that makes the same shards, on which ours waits.
+        """
+        with suppress(FileNotFoundError):
+            return (self.laid_out.parent / shards.BEAT).stat().st_mtime
+        return 0.0
+
     def check(self, known: Layout) -> None:
         """Raise the error that ended the builder."""
         path = self.laid_out / FAILED

@@ -2,11 +2,14 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any
 
 import torch
 
 from finetune.data.batches import Batch, Batches, Counts
+
+BEAT_SECONDS = 1.0  # between two checks of what a step waits for
 
 
 class Prefetch:
@@ -20,9 +23,14 @@ class Prefetch:
         self, batches: Batches, num_steps: int, *,
         part: Callable[[Batch], Batch] = lambda batch: batch,
         device: torch.device = torch.device("cpu"),  # noqa: B008  # a constant
+        heartbeat: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
-        """`part`: what this process has of a batch that several share. `device`: where it goes."""
+        """`part`: what this process has of a batch that several share. `device`: where it goes.
+
+        `heartbeat`: called while a step waits for shards, as long as some are made.
+        """
         self.batches, self.num_steps, self.part = batches, num_steps, part
+        self.heartbeat = heartbeat
         self.pin = device.type == "cuda"
         # A new thread starts on the first GPU, not on the process's own.
         use_own_gpu = functools.partial(torch.cuda.set_device, device) if self.pin else None
@@ -37,10 +45,19 @@ class Prefetch:
         number, made = self._next or (-1, None)
         if made is None or number != step:
             made = self._thread.submit(self._make, step)
+        self._wait(made)
         found = made.result()
         if step + 1 < self.num_steps:
             self._next = (step + 1, self._thread.submit(self._make, step + 1))
         return found
+
+    def _wait(self, made: Future[Any]) -> None:
+        """Wait for a step, which may wait for shards that are still made."""
+        progress = self.batches.progress()
+        while not wait([made], BEAT_SECONDS).done:
+            before, progress = progress, self.batches.progress()
+            if progress != before:
+                self.heartbeat()
 
     def close(self) -> None:
         """End the thread; what it is making is lost."""

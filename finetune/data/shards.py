@@ -39,6 +39,7 @@ STREAM_VERSION = 1  # increase it when the same rows give other shards or sequen
 SHARD_ROWS = 1 << 14
 SHARD_CHARACTERS = 1 << 25
 
+BEAT = "beat"  # a file in the folder of a stream that its builder touches at each shard
 OPENING = "learn_opening"  # a file in the folder of a stream that `StartAgain` has left
 
 Record = tuple[int, Row | DataError]
@@ -365,6 +366,7 @@ class Builder:
         ):
             for finished in results:
                 count = finished.number + 1
+                self._beat()
                 bar.update(finished.problems.num_rows)
                 self._take(finished, known)
                 if self.store:
@@ -376,6 +378,11 @@ class Builder:
                 known.finish(max(count, len(known.lines)))
         if self.store:
             self.store.put(self.laid_out.name, last=layout.INDEX)
+
+    def _beat(self) -> None:
+        """Note that something was done, for runs that wait for shards."""
+        with entries.writable(self.recipe.cache_dir):
+            (self.folder / BEAT).touch()
 
     def _under_way(self, number: int) -> dict[str, int]:
         """Return the entries here of later shards, which workers may be reading: none may go."""
@@ -406,6 +413,7 @@ class Builder:
         names, unit = list(self.recipe.sources), self.recipe.options.text_unit
         rows_of = records(names, unit, self.problems)
         for number, held in enumerate(cut(rows_of, self.recipe.shard_rows)):
+            self._beat()  # shards that are there come without a result
             if not self._has(number):
                 wrong = self.problems
                 counts_only = wrong.must_end and len(wrong) > wrong.count(TOO_LONG)

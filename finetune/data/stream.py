@@ -276,7 +276,7 @@ class StreamedSequences:
         """Group the shards that are there into windows; the last may still grow."""
         whole, lines = self.laid_out.is_whole, list(self.laid_out.lines)
         found = windows.spans([line["bytes"] for line in lines], self.opened.recipe.window)
-        self.windows = found if whole else found[:-1]
+        self.windows = found if whole else found[:-1]  # before their sizes: see `_wait`
         held = [line[self.part]["records"][SEQUENCES] for line in lines]
         self._sizes = [sum(held[begin:end]) for begin, end in self.windows]
         self.is_whole = whole
@@ -285,6 +285,8 @@ class StreamedSequences:
 
     def _wait(self, position: float) -> None:
         """Wait until a position of the first epoch is in a whole window, or all shards are made."""
+        if self.is_whole or sum(self._sizes) > position:  # else another thread may hold the lock
+            return
         with self._lock:  # batches are made on a thread
             while not self.is_whole and sum(self._sizes) <= position:
                 self.opened.grow()
@@ -305,6 +307,10 @@ class StreamedSequences:
         """Return whether an epoch reaches a position."""
         self._wait(position)
         return position < sum(self._sizes)
+
+    def progress(self) -> float:
+        """Return a number that changes as long as shards are made."""
+        return self.opened.building.progress() if self.opened.building else 0.0
 
     @property
     def num_tokens(self) -> int:
