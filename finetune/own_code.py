@@ -1,7 +1,8 @@
 """Load a user's own code, named in a config as FILE.py:NAME or package.module:NAME. No torch.
 
 Only `read` executes code, and only `config` calls it, with names from the user's config or command
-line. It executes each file once: an edit during a run changes nothing.
+line; processes that a run starts read the same by `read_as`. Each file is executed once: an edit
+during a run changes nothing.
 """
 
 import difflib
@@ -97,6 +98,14 @@ def _defined(module: ModuleType, wanted: str) -> str:
     lowered = {name.lower(): name for name in reversed(names)}
     near = difflib.get_close_matches(wanted.lower(), lowered, n=1)
     return f"did you mean {lowered[near[0]]}?" if near else f"it has {', '.join(names) or 'none'}"
+
+
+def read_as(name: str, sha256: str) -> None:
+    """Read what another process of this run has read. Raise ConfigError if it has changed since."""
+    if name in _READ and _READ[name].sha256 == sha256:
+        return
+    if (found := read(name)).sha256 != sha256:
+        raise ConfigError(f"{shown(found.path)} has changed since this command began; run it again")
 
 
 def get(name: str) -> OwnCode:

@@ -118,8 +118,8 @@ def prepare(
         template = tokens.with_bos(template, tokenizer)
     start_id = load.decoder_start(model_config, config.model, tokenizer)
     view = objective.view(config.objective, Encoding(tokenizer, config.run.seed, start_id))
-    if wanted.streaming and not own_code.is_own(options.format):
-        options = replace(options, format=format)  # a shard may not show the format
+    if wanted.streaming:  # a shard may not show the format
+        options = _for_shards(options, sources, format)
     early = topology.is_first_of_node if may_start_early and _starts_early(config) else None
     train, evals, known, num_rows = (
         _streamed(config, sources, template, tokenizer, options, view, early)
@@ -136,7 +136,8 @@ def prepare(
         config, topology, objective, train, evals, kernel, tokenizer
     )
     num_steps = min(natural_steps(config, train_batches), config.train.max_steps or sys.maxsize)
-    check_lengths([each.examples for each in (train, evals) if each], config, model_config)
+    parts = [each.examples for each in (train, evals) if each is not None]
+    check_lengths(parts, config, model_config)
     check_warmup(config, num_steps)
     topology.on_every(lambda: _rehearse_objective(config, objective, train_batches))
     identity = {
@@ -197,6 +198,15 @@ def _options(
         labels=_known_labels(config, model_config),
         source_prefix=getattr(config.objective, "source_prefix", ""),
     )  # fmt: skip
+
+
+def _for_shards(options: tokens.Options, sources: Sources, format: str) -> tokens.Options:
+    """Return the options with the format and the fields that the first row has."""
+    if not options.is_own:
+        return replace(options, format=format)
+    names, skips = list(sources.train), options.skipping.skips
+    shape = rows.own_shape(names, options.text_unit, options.columns, options.format, skips)
+    return replace(options, shape=shape)
 
 
 def _columns(wanted: config_fields.Data, sources: Sources, format: str) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 import threading
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tokens import chat_for, load_template, options
 
-from finetune import workers
+from finetune import own_code, workers
 from finetune.data import building, layout, prefetch, shards, source_files, stream
 from finetune.data import examples as entries
 from finetune.data.batches import Batches
 from finetune.data.layout import Layout
 from finetune.data.order import Sequences
+from finetune.data.rows import own_shape
 from finetune.data.views import Document, Masked
 from finetune.errors import ConfigError, DataError, Outage
 from finetune.models.load import bytes_tokenizer
@@ -351,6 +353,61 @@ def test_wrong_rows_are_reported_as_they_are_without_streaming(tmp_path, name):
     change(rows)
     each = Streaming(tmp_path, rows)
     assert refused(lambda: each.make(**more)) == refused(lambda: each.whole(**more))
+
+
+OWN_ROWS = """
+def rows(row):
+    made = {"prompt": row["question"], "completion": row["answer"]}
+    if "text" in row:
+        made = {"text": row["text"]}
+    return made if "fields" not in row else {**made, "fields": row["fields"]}
+"""
+
+
+def own_format(folder: Path) -> str:
+    (folder / "own.py").write_text(OWN_ROWS)
+    own_code.read(f"{folder}/own.py:rows")
+    return f"{folder}/own.py:rows"
+
+
+@pytest.mark.parametrize("other", [{"text": "a"}, {"fields": {"rank": 3}}])
+def test_rows_of_another_shape_in_another_shard_are_refused(tmp_path, other):
+    """A user's own function decides the shape by its first row, as without streaming."""
+    name, rows = own_format(tmp_path), [{**row} for row in pairs(ROWS)]
+    for row in rows[SHARD : 2 * SHARD]:  # rows behind them would not be tokenised any more
+        row.update(other)
+    each, columns = Streaming(tmp_path, rows), {"format": name}
+    shape = own_shape([str(each.rows)], "line", {}, name, False)
+    assert refused(lambda: each.make(**columns, shape=shape)) == refused(
+        lambda: each.whole(**columns)
+    )
+
+
+@pytest.mark.proof
+def test_a_function_of_the_user_makes_rows_in_worker_processes(workshop):
+    """All shards before the run, or beside it."""
+    name = own_format(workshop.folder)
+    write_jsonl(workshop.rows, pairs(150))
+    settings = {
+        "data__streaming": True, "data__format": name, "train__max_steps": 15,
+        "data__max_length": 100,
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers, "cores", lambda: 2)
+        whole = losses(workshop.train("whole", **settings))
+        shutil.rmtree(workshop.folder / "cache")
+        assert losses(workshop.train("early", **settings, data__window_gb=4e-5)) == whole
+
+
+def test_code_that_changes_while_it_is_read_again_is_refused(tmp_path):
+    name = own_format(tmp_path)
+    sha256 = own_code.get(name).sha256
+    own_code.read_as(name, sha256)
+    (tmp_path / "own.py").write_text(f"{OWN_ROWS}# edited")
+    own_code.read_as(name, sha256)  # a process executes it once
+    own_code._READ.pop(name)
+    with pytest.raises(ConfigError, match=r"own\.py has changed since this command began"):
+        own_code.read_as(name, sha256)
 
 
 def test_skipped_rows_are_counted_and_kept_as_without_streaming(tmp_path):
@@ -745,6 +802,27 @@ def test_settings_of_a_store_that_do_not_fit_are_refused(workshop, changes, says
 # ------------------------------------------------------------------------ before all shards exist
 
 
+def build_on_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make shards beside a run in a thread of this process."""
+    monkeypatch.setattr(building, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(stream, "POLL_SECONDS", 0.01)
+
+    class Thread(threading.Thread):
+        exitcode = 1
+
+    def build(recipe: shards.Recipe, laid_out: Path) -> None:
+        with contextlib.suppress(SystemExit):
+            building._build(recipe, recipe.code, laid_out)
+
+    def start(builder: shards.Builder) -> Any:
+        thread = Thread(target=build, args=(builder.recipe, builder.laid_out), daemon=True)
+        thread.start()
+        return thread
+
+    monkeypatch.setattr(building, "_started", start)
+    monkeypatch.setattr(workers, "depend_on_parent", lambda: None)
+
+
 class Halting(Streaming):
     """Makes shards on a thread, each when it is let through."""
 
@@ -757,23 +835,8 @@ class Halting(Streaming):
             append(layout, *arguments)
 
         monkeypatch.setattr(Layout, "append", gated)
-        monkeypatch.setattr(building, "POLL_SECONDS", 0.01)
-        monkeypatch.setattr(stream, "POLL_SECONDS", 0.01)
 
-        class Thread(threading.Thread):
-            exitcode = 1
-
-        def build(recipe: shards.Recipe) -> None:
-            with contextlib.suppress(SystemExit):
-                building._build(recipe)
-
-        def start(builder: shards.Builder) -> Any:
-            thread = Thread(target=build, args=(builder.recipe,), daemon=True)
-            thread.start()
-            return thread
-
-        monkeypatch.setattr(building, "_started", start)
-        monkeypatch.setattr(workers, "depend_on_parent", lambda: None)
+        build_on_a_thread(monkeypatch)
         return stream.opened(*building.begin(self.recipe(**changes), is_first=True))[0]
 
     def let_through(self, number: int) -> None:
@@ -881,6 +944,26 @@ def test_a_builder_that_was_killed_ends_the_run(halting, monkeypatch):
     with pytest.raises(Outage, match=r"the process that tokenises was killed .* run the same comm"):
         batches_of(sequences).at(6)
     early.let_through(8)
+
+
+def test_a_run_trains_while_shards_are_made(workshop, monkeypatch):
+    """All but the first few wait for a step to be on record."""
+    write_jsonl(workshop.rows, pairs(ROWS))
+    metrics, late, append = workshop.run_dir("early") / "metrics.jsonl", [], Layout.append
+
+    def gated(known: Layout, *arguments: Any) -> None:
+        ends = time.monotonic() + 10
+        while len(known.lines) > 5 and not metrics.exists() and time.monotonic() < ends:
+            time.sleep(0.02)
+        late.append(not metrics.exists())
+        append(known, *arguments)
+
+    monkeypatch.setattr(Layout, "append", gated)
+    build_on_a_thread(monkeypatch)
+    settings = {"data__streaming": True, "data__window_gb": 4e-5, "train__max_steps": 20}
+    run = workshop.train("early", **settings, data__max_length=100)
+    assert late == [True] * 6 + [False] * 5
+    assert len(losses(run)) == 20
 
 
 @pytest.mark.parametrize("number", [5, 190])

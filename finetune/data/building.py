@@ -10,7 +10,7 @@ from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from finetune import errors, files, workers
+from finetune import errors, files, own_code, workers
 from finetune.data import examples as entries
 from finetune.data import shards, windows
 from finetune.data.layout import Layout
@@ -87,7 +87,8 @@ def _started(builder: Builder) -> BaseProcess:
         builder.laid_out.mkdir(parents=True, exist_ok=True)
         (builder.laid_out / FAILED).unlink(missing_ok=True)
     context = multiprocessing.get_context("spawn")
-    process = context.Process(target=_build, args=(builder.recipe,), name="shards")
+    arguments = builder.recipe, builder.recipe.code, builder.laid_out
+    process = context.Process(target=_build, args=arguments, name="shards")
     process.start()
     # A run that ends before the last shard leaves it to the next; else Python would wait here.
     atexit.register(process.terminate)
@@ -104,19 +105,24 @@ def _wait_for_window(recipe: Recipe, building: Building) -> None:
         building.check(known)
 
 
-def _build(recipe: Recipe) -> None:
-    """Make all shards, in a process of its own; write down why it failed."""
+def _build(recipe: Recipe, code: str, laid_out: Path) -> None:
+    """Make all shards, in a process of its own; write down why it failed.
+
+    `code`: see `Recipe`, which cannot know it before it is read here.
+    """
     workers.depend_on_parent()
-    builder = Builder(recipe)
     try:
+        if code:
+            own_code.read_as(recipe.options.format, code)
         shards.prepare(recipe, beside=True)
     except StartAgain as exc:
-        _fail(builder, exc, "rows begin otherwise than those before; run it under another run.name")
+        why = "rows begin otherwise than those before; run it under another run.name"
+        _fail(laid_out, exc, why)
     except FinetuneError as exc:
-        _fail(builder, exc, str(exc))
+        _fail(laid_out, exc, str(exc))
 
 
-def _fail(builder: Builder, exc: Exception, message: str) -> None:
+def _fail(laid_out: Path, exc: Exception, message: str) -> None:
     values = {"kind": type(exc).__name__, "message": message}
-    files.write_synced(builder.laid_out / FAILED, json.dumps(values))
+    files.write_synced(laid_out / FAILED, json.dumps(values))
     sys.exit(1)

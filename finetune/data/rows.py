@@ -18,6 +18,8 @@ from finetune.errors import ConfigError, DataError
 
 Records = Callable[[str, str], Iterator[Row | DataError]]
 """(source, data.text_unit) -> its rows, and a DataError in place of each wrong one."""
+Shape = tuple[str, tuple[str, ...]]
+"""(format of rows, names of their fields)."""
 MOST_CHECKED = 10_000  # rows: reading takes 0.1 ms a row, and every start reads them again
 
 
@@ -36,9 +38,9 @@ def detect_format(
     """
     found: dict[str, list[str]] = {}
     for source in sources:
-        first = _first_format(source, text_unit, columns, for_training, format, skips)
+        first = _first_shape(source, text_unit, columns, for_training, format, skips)
         if first:
-            found.setdefault(first, []).append(source)
+            found.setdefault(first[0], []).append(source)
     if not found:
         raise DataError(
             f"{some(sources)}: {own_rows.shown(format)} returns None for every row, so no row is "
@@ -53,11 +55,19 @@ def detect_format(
     return next(iter(found))
 
 
-def _first_format(
+def own_shape(
+    sources: Sequence[str], text_unit: str, columns: Mapping[str, str], format: str, skips: bool
+) -> Shape | None:
+    """Return the shape of the first row that a function of the user's own makes."""
+    found = (_first_shape(each, text_unit, columns, True, format, skips) for each in sources)
+    return next((shape for shape in found if shape), None)
+
+
+def _first_shape(
     source: str, text_unit: str, columns: Mapping[str, str], for_training: bool, format: str,
     skips: bool,
-) -> str | None:  # fmt: skip
-    """Return the format of a source, or None if the user's own function skips all its rows."""
+) -> Shape | None:  # fmt: skip
+    """Return the shape of a source, or None if the user's own function skips all its rows."""
     problem: DataError | None = None
     for row in readers.records(source, text_unit):
         try:
@@ -66,7 +76,7 @@ def _first_format(
             if format != "auto" and readers.is_empty(row):
                 continue
             if made := formatted(row, format):
-                return detect(made[0][0], columns, for_training)
+                return detect(made[0][0], columns, for_training), tuple(made[1])
         except DataError as exc:
             if not skips:
                 raise
@@ -94,6 +104,7 @@ def samples(
     repair_turns: bool = False,
     records: Records = readers.records,
     unseen: set[str] | None = None,
+    own_format: str = "auto",
 ) -> Iterator[Sample]:
     """Yield the rows of all sources as samples.
 
@@ -101,7 +112,8 @@ def samples(
     `unread` counts the rows that have a column that is not read. `for_training`: whether answers
     will be trained on; if so, a column that rates an answer makes its row wrong, as bad answers
     would be learned, too. `repair_turns`: see `to_conversation`. `records`: where the rows of a
-    source come from. Raises ConfigError if no row has a column that `columns` names; of a part of
+    source come from. `own_format`: of what the user's own function makes, where it is known; else
+    its first row of each source decides. Raises ConfigError if no row has a column that `columns` names; of a part of
     the rows, `unseen` takes the names of such columns.
     """
     missing = {ours: theirs for ours, theirs in columns.items() if ours not in IN_MESSAGES}
@@ -109,7 +121,7 @@ def samples(
     reading = _Reading(columns, system_prompt, for_training, repair_turns, problems, unread)
     for source in sources:
         with problems.noted(ends=True):  # stop reading a broken file
-            own, before = "auto" if own_code.is_own(format) else format, problems.num_rows
+            own, before = own_format if own_code.is_own(format) else format, problems.num_rows
             for row, (rows, fields) in _formatted_rows(
                 records(source, text_unit), format, problems
             ):

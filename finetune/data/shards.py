@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from finetune import files, workers
+from finetune import files, own_code, workers
 from finetune.data import examples as entries
 from finetune.data import frames, layout, readers, rows, shard_store, tokens
 from finetune.data.conversations import Sample
@@ -63,6 +63,7 @@ class PartOptions(Options):
             [source for source in sources if source in held], self.format, self.columns,
             self.text_unit, self.system_prompt, problems, unread, repair_turns=self.repair_turns,
             records=lambda source, _: iter(held[source]), unseen=self.unseen,
+            own_format=self.shape[0] if self.shape else "auto",
         )  # fmt: skip
 
 
@@ -85,6 +86,11 @@ class Recipe:
     window: int | None = None
     """Bytes of the shards that are shuffled together; None: all."""
     shard_rows: int = field(default_factory=lambda: SHARD_ROWS)
+
+    @property
+    def code(self) -> str:
+        """Hash of the user's own code that makes the rows; empty: none does."""
+        return own_code.get(self.options.format).sha256 if self.options.is_own else ""
 
     def store(self, key: str) -> ShardStore | None:
         """Return the object store of the shards, of which the cache holds two windows."""
@@ -165,8 +171,10 @@ def entry_name(key: str, number: int) -> str:
 class Maker:
     """Make shards, in a worker process."""
 
-    def __init__(self, recipe: Recipe, key: str) -> None:
+    def __init__(self, recipe: Recipe, key: str, code: str) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        if code:
+            own_code.read_as(recipe.options.format, code)
         self.recipe, self.key = recipe, key
         self.folder, self.sources = recipe.root / key, list(recipe.sources)
         self.store = recipe.store(key)
@@ -400,7 +408,7 @@ class Builder:
     def _finished(self, known: Layout) -> Generator[Finished]:
         """Yield what workers made of each shard that is not laid out yet, in order."""
         yield from workers.mapped(
-            Maker, self._parts(known), self.num_workers, self.recipe, self.key,
+            Maker, self._parts(known), self.num_workers, self.recipe, self.key, self.recipe.code,
             ahead=self.num_workers + 1, fewer="fewer cores (taskset)",
         )  # fmt: skip
 

@@ -65,6 +65,8 @@ class Options:
     """Text before the input of an encoder-decoder."""
     labels: tuple[str, ...] = ()
     """Names of the labels in the order of their numbers; empty: those of the rows, sorted."""
+    shape: rows.Shape | None = None
+    """Of what a user's own function makes of each row, where a shard does not show the first."""
 
     @property
     def is_own(self) -> bool:
@@ -85,7 +87,8 @@ class Options:
 
         A user's own function counts by the content of its file, which may define several.
         """
-        values = {name: value for name, value in asdict(self).items() if name != "positions"}
+        values = asdict(self)
+        del values["positions"], values["shape"]  # the rows and the function decide the latter
         # Caches may be older than these settings.
         if not self.repair_turns:
             del values["repair_turns"]
@@ -141,6 +144,8 @@ class Tokenised:
     """Tokens of each row that was tokenised, before it was cut."""
     most_documents: int = 1
     """Of a row."""
+    fields: tuple[str, ...] | None = None
+    """Of each row; None until one shows them."""
 
     def note(self, problems: Problems, unread: "Counter[str]") -> None:
         """Take over what was skipped, repaired and not read."""
@@ -154,8 +159,10 @@ class Tokenised:
         self, examples: list[list[Tokens]], sample: Sample, place: tuple[int, int, int]
     ) -> None:
         """Add the examples of a row. Raise DataError if it has other fields than those before."""
-        if self.ids and sample.fields.keys() != self.columns.keys():
-            names, before = (list_columns(sorted(f)) for f in (sample.fields, self.columns))
+        if self.fields is None and self.ids:
+            self.fields = tuple(self.columns)
+        if self.fields is not None and sample.fields.keys() != set(self.fields):
+            names, before = (list_columns(sorted(f)) for f in (sample.fields, self.fields))
             raise DataError(
                 f"{sample.conversations[0].place}: data.format: the fields {names} differ from "
                 f"those of the rows before, {before}; return the same for every row"
@@ -429,6 +436,7 @@ def tokenise_part(
 ) -> Tokenised:  # fmt: skip
     """Tokenise rows, and note in `problems` what is wrong with them. `quiet`: show no progress."""
     made = Tokenised(problems=Problems(options.skipping))
+    made.fields = options.shape and options.shape[1]
     made.counts = dict.fromkeys(("num_rows", "num_truncated", "num_dropped"), 0)
     made.counts["learn_opening"] = template.learn_opening
     finish, unread = _Finisher(template, tokenizer), Counter[str]()
