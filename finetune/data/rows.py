@@ -113,8 +113,8 @@ def samples(
     will be trained on; if so, a column that rates an answer makes its row wrong, as bad answers
     would be learned, too. `repair_turns`: see `to_conversation`. `records`: where the rows of a
     source come from. `own_format`: of what the user's own function makes, where it is known; else
-    its first row of each source decides. Raises ConfigError if no row has a column that `columns` names; of a part of
-    the rows, `unseen` takes the names of such columns.
+    its first row of each source decides. Raises ConfigError if no row has a column that `columns`
+    names; of a part of the rows, `unseen` takes the names of such columns.
     """
     missing = {ours: theirs for ours, theirs in columns.items() if ours not in IN_MESSAGES}
 
