@@ -5,17 +5,23 @@ import math
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from finetune import page, places
+from finetune.config import paths
 from finetune.data.conversations import Message
 from finetune.data.templates import PROMPT, QUESTION
-from finetune.errors import DataError, FinetuneError, ModelError
+from finetune.errors import DataError, FinetuneError, ModelError, UserError
 from finetune.export import lineup
 from finetune.export.lineup import BASE, TUNED, Lineup
 from finetune.generation import generate, streaming
 from finetune.generation.streaming import Sampling, Token
+from finetune.serving import web
+from finetune.serving.service import Service
+from finetune.serving.web import Votes, Web
 
+PORT = 8001
 TOP = 3  # tokens shown beside each token of an answer
 COMMANDS = {
     "/base": "answer by the base",
@@ -39,6 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--one-turn", action="store_true", help="forget each message before the next")
     what = f"after each answer show the probabilities of its tokens and of the {TOP} likeliest"
     add("--probs", action="store_true", help=what)
+    what = "open a page on this machine instead, with two models side by side, and votes"
+    add("--web", action="store_true", help=what)
+    add("--blind", action="store_true", help="with --web: draw the sides, name them after a vote")
+    what = "with --web: a .jsonl file that votes are added to (default: votes.jsonl)"
+    add("--votes", type=paths.argument, default=None, metavar="FILE", help=what)
+    what = f"with --web: port of the page; 0: any that is free (default: {PORT})"
+    add("--port", type=generate.at_least(0), default=None, help=what)
 
 
 def _temperature(text: str) -> float:
@@ -66,10 +79,17 @@ def require_system(tokenizer: Any, start: list[Message]) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Answer --prompt, or the lines that the user types."""
+    """Answer --prompt, or the lines that the user types, or open the page of --web."""
+    _require_no_other(arguments)
+    votes = Votes(Path(arguments.votes or "votes.jsonl")) if arguments.web else None
+    if votes:
+        votes.require_writable()
     models = lineup.of_arguments(arguments, f"{places.command()} chat", _log)
     chat = Chat(models, arguments)
     require_system(models.tokenizer(TUNED), chat.start)
+    if votes:
+        _open_page(models, votes, arguments)
+        return
     models.open(TUNED)
     if arguments.prompt is not None:
         chat.ask(arguments.prompt)
@@ -87,6 +107,30 @@ def main(arguments: argparse.Namespace) -> None:
             chat.forget()
         if text.strip():
             chat.ask(text.strip())
+
+
+def _require_no_other(arguments: argparse.Namespace) -> None:
+    """Raise UserError for an option that would be ignored, with --web or without it."""
+    options = ("prompt", "one_turn", "probs") if arguments.web else ("blind", "votes", "port")
+    for option in options:
+        if getattr(arguments, option) not in (None, False):
+            where = "in the terminal, not with --web" if arguments.web else "with --web"
+            what = f"--{option.replace('_', '-')}: only {where}"
+            raise UserError(f"{what}; remove one of the two" if arguments.web else what)
+
+
+def _open_page(models: Lineup, votes: Votes, arguments: argparse.Namespace) -> None:
+    if len(models.names) < 2:
+        raise ModelError(
+            f"--web compares two models, and the base of {models.paths[TUNED]} is not known; name "
+            "another one with --also"
+        )
+    for name in models.names[:2]:
+        models.open(name)
+    limit, temperature = arguments.max_new_tokens, arguments.temperature
+    system = arguments.system or ""
+    owner = Web(Service(models), votes, limit, temperature, system, arguments.blind)
+    web.run(owner, PORT if arguments.port is None else arguments.port)
 
 
 class Chat:

@@ -51,11 +51,11 @@ input, select, button { font: inherit; color: inherit; background: var(--panel);
 """
 
 
-def page(title: str, body: str, style: str = "", script: str = "") -> str:
+def page(title: str, body: str, style: str = "", script: str = "", policy: str = POLICY) -> str:
     """Return a whole page. `body`, `style` and `script` are used as they are."""
     parts = [
         MARK,
-        f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">',
+        f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f'<link rel="icon" href="data:,"><title>{text(title)}</title>',
         f"<style>{STYLE}{style}</style></head><body>",

@@ -22,16 +22,21 @@ class Seen:
 
 def browse(path: Path, script: str = "", size: str = "1200,800") -> Seen:
     """Open a page, run one more script in it, and return what became of it."""
+    copy = path.with_suffix(".tested.html")
+    copy.write_text(path.read_text().replace("</body>", f"<script>{script}</script></body>"))
+    return browse_url(copy.as_uri(), path.parent, size)
+
+
+def browse_url(url: str, folder: Path, size: str = "1200,800", *options: str) -> Seen:
+    """Open an address. `folder`: for the files of the browser."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("neither chromium nor google-chrome is installed")
-    copy = path.with_suffix(".tested.html")
-    copy.write_text(path.read_text().replace("</body>", f"<script>{script}</script></body>"))
     done = subprocess.run(
         [
             browser, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={size}",
-            f"--user-data-dir={path.parent / 'browser'}", "--enable-logging=stderr", "--dump-dom",
-            copy.as_uri(),
+            f"--user-data-dir={folder / 'browser'}", "--enable-logging=stderr", "--dump-dom",
+            *options, url,
         ],
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip

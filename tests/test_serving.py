@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import html
 import io
 import json
 import random
@@ -10,7 +11,8 @@ import threading
 import httpx2
 import pytest
 import torch
-from conftest import Workshop, pretrained, write_jsonl
+from browser import browse_url
+from conftest import Workshop, pretrained, read_jsonl, write_jsonl
 
 from finetune import chat
 from finetune.__main__ import main
@@ -22,11 +24,17 @@ from finetune.export.lineup import Lineup
 from finetune.export.load import load, load_tokenizer
 from finetune.generation import generate, streaming
 from finetune.generation.streaming import Sampling, Streamed, Token
-from finetune.serving import api, http, serve
+from finetune.serving import api, http, serve, web
 from finetune.serving.service import Service
 
 QUESTION = [Message("user", "ab")]
 WEB = httpx2.Client(verify=False, timeout=60)  # once: reading certificates takes a while
+
+
+@pytest.fixture(scope="module", autouse=True)
+def closed():
+    yield
+    WEB.close()
 
 
 @pytest.fixture(scope="module")
@@ -497,3 +505,147 @@ def test_base_and_tuned_are_served_as_chat_answers(runs):
         assert "x" not in stopped["message"]["content"]
         drawn = [post(server, {**HI, "seed": 5}).json()["choices"] for _ in range(2)]
         assert drawn[0] == drawn[1]
+
+
+# ------------------------------------------------------------------------------------ the page
+
+
+class Twice(ByRule):
+    """The tuned model answers in capitals."""
+
+    def chat(self, name, messages, sampling, listen):
+        text = messages[-1].content + f" {len(messages)}"
+        return self.complete(name, text.upper() if name == "tuned" else text, sampling, listen)
+
+
+@pytest.fixture
+def pages(tmp_path):
+    """A server of the page, whose answers come by rule."""
+    service = Twice()
+    service.models.require = lambda name: name
+    votes = web.Votes(tmp_path / "votes.jsonl")
+    owner = web.Web(service, votes, 20, 0.0, "", False)
+    with served(service, web.Handler, owner) as server:
+        yield server
+
+
+def asked_pages(server, **changes):
+    values = {
+        "token": server.owner.token, "models": ["base", "tuned"], **changes,
+        "messages": [{"role": "user", "content": "hi"}],
+    }  # fmt: skip
+    response = post(server, values, "/ask")
+    assert response.status_code == 200, response.text
+    return [json.loads(line[6:]) for line in response.text.split("\n\n") if line]
+
+
+def test_a_vote_is_a_line_with_what_was_asked_and_answered(pages):
+    found = asked_pages(pages, probabilities=True)
+    assert found[0] == {"names": ["base", "tuned"]}
+    texts = ["".join(e["text"] for e in found if e.get("side") == side) for side in (0, 1)]
+    assert texts == ["hi 1", "HI 1"]
+    assert found[1]["tokens"] == [{"text": "h", "logprob": -0.1, "top": [["h", -0.1], ["?", -2.5]]}]
+    vote = {"token": pages.owner.token, "round": found[-1]["round"], "better": "second"}
+    assert post(pages, vote, "/vote").json() == {"names": ["base", "tuned"], "votes": 1}
+    assert read_jsonl(pages.owner.votes.path) == [
+        {
+            "row": "", "prompt": [{"role": "user", "content": "hi"}], "models": ["base", "tuned"],
+            "answers": ["hi 1", "HI 1"], "better": "second", "rater": "person",
+        }
+    ]  # fmt: skip
+    again = post(pages, vote, "/vote")
+    assert (again.status_code, "has its vote" in again.text) == (409, True)
+    assert web.Votes(pages.owner.votes.path).count == 1
+
+
+def test_blind_rounds_name_the_models_only_after_the_vote_and_draw_the_sides(pages):
+    orders = set()
+    for _ in range(24):
+        found = asked_pages(pages, blind=True)
+        assert "base" not in json.dumps(found)
+        vote = {"token": pages.owner.token, "round": found[-1]["round"], "better": "first"}
+        orders.add(tuple(post(pages, vote, "/vote").json()["names"]))
+    assert orders == {("base", "tuned"), ("tuned", "base")}
+    for line in read_jsonl(pages.owner.votes.path):
+        assert line["answers"] == ["hi 1" if n == "base" else "HI 1" for n in line["models"]]
+
+
+def test_the_page_answers_only_its_own_requests(pages):
+    values = {"token": "wrong", "models": ["base", "tuned"], "messages": []}
+    assert post(pages, values, "/ask").status_code == 403
+    assert post(pages, {**values, "token": 7}, "/vote").status_code == 403
+    wrong = {**values, "token": pages.owner.token}
+    assert "messages: List should have" in post(pages, wrong, "/ask").text
+    given = {"token": pages.owner.token, "round": "x", "better": "best"}
+    assert "better: Input should be" in post(pages, given, "/vote").text
+    assert WEB.get(f"{pages.url}/", headers={"Host": "evil.example"}).status_code == 403
+    response = WEB.get(f"{pages.url}/")
+    assert "frame-ancestors 'none'" in response.headers["Content-Security-Policy"]
+    assert pages.owner.token in response.text
+    assert pages.owner.service.asked == []
+
+
+def test_votes_are_never_mixed_with_something_else(tmp_path):
+    path = tmp_path / "other.jsonl"
+    path.write_text('{"question": "a"}\n')
+    with pytest.raises(UserError, match="other.jsonl exists and does not begin with a vote"):
+        web.Votes(path)
+    with pytest.raises(UserError, match="cannot be written"):
+        web.Votes(tmp_path / "no/votes.jsonl").require_writable()
+    path.write_text('{"better": "tie"}\n{"bet')
+    web.Votes(path).add({"better": "first"})
+    assert path.read_text() == '{"better": "tie"}\n{"bet\n{"better": "first"}\n'
+
+
+@pytest.mark.proof
+def test_options_that_would_be_ignored_are_exit_2(runs, capsys):
+    for given in (["--blind"], ["--votes", "a"], ["--port", "1"], ["--web", "--prompt", "a"]):
+        assert main(["chat", str(runs / "lora"), *given]) == 2
+    assert "--blind: only with --web" in capsys.readouterr().err
+    assert main(["chat", str(runs / "base"), "--web"]) == 2
+    assert "--web compares two models, and the base of" in capsys.readouterr().err
+
+
+DRIVE = """<script>
+const wait = async test => { while (!test()) await new Promise(done => setTimeout(done, 20)); };
+(async () => {
+  $('probs').checked = true;
+  $('text').value = 'hi <b>';
+  $('send').click();
+  await wait(() => !votes[0].disabled);
+  votes[2].click();
+  await wait(() => $('note').textContent.includes('1 votes'));
+  $('blind').checked = true;
+  $('text').value = 'more';
+  $('send').click();
+  await wait(() => !votes[0].disabled && !busy);
+  const whole = document.documentElement;
+  document.title = JSON.stringify({ turns: turns, answers: answers, names: sides.map(
+    side => side.querySelector('h2').textContent), tokens: document.querySelectorAll(
+    '.token').length, wide: whole.scrollWidth - whole.clientWidth });
+})();
+</script></body>"""
+
+
+class Driven(web.Handler):
+    def send(self, status, values, *rest):
+        is_page = isinstance(values, str)
+        super().send(status, values.replace("</body>", DRIVE) if is_page else values, *rest)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("size", ["1200,800", "500,900"])
+def test_the_page_asks_shows_and_votes_in_a_browser(tmp_path, size):
+    service = Twice()
+    service.models.require = lambda name: name
+    owner = web.Web(service, web.Votes(tmp_path / "votes.jsonl"), 20, 0.0, "", False)
+    with served(service, Driven, owner) as server:
+        seen = browse_url(f"{server.url}/", tmp_path, size, "--virtual-time-budget=20000")
+    assert seen.console == []
+    found = json.loads(html.unescape(seen.title))
+    assert [turn["content"] for turn in found["turns"]] == ["hi <b>", "HI <B> 1", "more"]
+    assert sorted(found["answers"]) == ["MORE 3", "more 3"]
+    assert found["names"] == ["left", "right"], "blind"
+    assert (found["tokens"], found["wide"]) == (12, 0)
+    [vote] = read_jsonl(tmp_path / "votes.jsonl")
+    assert (vote["better"], vote["answers"]) == ("second", ["hi <b> 1", "HI <B> 1"])

@@ -11,7 +11,9 @@ import select
 import socket
 import sys
 import traceback
+from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -116,7 +118,7 @@ class Handler(BaseHTTPRequestHandler):
         """Print nothing: requests hold what users write."""
 
     def _answered(self, answer: Any) -> None:
-        self._has_begun = False
+        self.has_begun = False
         try:
             self._require_own_page()
             answer()
@@ -138,7 +140,7 @@ class Handler(BaseHTTPRequestHandler):
         values = self.error(status, message, param, code)
         self.close_connection = True  # the body of the request may be unread
         try:
-            if self._has_begun:
+            if self.has_begun:
                 self.event(values)
             else:
                 self.send(status, values)
@@ -174,16 +176,19 @@ class Handler(BaseHTTPRequestHandler):
 
     # ----------------------------------------------------------------------------- answers
 
-    def send(self, status: int, values: Any, kind: str = "application/json") -> None:
+    def send(
+        self, status: int, values: Any, kind: str = "application/json",
+        headers: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:  # fmt: skip
         """Send JSON, or text of another kind."""
         data = (values if kind != "application/json" else json.dumps(values)).encode()
-        self._head(status, kind, {"Content-Length": str(len(data))})
+        self._head(status, kind, {"Content-Length": str(len(data)), **headers})
         self._write(data)
 
     def begin_events(self) -> None:
         """Begin a stream of server-sent events, which ends with the connection."""
         self.close_connection = True
-        self._has_begun = True
+        self.has_begun = True
         headers = {"Cache-Control": "no-cache", "Connection": "close"}
         self._head(200, "text/event-stream; charset=utf-8", headers)
 
