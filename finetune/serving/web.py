@@ -85,7 +85,9 @@ class Votes:
     def add(self, vote: dict[str, Any]) -> None:
         """Append a vote and wait until it is on the disk."""
         with failures.writing(self.path), self.path.open("ab+") as file:
-            if file.tell():  # a line that a kill has cut stays, on a line of its own
+            if os.fstat(
+                file.fileno()
+            ).st_size:  # a line that a kill has cut stays, on a line of its own
                 file.seek(-1, os.SEEK_END)
                 file.write(b"" if file.read(1) == b"\n" else b"\n")
             file.write(json.dumps(vote, ensure_ascii=False).encode() + b"\n")

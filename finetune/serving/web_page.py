@@ -27,7 +27,8 @@ BODY = """
 <div id="controls">
   <label>left <select id="left"></select></label>
   <label>right <select id="right"></select></label>
-  <label><input type="checkbox" id="blind"> blind: sides are drawn, names come after the vote</label>
+  <label><input type="checkbox" id="blind">
+    blind: sides are drawn, names come after the vote</label>
   <label><input type="checkbox" id="probs"> probabilities</label>
   <button id="new">new conversation</button>
 </div>
@@ -41,7 +42,8 @@ BODY = """
   <button data-better="first" disabled>left is better</button>
   <button data-better="tie" disabled>equal</button>
   <button data-better="second" disabled>right is better</button>
-  <small>The conversation goes on from the better answer, from the left one without a vote.</small>
+  <small>The conversation goes on from the better answer; without a vote, from the left one.
+  </small>
 </div>
 <p id="note" class="soft" role="status"></p>
 <form id="form"><textarea id="text" rows="3" placeholder="a message; Ctrl+Enter sends it"></textarea>
