@@ -46,7 +46,8 @@ BODY = """
   </small>
 </div>
 <p id="note" class="soft" role="status"></p>
-<form id="form"><textarea id="text" rows="3" placeholder="a message; Ctrl+Enter sends it"></textarea>
+<form id="form">
+<textarea id="text" rows="3" placeholder="a message; Ctrl+Enter sends it"></textarea>
 <button id="send">send</button></form>
 """
 
