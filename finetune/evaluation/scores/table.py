@@ -17,11 +17,12 @@ from typing import Any
 from finetune import extras, own_code
 from finetune.data.places import printable
 from finetune.errors import ConfigError, UserError
-from finetune.evaluation.scores import cost, form, labels, matching, overlap
+from finetune.evaluation.scores import cost, entailment, form, judgement, labels, matching, overlap
 from finetune.evaluation.scores.code_tests import DEFAULT_COLUMN, CodeTests
 from finetune.evaluation.scores.consistency import Consistency
 from finetune.evaluation.scores.normalise import NORMALISATIONS, json_in, numbers_in, words
 from finetune.evaluation.scores.own import own_score
+from finetune.evaluation.scores.similarity import Similarity
 from finetune.generation.completions import Prompt, Scorer
 
 
@@ -151,6 +152,30 @@ KINDS = {
                  _simple(overlap.bleu)),
     "chrf": Kind("runs of characters shared with the reference, for any language (sacrebleu)",
                  _simple(overlap.chrf)),
+    "similarity": Kind(
+        "closeness in meaning to the reference, by wordllama's vectors or a model's", Similarity,
+        "[FOLDER]",
+    ),
+    "entailment": Kind(
+        "the reference implies the answer's sentences, by an NLI model",
+        lambda value: entailment.entailment(str(value)), "FOLDER",
+    ),
+    "contradiction": Kind(
+        "a sentence of the answer contradicts the reference, by an NLI model",
+        lambda value: entailment.contradiction(str(value)), "FOLDER",
+    ),
+    "groundedness": Kind(
+        "the row's context implies the answer's sentences, by an NLI model",
+        lambda value: entailment.groundedness(str(value)), "FOLDER",
+    ),
+    "relevancy": Kind(
+        "the answer addresses the question, by a classifier of both",
+        lambda value: judgement.relevancy(str(value)), "FOLDER[,LABEL]",
+    ),
+    "responsibility": Kind(
+        "the answer is harmless, by a classifier",
+        lambda value: judgement.responsibility(str(value)), "FOLDER[,LABEL]",
+    ),
     "words": Kind("length of the answer in words", _simple(form.num_words)),
     "length-ratio": Kind("words of the answer for each of the reference",
                          _simple(form.length_ratio)),
