@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY_LLAMA
+from conftest import ROOT, TINY_LLAMA, short
 
 from finetune import config as configs
 from finetune import run as runs
@@ -84,13 +84,17 @@ def test_a_micro_batch_without_recomputation_is_looked_for_first(monkeypatch):
 
 @pytest.mark.parametrize(
     ("limit", "given", "taken"),
-    [
-        (lambda: peak(0, size=2) / (1 - choice.ROOM) + 1e6, "auto", (2, False)),
-        (lambda: peak(0, size=2) + 1e6, "auto", (2, 2)),
-        (lambda: peak(0) + 1e6, "auto", (1, 2)),
-        (lambda: peak(2) + 1e6, "auto", (1, 2)),
-        (lambda: peak(1) / (1 - choice.ROOM) + 1e6, 1, (1, 1)),
-    ],
+    short(
+        [
+            (lambda: peak(0, size=2) / (1 - choice.ROOM) + 1e6, "auto", (2, False)),
+            ROOM := (lambda: peak(0, size=2) + 1e6, "auto", (2, 2)),
+            (lambda: peak(0) + 1e6, "auto", (1, 2)),
+            (lambda: peak(2) + 1e6, "auto", (1, 2)),
+            GIVEN := (lambda: peak(1) / (1 - choice.ROOM) + 1e6, 1, (1, 1)),
+        ],
+        ROOM,
+        GIVEN,
+    ),
     ids=["all kept", "some recomputed for room", "smaller", "smallest", "given"],
 )
 def test_plan_says_what_a_run_takes(monkeypatch, tmp_path, capsys, limit, given, taken):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Workshop, losses
+from conftest import Workshop, losses, short
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -87,7 +87,10 @@ def on(base, **changes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("form", "double"), [("nf4", True), ("fp4", False), ("int8", True)])
+@pytest.mark.parametrize(
+    ("form", "double"),
+    short([("nf4", True), ("fp4", False), ("int8", True)], ("nf4", True), ("int8", True)),
+)
 def test_qlora_trains_on_a_quantised_base_as_it_is(
     workshop, quantized, capsys, caplog, form, double
 ):

@@ -5,7 +5,7 @@ import sys
 
 import durations
 import pytest
-from conftest import ROOT, launch, tracked
+from conftest import ROOT, launch, short, tracked
 
 RECORDED = json.loads(durations.FILE.read_text())
 
@@ -35,7 +35,7 @@ def test_every_file_of_tests_is_recorded():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("workers", short(["0", "1"], "1"))
 def test_the_end_of_a_run_names_what_it_left_out(workers):
     result = launch(
         [

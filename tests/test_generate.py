@@ -476,7 +476,7 @@ def test_a_wrong_request_names_every_key(tmp_path, values, message):
     assert message in str(raised.value)
 
 
-@settings(max_examples=40, **LENIENT)
+@settings(max_examples=15, **LENIENT)
 @given(st.binary() | st.text().map(lambda text: json.dumps({"slices": [{"name": text}]}).encode()))
 def test_any_bytes_are_a_request_or_an_error(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "request.json"

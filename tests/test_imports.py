@@ -1,6 +1,7 @@
 """The arrows of docs/architecture.md: who may import whom."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -26,14 +27,14 @@ MAY_SHARD = {
 }  # fmt: skip
 
 
-def modules():
-    for path in sorted(
-        [ROOT / "train.py", *ROOT.glob("finetune/**/*.py"), *ROOT.glob("data_scripts/*.py")]
-    ):
-        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        yield name.removesuffix(".__init__"), path
+@functools.cache
+def modules() -> list[tuple[str, Path]]:
+    paths = [ROOT / "train.py", *ROOT.glob("finetune/**/*.py"), *ROOT.glob("data_scripts/*.py")]
+    names = (".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sorted(paths))
+    return [(name.removesuffix(".__init__"), path) for name, path in zip(names, sorted(paths))]
 
 
+@functools.cache
 def imports(path: Path, for_types: bool = True) -> set[str]:
     """Everything a file imports, wherever in it."""
     found = set()

@@ -1,6 +1,7 @@
 """Every overlay renders, has only known fields and keeps what docs/kubernetes.md promises."""
 
 import copy
+import json
 import os
 import re
 import shutil
@@ -12,7 +13,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, made_once
 from kubeflow_trainer_api import models
 from manifest_checks import (
     Manifest,
@@ -52,9 +53,16 @@ pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory) -> dict[str, list[Manifest]]:
     """Name -> manifests, of each overlay and of each row of TOGETHER."""
-    found = {name: render(ROOT / "k8s/overlays" / name) for name in OVERLAYS}
-    for name, components in TOGETHER.items():
-        found[name] = render(overlay(tmp_path_factory.mktemp("overlay"), components, **FIFO))
+
+    def make(folder: Path) -> None:
+        found = {name: render(ROOT / "k8s/overlays" / name) for name in OVERLAYS}
+        for name, components in TOGETHER.items():
+            (folder / "overlay" / name).mkdir(parents=True)
+            found[name] = render(overlay(folder / "overlay" / name, components, **FIFO))
+        (folder / "manifests.json").write_text(json.dumps(found))
+
+    folder = made_once(tmp_path_factory, "rendered", make)
+    found: dict[str, list[Manifest]] = json.loads((folder / "manifests.json").read_text())
     return found
 
 
@@ -84,6 +92,8 @@ def own_config(folder: Path) -> list[Manifest]:
 @pytest.fixture(autouse=True)
 def in_the_repository(monkeypatch):
     monkeypatch.chdir(ROOT)
+    # A pod has a network of its own; here another run may have taken the port.
+    monkeypatch.setattr("accelerate.utils.launch.is_port_in_use", lambda port: False)
 
 
 @pytest.mark.parametrize("version", [pytest.param(OLDEST, marks=pytest.mark.proof), NEWEST])

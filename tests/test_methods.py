@@ -81,6 +81,7 @@ WIDE = {
     "lora, rsLoRA",
     "lora, random",
     "lora, biases",
+    "lora, norms",  # trained beside a base in 16 bits below
 }
 
 

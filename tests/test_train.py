@@ -367,8 +367,8 @@ def test_a_real_template_trains_or_is_refused_with_its_reason(real_data, worksho
     assert (workshop.train(**given) / "model").is_dir()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", short(["phi-2", "phi-3-mini"], "phi-3-mini"))
+@pytest.mark.proof  # test_tokens.py checks what is learned of real rows
+@pytest.mark.parametrize("name", ["phi-2", "phi-3-mini"])
 def test_a_real_tokenizer_and_its_template_train(real_data, workshop, name):
     run = workshop.train(model__tokenizer=str(real_data / "tokenizers" / name), train__max_steps=1)
     assert load_tokenizer(run / "model").chat_template

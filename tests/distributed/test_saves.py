@@ -32,7 +32,7 @@ def started(workshop, changes, **environment):
             marks=pytest.mark.fault,
         ),
         pytest.param("is interrupted", 1, "process 1: KeyboardInterrupt", marks=pytest.mark.fault),
-        ("does not start", 1, "can't start new thread"),
+        pytest.param("does not start", 1, "can't start new thread", marks=pytest.mark.fault),
     ],
 )
 def test_a_saver_that_dies_on_one_process_is_a_failed_save_on_both(workshop, dies, on, says):
