@@ -111,6 +111,7 @@ def prepare(
     model_config, tokenizer = _config_and_tokenizer(config)
     # Now, because building a model completes its config, and only some processes build one.
     architecture = base_identity.architecture(model_config)
+    model_config = load.complete(model_config, config.model, tokenizer)
     kernel = _attention(config, model_config, topology)
     options = _options(config, wanted, objective, model_config)
     template = _template(wanted, "text" if options.framed else format, tokenizer, date)
@@ -501,7 +502,13 @@ def _positions(model_config: Any) -> int | None:
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if positions is None or positions <= 0:
         return None
-    return positions - families.first_position(model_config)
+    first = families.first_position(model_config)
+    if positions <= first:
+        raise ConfigError(
+            f"model.config: {model_config.model_type} counts positions from its pad token, "
+            f"{first - 1}, so max_position_embeddings must be more than {first}; it is {positions}"
+        )
+    return positions - first
 
 
 def check_lengths(parts: Sequence[Any], config: Config, model_config: Any) -> None:

@@ -8,6 +8,7 @@ import torch
 from conftest import TINY_LLAMA, losses, pretrained, read_jsonl, write_jsonl
 from faults.forked import forget, weights
 from invariants import families
+from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
 from finetune.data.batches import Batches
 from finetune.data.examples import Examples, Ragged
@@ -128,6 +129,68 @@ def test_a_resumed_run_draws_the_same_masks(workshop):
     train(workshop, "resumed", families.texts(), **same)
     assert losses(run) == before
     assert all(bool((weights(run)[name] == at_end[name]).all()) for name in at_end)
+
+
+XLM = {
+    "model_type": "xlm", "emb_dim": 32, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 128,
+}  # fmt: skip
+
+
+def test_xlm_is_an_encoder_unless_its_config_says_causal(workshop):
+    """The class of its models has one name for both."""
+    one = {"train__max_steps": 1, "data__packing": False}
+    run = train(workshop, "xlm", families.texts(), model__config=XLM, **one)
+    with pytest.raises(UserError, match="'xlm' is an encoder, and objective.kind: sft trains"):
+        workshop.check("answers", **pretrained(run / "model"))
+    causal = XLM | {"causal": True}
+    workshop.train("causal", train__max_steps=1, model__config=causal)
+    with pytest.raises(UserError, match="'xlm' is a model that continues text, and"):
+        train(workshop, "gaps", families.texts(), model__config=causal, **one)
+
+
+@pytest.mark.parametrize(
+    ("positions", "says"),
+    [
+        (400, "has 160 tokens, but the model has only 141 positions"),
+        (128, "counts positions from its pad token, 258, so .* more than 259; it is 128"),
+    ],
+)
+def test_positions_are_those_after_the_pad_token_of_the_tokenizer(workshop, positions, says):
+    roberta = families.BERT | {"model_type": "roberta", "max_position_embeddings": positions}
+    with pytest.raises(UserError, match=says):
+        train(
+            workshop, "long", [{"text": "one two " * n} for n in range(16, 21)],
+            model__config=roberta, data__max_length=200,
+        )  # fmt: skip
+
+
+# Why transformers' own code cannot train them so, or what the run finds before its first step.
+PADDING = "lets tokens see padding"
+REFUSED = {
+    **dict.fromkeys(("bart", "mbart", "mvp"), "is an encoder-decoder"),
+    **dict.fromkeys(("convbert", "fnet", "funnel", "nystromformer", "yoso"), PADDING),
+    "luke": "entity_predictions.decoder.weight",  # which its export lacks
+    "mobilebert": "lets a document see the one before it",  # it mixes neighbouring embeddings
+    "mra": "lets no token see another",  # without its kernel it gives zeros
+    "neomme": "lets no token see another",  # its projections start at zero
+    "perceiver": "are not a layer with a row for each token",
+    "reformer": "axial_pos_shape factors",
+    "ultrabert": "use eager",
+}
+ENCODERS = sorted(MODEL_FOR_MASKED_LM_MAPPING, key=lambda config_class: config_class.model_type)
+
+
+@pytest.mark.proof
+@pytest.mark.filterwarnings("ignore")  # about defaults of configs
+@pytest.mark.parametrize("config_class", ENCODERS, ids=lambda each: each.model_type)
+def test_every_encoder_of_transformers_trains_or_says_why(workshop, config_class):
+    own = {"model__config": families.small(config_class), "train__max_steps": 1}
+    own |= {"data__packing": False, "data__eval_fraction": 0.0}
+    if why := REFUSED.get(config_class.model_type):
+        with pytest.raises(Exception, match=why):
+            train(workshop, "refused", families.texts(), **own)
+    else:
+        train(workshop, "encoder", families.texts(), **own)
 
 
 @pytest.mark.parametrize(

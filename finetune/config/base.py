@@ -57,6 +57,7 @@ OTHER_HEADS = {
     "an audio classifier": ("ForAudioClassification",),
     "a reward model": ("RewardModel",),
 }
+BOTH_WAYS = "WithLMHeadModel"  # of XLM and Flaubert, which see later tokens unless `causal` is set
 ENCODERS = ("masked", "sequences", "tokens")  # families
 WHAT_IT_IS = {
     "causal": "a model that continues text", "encoder": "an encoder",
@@ -389,6 +390,8 @@ def _family_of(model_config: Mapping[str, Any], architecture: str) -> str | None
     """Return causal, encoder or seq2seq, as far as a config says it; None if it does not."""
     if model_config.get("is_encoder_decoder"):
         return "seq2seq"
+    if architecture.endswith(BOTH_WAYS):
+        return "causal" if model_config.get("causal") else "encoder"
     if architecture.endswith(("ForCausalLM", "LMHeadModel")):
         return "causal"
     return "encoder" if architecture.endswith(("ForMaskedLM", "ForTokenClassification")) else None

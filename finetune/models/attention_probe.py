@@ -101,9 +101,15 @@ class _Probe:
         """Raise ModelError unless the first token, or the row's answer, depends on all others."""
         seen, kind = self.logits([12], slice(1, 12)), self.base.config.model_type
         if not bool((seen[0] != self.whole[0]).any()):
+            attention = f"{self.base.config._attn_implementation} attention"
+            if not bool((self.logits([12], slice(0, 11))[-1] != self.whole[-1]).any()):
+                raise ModelError(
+                    f"{kind} lets no token see another ({attention}): its attention adds zeros, as "
+                    "random weights may start so or a kernel is missing on this machine; take "
+                    "trained weights or another model"
+                )
             raise ModelError(
-                f"{kind} does not let a token see those after it "
-                f"({self.base.config._attn_implementation} attention), as an encoder must"
+                f"{kind} does not let a token see those after it ({attention}), as an encoder must"
             )
         if self.family == families.SEQ2SEQ:
             ids = self.changed(slice(11, 12))

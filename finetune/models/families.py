@@ -5,6 +5,7 @@ an encoder-decoder, besides rows and batches, is decided by the fields of `Famil
 """
 
 import inspect
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ import transformers
 from torch import nn
 
 from finetune.config import Config
-from finetune.config.base import WHAT_IT_IS
+from finetune.config.base import BOTH_WAYS, WHAT_IT_IS
 from finetune.config.choices import FAMILIES, PADDED_FAMILIES, instead_of, objective_kind
 from finetune.errors import ModelError
 
@@ -80,6 +81,8 @@ def of_saved(config: Any) -> Family:
 
 
 def _by_ending(name: str, config: Any) -> Family:
+    if name.endswith(BOTH_WAYS):
+        return CAUSAL if _is_decoder(config) else MASKED
     for family in (MASKED, SEQUENCES, TOKENS):
         if name.endswith(family.endings):
             return family
@@ -153,9 +156,13 @@ def _instead(config: Any, objective: str) -> str:
 
 
 def _is_encoder(config: Any) -> bool:
-    """Return whether an architecture is an encoder; one that can be both says it by is_decoder."""
-    is_decoder = getattr(config, "is_decoder", False)
-    return _has(config, MASKED) and not is_encoder_decoder(config) and not is_decoder
+    """Return whether an architecture is an encoder; one that can be both says which it is."""
+    return _has(config, MASKED) and not is_encoder_decoder(config) and not _is_decoder(config)
+
+
+def _is_decoder(config: Any) -> bool:
+    """Return whether a model that can be both is a decoder; XLM and Flaubert say it by `causal`."""
+    return bool(getattr(config, "is_decoder", False) or getattr(config, "causal", False))
 
 
 def set_labels(config: Any, labels: Sequence[str] | None) -> None:
@@ -214,17 +221,22 @@ def new_head(model: Any) -> list[str]:
 
 
 def first_position(config: Any) -> int:
-    """Return the number of a document's first position: RoBERTa's follow that of the pad token."""
+    """Return the number of a document's first position: RoBERTa's follow that of the pad token.
+
+    MPNet's follow a number that is fixed.
+    """
     module = inspect.getmodule(model_class(config, MASKED)) if _has(config, MASKED) else None
-    counts_from_pad = module and "create_position_ids_from_input_ids" in inspect.getsource(module)
-    if not counts_from_pad:
+    source = inspect.getsource(module) if module else ""
+    if "create_position_ids_from_input_ids" not in source:
         return 0
-    if config.pad_token_id is None:
+    fixed = re.search(r"self\.padding_idx = (\d+)", source)
+    pad = int(fixed[1]) if fixed else config.pad_token_id
+    if pad is None:
         raise ModelError(
             f"model.config: {config.model_type} counts positions from its pad token; set "
             "pad_token_id"
         )
-    first: int = config.pad_token_id + 1
+    first: int = pad + 1
     return first
 
 

@@ -137,8 +137,7 @@ def load_model(
     BitsAndBytesConfig; embedding, head and norms stay in `dtype`. A saved quantisation is kept,
     except for the dtype of its arithmetic. The tokenizer completes `config` if it is model.config.
     """
-    if model.config is not None:
-        config = _complete(config, model.config, tokenizer)
+    config = complete(config, model, tokenizer)
     if model.init == "random":
         with translated("random weights"):
             loaded = family.auto.from_config(
@@ -276,8 +275,7 @@ def skeleton(
     family: Family = CAUSAL,
 ) -> Any:  # fmt: skip
     """Return the model on the meta device, without memory for its weights. Raises ModelError."""
-    if model.config is not None:
-        config = _complete(config, model.config, tokenizer)
+    config = complete(config, model, tokenizer)
     config = copy.deepcopy(config)  # new tokens change it
     what = f"{_where(model)}: architecture {config.model_type}"
     with torch.device("meta"), translated(what, config.to_dict()):
@@ -380,7 +378,13 @@ def check_config_vocabulary(config: Any, tokenizer: Any, model: Model) -> None:
 
 def check_vocabulary(model: Any, tokenizer: Any) -> None:
     """Raise ModelError if the embedding has too few rows for the tokenizer."""
-    _require_rows(model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values()))
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    if weight is None:
+        raise ModelError(
+            f"architecture {model.config.model_type}: its input embeddings are not a layer with a "
+            "row for each token, which training needs; take another model"
+        )
+    _require_rows(weight.shape[0], max(tokenizer.get_vocab().values()))
 
 
 def _require_rows(rows: int, highest: int) -> None:
@@ -432,8 +436,13 @@ def decoder_start(config: Any, model: Model, tokenizer: Any) -> int:
 NUM_SENTINELS = 32
 
 
-def _complete(config: Any, given: dict[str, Any], tokenizer: Any) -> Any:
-    """Set vocabulary and special tokens of model.config from the tokenizer, unless `given`."""
+def complete(config: Any, model: Model, tokenizer: Any) -> Any:
+    """Set vocabulary and special tokens from the tokenizer where model.config does not give them.
+
+    The config of a saved model stays as it is.
+    """
+    if (given := model.config) is None:
+        return config
     if "vocab_size" not in given:
         config.vocab_size = len(tokenizer)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

@@ -3,6 +3,47 @@
 import numpy as np
 from conftest import write_jsonl
 
+# Small sizes by all names that encoders of transformers have for them; each takes those it knows.
+SMALL = {
+    "hidden_size": 32, "d_model": 32, "emb_dim": 32, "dim": 32, "embedding_size": 32,
+    "intermediate_size": 64, "hidden_dim": 64, "num_hidden_layers": 2, "n_layers": 2, "n_layer": 2,
+    "num_attention_heads": 4, "n_heads": 4, "n_head": 4, "num_key_value_heads": 4, "head_dim": 16,
+    "max_position_embeddings": 512,
+}  # fmt: skip
+SIZES = {
+    "convbert": {"head_ratio": 2},
+    "esmc": {"head_dim": 8},
+    "funnel": {"block_sizes": [1, 1], "d_head": 8, "d_inner": 64},
+    "longformer": {"attention_window": [8, 8], "pad_token_id": 1},
+    "luke": {"entity_vocab_size": 20, "entity_emb_size": 16},
+    "mobilebert": {"true_hidden_size": 32, "intra_bottleneck_size": 32},
+    "perceiver": {"num_latents": 8, "d_latents": 32, "num_blocks": 1},
+    "reformer": {
+        "axial_pos_shape": [16, 32], "axial_pos_embds_dim": [16, 16], "attention_head_size": 8,
+        "attn_layers": ["local", "lsh"], "feed_forward_size": 64, "is_decoder": False,
+    },
+    "rembert": {"input_embedding_size": 16, "output_embedding_size": 32},
+    "ultravbert": {
+        name: {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+               "num_attention_heads": 2, **more}
+        for name, more in {
+            "text_config": {
+                "vocab_size": 300, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0,
+            },
+            "vision_config": {"image_size": 32, "patch_size": 16},
+        }.items()
+    },
+    "xmod": {"default_language": "en_XX"},
+}  # fmt: skip
+
+
+def small(config_class):
+    """Return the settings of a tiny model of a class of configs."""
+    name, known = config_class.model_type, config_class().to_dict()
+    sizes = {key: value for key, value in SMALL.items() if key in known}
+    return {"model_type": name, **sizes, **SIZES.get(name, {})}
+
+
 # No dropout: it would differ between ways to cut up a step.
 BERT = {
     "model_type": "bert", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
