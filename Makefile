@@ -94,6 +94,7 @@ lint: .venv/tools
 schema: install
 	$(BIN)/python -m finetune schema > configs/schema.json
 	$(BIN)/python -m finetune.preparation.request > configs/request.json
+	$(BIN)/python -m finetune.evaluation.results_file > configs/results.json
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

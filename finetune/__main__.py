@@ -28,6 +28,10 @@ COMMANDS = {
         "finetune.evaluation.command",
         "compare the base and the tuned model on held-out rows",
     ),
+    "compare": (
+        "finetune.evaluation.compare_runs",
+        "compare runs: settings that differ, losses, scores, time and cost",
+    ),
     "chat": ("finetune.chat", "chat with a model in the terminal"),
     "serve": (
         "finetune.serving.serve",

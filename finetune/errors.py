@@ -16,6 +16,7 @@
     ├── Outage                 1
     ├── OutOfMemory            1
     ├── ProcessFailed          1
+    ├── ScoreTooLow            1
     ├── TopologyError          1
     └── TrainingDiverged       1
     Preempted                  75: a BaseException, see there
@@ -109,6 +110,10 @@ class OutOfMemory(FinetuneError):
 
 class ProcessFailed(FinetuneError):
     """Another process met an error outside this tree. That process shows its traceback."""
+
+
+class ScoreTooLow(FinetuneError):
+    """The tuned model is below what --fail-under asks for; everything was evaluated and written."""
 
 
 class TopologyError(FinetuneError):

@@ -27,10 +27,11 @@ CONTROLS: dict[int, str] = {
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1e; --paper: #fff; --soft: #6b6b70; --line: #d8d8dc;
   --panel: #f5f5f7; --good: #0a6b2d; --goodback: #d9f5e1; --bad: #b3261e; --badback: #fbe3e1;
-  --special: #8a2be2; --plot: #3b6fd4; --plot2: #d4873b; }
+  --special: #8a2be2; --plot: #3b6fd4; --plot2: #d4873b; --plot3: #2a9d8f; --plot4: #b5468f; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8e8ea; --paper: #161618; --soft: #9a9aa0;
   --line: #3a3a3e; --panel: #212124; --good: #7fe0a0; --goodback: #12361f; --bad: #ff9a92;
-  --badback: #45191a; --special: #c79bff; --plot: #7ea6f5; --plot2: #f0b070; } }
+  --badback: #45191a; --special: #c79bff; --plot: #7ea6f5; --plot2: #f0b070; --plot3: #5fd0c2;
+  --plot4: #e58cc4; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 75rem; padding: 1rem; color: var(--ink);
   background: var(--paper); font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
@@ -159,6 +160,101 @@ def bars(counts: Mapping[str, float], label: str, width: int = 640) -> str:
             f'<text x="{226 + long:.1f}" y="{y + 14}">{count:,.6g}</text>'
         )
     return _svg(width, 22 * len(counts) + 4, label, parts)
+
+
+COLOURS = ("var(--plot)", "var(--plot2)", "var(--plot3)", "var(--plot4)")
+Points = Sequence[tuple[float, float]]
+
+
+def legend(names: Iterable[str]) -> str:
+    """Return the names of series, each with its colour in `lines` and `distributions`."""
+    entries = (
+        f'<span style="white-space:nowrap"><span style="color:{COLOURS[n % len(COLOURS)]}">'
+        f"&#9632;</span> {text(name)}</span>"
+        for n, name in enumerate(names)
+    )
+    return f'<p class="soft legend">{" &nbsp; ".join(entries)}</p>'
+
+
+def lines(series: Mapping[str, Points], label: str, size: tuple[int, int] = (420, 210)) -> str:
+    """Return a plot of one line for each name, with values at its edges; a lone point is a dot.
+
+    The last number of the x axis is written below it, as a step.
+    """
+    points = [point for each in series.values() for point in each]
+    if not points:
+        return f"<p class=soft>{text(label)}: no values</p>"
+    (x_low, x_high), (y_low, y_high) = ((min(axis), max(axis)) for axis in zip(*points))
+    width, height = size
+    left, top, bottom = 6, 26, height - 22
+    across = (width - 2 * left) / ((x_high - x_low) or 1)
+    up = (bottom - top) / ((y_high - y_low) or 1)
+    parts = [
+        f'<text x="0" y="12">{text(label)}</text>',
+        f'<line class="axis" x1="0" x2="{width}" y1="{bottom}" y2="{bottom}"/>',
+        f'<text x="{width}" y="{top - 2}" text-anchor="end">{y_high:,.4g}</text>',
+        f'<text x="{width}" y="{bottom - 4}" text-anchor="end">{y_low:,.4g}</text>',
+        f'<text x="0" y="{height - 6}">{x_low:,.6g}</text>',
+        f'<text x="{width}" y="{height - 6}" text-anchor="end">{x_high:,.6g}</text>',
+    ]
+    for number, (name, given) in enumerate(series.items()):
+        places = [(left + (x - x_low) * across, bottom - (y - y_low) * up) for x, y in given]
+        colour = COLOURS[number % len(COLOURS)]
+        if len(places) < 2:
+            parts += [
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in places
+            ]
+            continue
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        parts.append(
+            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6">'
+            f"<title>{text(name)}</title></polyline>"
+        )
+    return _svg(width, height, label, parts)
+
+
+def distributions(
+    values: Mapping[str, Sequence[float]], label: str, num_bins: int = 16,
+    size: tuple[int, int] = (420, 190),
+) -> str:  # fmt: skip
+    """Return how often values of several series occur, as shares of each, in the same bins.
+
+    The last bin holds everything over the 99.5th percentile.
+    """
+    ordered = sorted(value for each in values.values() for value in each)
+    if not ordered:
+        return f"<p class=soft>{text(label)}: no values</p>"
+    low, high = ordered[0], ordered[min(len(ordered) - 1, math.ceil(0.995 * len(ordered)))]
+    step = (high - low) / num_bins or 1.0
+    if all(float(value).is_integer() for value in ordered):  # bins of whole numbers
+        step = math.ceil((high - low + 1) / num_bins)
+    shares = []
+    for each in values.values():
+        counts = Counter(int((min(value, high) - low) / step) for value in each)
+        shares.append({place: count / len(each) for place, count in counts.items()})
+    num_bins = max(place for each in shares for place in each) + 1
+    most = max(share for each in shares for share in each.values())
+    width, height = size
+    top, bottom, wide = 26, height - 22, width / num_bins
+    thick = wide * 0.9 / len(shares)
+    parts = [f'<text x="0" y="12">{text(label)}</text>']
+    for number, (name, own) in enumerate(zip(values, shares)):
+        for place, share in sorted(own.items()):
+            tall = share / most * (bottom - top)
+            begin, end = low + place * step, low + (place + 1) * step
+            what = f"{name}, {begin:,.4g} to {end:,.4g}: {share:.1%}"
+            parts.append(
+                f'<rect x="{place * wide + number * thick:.1f}" y="{bottom - tall:.1f}" '
+                f'width="{thick:.1f}" height="{tall:.1f}" fill="{COLOURS[number % len(COLOURS)]}">'
+                f"<title>{text(what)}</title></rect>"
+            )
+    parts += [
+        f'<line class="axis" x1="0" x2="{width}" y1="{bottom}" y2="{bottom}"/>',
+        f'<text x="0" y="{height - 6}">{low:,.4g}</text>',
+        f'<text x="{width}" y="{height - 6}" text-anchor="end">{high:,.4g}</text>',
+        f'<text x="{width}" y="{top - 2}" text-anchor="end">{most:.0%}</text>',
+    ]
+    return _svg(width, height, label, parts)
 
 
 def _svg(width: int, height: int, label: str, parts: Sequence[str]) -> str:

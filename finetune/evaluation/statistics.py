@@ -85,6 +85,29 @@ def difference(
     return Difference(mean, low, high, p, error, len(gain), num_clusters)
 
 
+def interval(
+    values: Sequence[float], clusters: Sequence[int] | None = None
+) -> tuple[float | None, float | None]:
+    """Return the 95% interval of the mean of one model's scores.
+
+    Scores of 0 and 1, each row its own cluster: Wilson's score interval. Otherwise as `difference`,
+    with None for fewer than FEWEST_ROWS clusters.
+    """
+    scores = np.asarray(values, float)
+    groups = _numbered(clusters, len(scores))
+    num_clusters = len(set(groups.tolist()))
+    if len(scores) and num_clusters == len(scores) and set(values) <= {0.0, 1.0}:
+        extras.require("scipy", "evaluate")
+        from scipy.stats import binomtest
+
+        found = binomtest(int(scores.sum()), len(scores)).proportion_ci(CONFIDENCE, "wilson")
+        return float(found.low), float(found.high)
+    if num_clusters < FEWEST_ROWS:
+        return None, None
+    error = _clustered_error(scores, groups)
+    return _of_t(float(scores.mean()), error, num_clusters - 1)[:2]
+
+
 def _numbered(clusters: Sequence[int] | None, count: int) -> np.ndarray:
     """Return the cluster of each row as numbers from 0, int64 [rows]."""
     if clusters is None:

@@ -90,11 +90,12 @@ def html(title: str, sections: Sequence[Section]) -> str:
     """Return the card as a page."""
     parts = []
     for section in sections:
-        parts += [f"<h2>{page.text(section.title)}</h2>", *map(_html, section.blocks)]
+        parts += [f"<h2>{page.text(section.title)}</h2>", *map(block_html, section.blocks)]
     return page.page(title, "\n".join(parts))
 
 
-def _html(block: Block) -> str:
+def block_html(block: Block) -> str:
+    """Return a block as HTML."""
     if isinstance(block, str):
         return f"<p>{page.text(block)}</p>"
     if isinstance(block, Table):

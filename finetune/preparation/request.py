@@ -66,15 +66,16 @@ def read(path: str) -> DataRequest:
     try:
         request = DataRequest.model_validate_json(json.dumps(values))
     except ValidationError as exc:
-        raise DataError(f"{shown}: {_problems(exc)}") from exc
+        what = "is not a request for more data (configs/request.json)"
+        raise DataError(f"{shown}: {problems(exc, what)}") from exc
     names = [each.name for each in request.slices]
     if twice := [name for name in names if names.count(name) > 1]:
         raise DataError(f"{shown}: two slices have the name {short(twice[0])!r}; rename one")
     return request
 
 
-def _problems(exc: ValidationError) -> str:
-    """Say where each problem stands: `slices[0].count should be ..., got 0`."""
+def problems(exc: ValidationError, what: str) -> str:
+    """Say what is wrong, and where: `slices[0].count: Input should be ..., got 0`."""
     found = exc.errors(include_url=False)
     listed = []
     for each in found[:MOST_PROBLEMS]:
@@ -84,7 +85,6 @@ def _problems(exc: ValidationError) -> str:
         listed.append(f"\n  {short(where)}: {each['msg']}{got}")
     more = len(found) - len(listed)
     rest = f"\n  and {more:,} more" if more else ""
-    what = "is not a request for more data (configs/request.json)"
     return what + "".join(listed) + rest
 
 

@@ -1,0 +1,268 @@
+"""report.html, report.md and results.json: what they say, and what a browser makes of them."""
+
+import json
+import re
+
+import pytest
+from browser import browse, require_narrow
+from conftest import ROOT, Workshop, write_jsonl
+from made_results import Asked, Rule, results
+
+from finetune import page
+from finetune.__main__ import main
+from finetune.errors import RunDirectoryError
+from finetune.evaluation import analysis, compare_runs, report, results_file, run_facts, verdict
+from finetune.evaluation.results_file import read, write
+
+HOSTILE = "</script><script>alert(1)</script> | `x` **b** \x1b[2J \x7f \ud800"
+
+
+def analysed(made, **more):
+    return analysis.of_results(made, verdict.of(made), analysis.decides_of(made), **more)
+
+
+def some(count=60, right=lambda number: number % 3 > 0, **more):
+    """Rows of which the tuned model gets two thirds right, and the base a few."""
+    rows = []
+    for number in range(count):
+        wanted = f"the answer number {number}"
+        tuned = wanted if right(number) else f"an answer number {number}"
+        base = wanted if number % 10 == 0 else HOSTILE
+        fields = {"kind": "even" if number % 2 == 0 else "odd", "question": f"what is {number}"}
+        rows.append(
+            Asked(f"what is {number}", wanted, tuned, base, fields=fields, system="Be kind.")
+        )
+    lengths = {name: [float(n % 7) for n in range(count)] for name in ("base", "tuned")}
+    lengths["tuned"][0] = None
+    given = {"length": lengths}
+    return results(rows, scores=given, scorers={"length": Rule("length", None, False)}, **more)
+
+
+# ------------------------------------------------------------------------------------ results.json
+
+
+def test_the_file_holds_what_was_found_and_reads_back(tmp_path):
+    found = analysed(some(settings={"data": "test.jsonl", "odd \ud800": float("nan")}))
+    write(tmp_path / "results.json", found)
+    assert read(tmp_path / "results.json") == found
+    values = json.loads((tmp_path / "results.json").read_text())
+    match = values["scores"][0]
+    assert match["means"]["tuned"]["mean"] == pytest.approx(40 / 60)
+    assert match["means"]["base"]["rows"] == 60
+    change = match["changes"]["tuned"]
+    assert change["mean"] == pytest.approx(34 / 60)
+    assert change["low"] < change["mean"] < change["high"]
+    assert change["p_holm"] == change["p"] < 0.001
+    assert values["scores"][1]["missing"] == {"tuned": {"not there": 1}}
+    assert values["models"]["tuned"] == {
+        "answers": 60, "cut": 0, "failed": 0, "tokens": 120, "seconds": 30.0,
+    }  # fmt: skip
+    row = values["rows"][0]
+    assert row["fields"] == {"kind": "even"}  # not the question again
+    assert [message["role"] for message in row["messages"]] == ["system", "user"]
+    assert row["failed"] is True
+
+
+def test_the_schema_is_the_one_in_the_repository():
+    assert (ROOT / "configs/results.json").read_text() == results_file.schema() + "\n"
+
+
+# ------------------------------------------------------------------------------------ the report
+
+
+def test_the_page_begins_with_the_verdict_and_asks_no_network(tmp_path):
+    found = analysed(some())
+    written = report.html(found)
+    body = written.partition("<body>")[2]
+    assert body.index("Tuned is better than base") < body.index("<h2>")
+    assert "default-src 'none'" in written
+    assert not re.findall(r"(?:src|href)=[\"'](?!data:,)", written)
+    assert "66.7%" in body
+    assert "(54.1% to 77.3%)" in body
+    assert "20 answers of tuned are wrong: exact match below 50.0%." in body
+    assert "length has no value for rows of tuned (1: not there)." in body
+
+
+def test_rows_cannot_break_the_page_or_the_markdown():
+    found = analysed(some())
+    written = report.html(found)
+    assert written.count("<script") == 2  # the data and the program
+    assert "alert(1)" in written
+    assert "</script><script>alert" not in written
+    assert "\x1b" not in written
+    data = re.search(r'id="data">(.*?)</script>', written, re.DOTALL)[1]
+    answers = json.loads(data)["rows"][1]["answers"]
+    assert answers["base"]["text"] == HOSTILE.replace("\ud800", "\\ud800").replace("\x7f", "\u2421")
+    text = report.markdown(found)
+    assert "\x1b" not in text
+    assert "&lt;script>" in text
+    wrong = text.partition("## Wrong\n")[2]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in wrong.splitlines() if line} == {7}
+
+
+def test_markdown_has_scores_errors_and_slices():
+    text = report.markdown(analysed(some()))
+    assert "| exact match | 10.0% (4.7% to 20.1%) | 66.7% (54.1% to 77.3%) | +56.7 (" in text
+    assert "| other | 20 | wrong in a way that none of these rules knows |" in text
+    assert "| kind: odd | 30 | 10 |" in text
+    assert "## Got worse" in text  # rows 0, 30: right before
+
+
+def test_an_evaluation_of_one_model_has_a_report():
+    made = some()
+    alone = type(made)(
+        made.prompts, made.clusters, {"tuned": made.answers["tuned"]},
+        {"exact match": {"tuned": made.scores["exact match"]["tuned"]}},
+        {"exact match": made.scorers["exact match"]},
+    )  # fmt: skip
+    found = analysis.of_results(
+        alone, verdict.Verdict("no scores", "nothing to compare with"), analysis.decides_of(alone)
+    )
+    assert "No verdict" in report.html(found)
+    assert "66.7%" in report.markdown(found)
+
+
+FILTER = """
+const shown = () => document.querySelectorAll("article").length;
+const count = () => document.getElementById("count").textContent;
+const seen = [count()];
+document.getElementById("next").click(); seen.push(count());
+const set = (name, value) => { form.elements[name].value = value;
+  form.dispatchEvent(new Event("input")); seen.push(count()); };
+set("outcome", "wrong"); set("slice", "0"); set("text", "number 57"); set("text", "nowhere");
+form.reset(); update(); seen.push(count());
+document.querySelector('.pick[data-kind="error"]').click(); seen.push(count());
+set("text", "what is 57");
+const marked = tag => [...document.querySelectorAll(`article ${tag}`)].map(n => n.textContent);
+document.title = JSON.stringify([seen, marked("ins")[0], marked("del")[0]]);
+"""
+
+
+@pytest.mark.proof
+def test_a_browser_filters_pages_and_compares(tmp_path):
+    path = tmp_path / "report.html"
+    path.write_text(report.html(analysed(some(), trained=list)))
+    seen = browse(path, FILTER)
+    assert not seen.console
+    counts, added, missing = json.loads(page_text(seen.title))
+    assert counts == [
+        "1 to 10 of 60", "11 to 20 of 60", "1 to 10 of 20", "1 to 10 of 10", "1 to 1 of 1",
+        "no row", "1 to 10 of 60", "1 to 10 of 20", "1 to 1 of 1",
+    ]  # fmt: skip
+    assert (added, missing) == ("an", "the")
+    require_narrow(path)
+
+
+def page_text(title):
+    return title.replace("&amp;", "&").replace("&quot;", '"')
+
+
+@pytest.mark.proof
+def test_a_browser_opens_five_thousand_rows(tmp_path):
+    path = tmp_path / "report.html"
+    path.write_text(report.html(analysed(some(5_000))))
+    script = """const began = performance.now();
+      document.forms.filters.text.value = "number 4"; update();
+      const took = performance.now() - began;
+      document.title = JSON.stringify([took, document.getElementById("count").textContent]);"""
+    seen = browse(path, script)
+    assert not seen.console
+    took, count = json.loads(page_text(seen.title))
+    assert count == "1 to 10 of 1,111"
+    assert took < 2_000  # ms
+
+
+# ------------------------------------------------------------------------------------ plots
+
+
+def test_lines_and_distributions_draw_what_they_get():
+    drawn = page.lines({"a": [(0, 1.0), (10, 3.0)], "b": [(5, 2.0)]}, "loss")
+    assert 'points="6.0,188.0 414.0,26.0"' in drawn
+    assert '<circle cx="210.0" cy="107.0"' in drawn
+    bars = page.distributions({"a": [0, 0, 1, 1], "b": [1, 1, 1, 1]}, "words")
+    assert "a, 0 to 1: 50.0%" in bars
+    assert "b, 1 to 2: 100.0%" in bars
+    assert "no values" in page.lines({"a": []}, "loss")
+    assert "no values" in page.distributions({"a": []}, "words")
+    assert "nan" not in page.distributions({"a": [1.5] * 9, "b": []}, "words")
+
+
+# ------------------------------------------------------------------------------------ runs
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory):
+    workshop = Workshop(tmp_path_factory.mktemp("runs"))
+    one = workshop.train("one", data__eval_fraction=0.2, evaluation__every_steps=2)
+    other = workshop.train("other", data__eval_fraction=0.2, optimizer__lr=1e-3)
+    for run, right in ((one, lambda n: n % 3 > 0), (other, lambda n: n % 10 > 0)):
+        (run / "evaluation").mkdir()
+        write(run / "evaluation/results.json", analysed(some(right=right, run_dir=str(run))))
+    return one, other
+
+
+def test_runs_are_compared_in_a_table(two_runs, capsys):
+    assert main(["compare", *map(str, two_runs), "--price", "3600"]) == 0
+    cells = {}
+    for line in capsys.readouterr().out.splitlines():
+        row = [cell.strip() for cell in line[25:].split("  ") if cell.strip()]
+        cells.setdefault(line[:25].strip(), row)
+    assert cells["optimizer.lr"] == ["0.01", "0.001"]
+    assert cells["evaluation.every_steps"] == ["2", "-"]
+    assert "run.name" not in cells
+    assert cells["state"] == ["complete", "complete"]
+    assert cells["steps"] == ["4", "4"]
+    assert cells["exact match"][0].startswith("66.7% (")
+    assert cells["exact match"][1].startswith("90.0% (")
+    assert cells["less one"][0].startswith("+23.3 (+")
+    assert len(cells["loss"][0]) == 4
+    assert float(cells["cost"][0]) > 0
+
+
+def test_the_page_of_runs_has_their_curves(two_runs, tmp_path, capsys):
+    path = tmp_path / "runs.html"
+    assert main(["compare", *map(str, two_runs), "--html", str(path)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(path)
+    written = path.read_text()
+    assert written.count("<polyline") >= 4 * 2
+    assert "tuned is better than base" in written
+    path.write_text("mine")
+    assert main(["compare", str(two_runs[0]), "--html", str(path)]) == 2
+    assert path.read_text() == "mine"
+    assert "this program did not write it" in capsys.readouterr().err
+
+
+def test_the_report_of_a_run_has_its_curves_and_receipt(two_runs):
+    found = read(two_runs[0] / "evaluation/results.json")
+    assert [step for step, _ in found.run.curves["loss"]] == [1, 2, 3, 4]
+    assert found.run.facts["num_steps"] == 4
+    assert found.run.settings["optimizer.lr"] == 0.01
+    written = report.html(found)
+    assert "<summary>Receipt</summary>" in written
+    assert written.count("<polyline") == 5
+
+
+def test_the_card_beside_the_rows_is_in_the_report(tmp_path):
+    rows = write_jsonl(tmp_path / "rows.jsonl", [])
+    (tmp_path / "README.md").write_text("# My rows\n")
+    assert run_facts.card_beside(str(rows)) is None  # any README
+    (tmp_path / "croissant.json").write_text("{}")
+    assert run_facts.card_beside([str(rows)]) == "# My rows\n"
+
+
+def test_another_folder_is_no_run(tmp_path):
+    with pytest.raises(RunDirectoryError, match="is not a run directory"):
+        compare_runs.opened(tmp_path, "x")
+
+
+def test_the_sparkline_shows_means_of_stretches():
+    assert compare_runs.sparkline([8, 4, 1]) == "█▄▁"
+    assert compare_runs.sparkline([1]) == "▁"
+    assert len(compare_runs.sparkline(list(range(1_000)))) == compare_runs.POINTS
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(None, ""), (59.6, "1:00"), (3_725, "1:02:05"), (5, "0:05")]
+)
+def test_durations(seconds, text):
+    assert compare_runs.duration(seconds) == text
