@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 from made_results import Asked, Rule, results
@@ -9,7 +10,7 @@ from made_results import Asked, Rule, results
 from finetune.errors import DataError, UserError
 from finetune.evaluation import analysis, next_data, rounds, slices, statistics, verdict
 from finetune.evaluation import nearest as nearest_rows
-from finetune.evaluation.nearest import Trained
+from finetune.evaluation.nearest import TrainingRow
 from finetune.evaluation.results_file import Decides, read, write
 from finetune.preparation import request
 
@@ -133,9 +134,9 @@ def test_failures_have_the_nearest_rows_that_were_trained_on():
         Asked("what does it cost?", "10", "10"),
     ]
     known = [
-        Trained("train.jsonl:1", "the weather in Paris", "mild"),
-        Trained("train.jsonl:2", "how can I send a parcel back?", "by mail"),
-        Trained("train.jsonl:3", "prices of all things", "10"),
+        TrainingRow("train.jsonl:1", "the weather in Paris", "mild"),
+        TrainingRow("train.jsonl:2", "how can I send a parcel back?", "by mail"),
+        TrainingRow("train.jsonl:3", "prices of all things", "10"),
     ]
     wrong, right = analysed(results(rows), trained=lambda: known).rows
     assert wrong.nearest[0].place == "train.jsonl:2"
@@ -146,7 +147,7 @@ def test_failures_have_the_nearest_rows_that_were_trained_on():
 
 def test_a_missing_package_is_a_note(monkeypatch):
     monkeypatch.setattr(nearest_rows, "is_possible", lambda: False)
-    found = analysed(with_hole(), trained=lambda: [Trained("a:1", "b", "c")])
+    found = analysed(with_hole(), trained=lambda: [TrainingRow("a:1", "b", "c")])
     assert found.notes == [nearest_rows.MISSING]
 
 
@@ -154,11 +155,12 @@ def test_a_missing_package_is_a_note(monkeypatch):
 
 
 def test_the_request_asks_for_the_weak_slice_and_its_reader_takes_it(tmp_path):
-    found = analysed(with_hole())
+    asked_for = {"tuned": "runs/a", "data": ["test.jsonl", "more.jsonl"]}
+    found = analysed(replace(with_hole(), settings=asked_for))
     path = tmp_path / "request.json"
-    next_data.write(path, next_data.request_of(found, "runs/a", "test.jsonl"))
+    next_data.write(path, next_data.request_of(found))
     asked = request.read(str(path))
-    assert (asked.model, asked.data) == ("runs/a", "test.jsonl")
+    assert (asked.model, asked.data) == ("runs/a", "test.jsonl, more.jsonl")
     [vowels] = asked.slices
     assert vowels.name == "kind: vowels"
     assert vowels.count == 10 * 20
@@ -175,7 +177,7 @@ def test_the_request_asks_for_the_weak_slice_and_its_reader_takes_it(tmp_path):
 def test_failures_outside_weak_slices_are_asked_for_by_their_type(tmp_path):
     rows = [Asked(f"q {n}", f"label{n % 2}", "I cannot help you" if n < 4 else f"label{n % 2}")
             for n in range(12)]  # fmt: skip
-    [refused] = next_data.request_of(analysed(results(rows)), None, None).slices
+    [refused] = next_data.request_of(analysed(results(rows))).slices
     assert refused.name == "refusal"
     assert refused.count == 40
     assert refused.constraints == ["the answer is one of: label0, label1"]
@@ -183,7 +185,7 @@ def test_failures_outside_weak_slices_are_asked_for_by_their_type(tmp_path):
 
 def test_two_failures_are_no_reason_to_ask():
     with pytest.raises(UserError, match="2 of 80 rows are wrong, and none of a weak slice"):
-        next_data.request_of(analysed(with_hole(0, 2)), None, None)
+        next_data.request_of(analysed(with_hole(0, 2)))
 
 
 # ------------------------------------------------------------------------------------ rounds

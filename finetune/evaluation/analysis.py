@@ -12,7 +12,7 @@ from finetune.data.places import printable
 from finetune.errors import UserError
 from finetune.evaluation import error_types, nearest, results_file, rounds, run_facts, slices
 from finetune.evaluation import statistics as tests
-from finetune.evaluation.nearest import Trained
+from finetune.evaluation.nearest import TrainingRow
 from finetune.evaluation.results import BASE, TUNED, Results
 from finetune.evaluation.results_file import (
     AnswerFacts,
@@ -40,7 +40,7 @@ BY_THEMSELVES = {"no answer", "cut", "repetition", "refusal", "question"}
 
 def of_results(
     results: Results, verdict: Verdict, decides: Decides | None,
-    trained: Callable[[], Sequence[Trained]] = list, earlier: Path | None = None,
+    trained: Callable[[], Sequence[TrainingRow]] = list, earlier: Path | None = None,
 ) -> ResultsFile:  # fmt: skip
     """Return what the report shows.
 
@@ -257,7 +257,7 @@ def _slices(
 
 
 def _nearest(
-    results: Results, wrong: Sequence[int], trained: Callable[[], Sequence[Trained]]
+    results: Results, wrong: Sequence[int], trained: Callable[[], Sequence[TrainingRow]]
 ) -> tuple[dict[int, list[Neighbour]], list[str]]:
     """Return (the nearest rows that were trained on, of each wrong row; notes)."""
     if not wrong or not (known := trained()):

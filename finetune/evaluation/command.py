@@ -17,7 +17,7 @@ from finetune.config.base import model_argument
 from finetune.config.own import own_format
 from finetune.data.column_names import FORMATS
 from finetune.errors import ConfigError, UserError
-from finetune.evaluation import held_out, output, scores, table, trained_rows, verdict
+from finetune.evaluation import held_out, output, report_files, scores, table, trained_rows, verdict
 from finetune.evaluation.candidates import Candidate, candidates, other_argument
 from finetune.evaluation.held_out import Reading, note
 from finetune.evaluation.results import BASE, Results
@@ -72,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "tuned_cut), and the scores (exact_match_base and so on, from 0 to 1)"
     )
     add("--output", default=None, type=paths.argument, help=what)
+    report_files.add_arguments(parser)
     trust_remote_code_argument(parser)
 
 
@@ -129,6 +130,7 @@ def main(arguments: argparse.Namespace) -> None:
     request = Request.of(arguments)
     if arguments.output:
         output.require(Path(arguments.output), request.data)
+    report_files.require(arguments, request.run)
     models = candidates(request.base, request.tuned, arguments.also)
     prompts = held_out.read(request.data, request.reading, arguments.limit)
     trained = trained_in(prompts, request.run)
@@ -136,7 +138,7 @@ def main(arguments: argparse.Namespace) -> None:
         prompts, trained = trained_rows.refuse(prompts, trained), {}
     clusters = held_out.grouped(prompts, arguments.group)
     answers = _answers(models, prompts, arguments)
-    settings = {"group": arguments.group} if arguments.group else {}
+    settings = settings_of(request, arguments)
     run_dir = str(request.run.path) if request.run else None
     results = clean = score(prompts, clusters, answers, list(SCORERS.values()), settings, run_dir)
     print(table.text(results, arguments.examples, arguments.max_new_tokens))
@@ -149,6 +151,18 @@ def main(arguments: argparse.Namespace) -> None:
     print(f"\nverdict: {found.sentence}")
     if arguments.output:
         output.write(Path(arguments.output), results)
+    report_files.write(clean, found, arguments, request.run)
+
+
+def settings_of(request: Request, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what was asked for, as results.json has it."""
+    settings = {
+        "base": request.base, "tuned": request.tuned, "data": request.data,
+        "limit": arguments.limit, "max_new_tokens": arguments.max_new_tokens,
+        "batch_size": arguments.batch_size, "group": arguments.group,
+        "smallest_effect": arguments.smallest_effect, "trained_rows": arguments.trained_rows,
+    }  # fmt: skip
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def trained_in(prompts: Sequence[Prompt], run: TrainedRun | None) -> dict[int, Trained]:

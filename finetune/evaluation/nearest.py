@@ -6,12 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from finetune.errors import UserError
-from finetune.evaluation import held_out
+from finetune.evaluation import trained_rows
 from finetune.evaluation.trained_run import TrainedRun
 from finetune.preparation import embeddings
 
-MOST_ROWS = 100_000  # of those trained on: 100 MB of vectors
 AT_ONCE = 256  # rows compared at once
 NEAREST = 3
 MISSING = (
@@ -21,7 +19,7 @@ MISSING = (
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainingRow:
     """A row that was trained on."""
 
     place: str
@@ -29,13 +27,12 @@ class Trained:
     answer: str
 
 
-def of_run(run: TrainedRun) -> list[Trained]:
-    """Return the first MOST_ROWS rows that a run was trained on; none if they have no answers."""
+def of_run(run: TrainedRun) -> list[TrainingRow]:
+    """Return the rows that a run was trained on; none if they cannot be read any more."""
     try:
-        prompts = held_out.read(run.trained_on, run.reading, MOST_ROWS)
-    except UserError:  # moved since, or plain text
+        return [TrainingRow(place, *text) for place, text in trained_rows.training(run)]
+    except trained_rows.Unread:  # which the search for trained rows has noted
         return []
-    return [Trained(each.place, each.question, each.reference or "") for each in prompts]
 
 
 def is_possible() -> bool:
@@ -43,8 +40,8 @@ def is_possible() -> bool:
 
 
 def of_questions(
-    questions: Sequence[str], trained: Sequence[Trained], count: int = NEAREST
-) -> list[list[tuple[Trained, float]]]:
+    questions: Sequence[str], trained: Sequence[TrainingRow], count: int = NEAREST
+) -> list[list[tuple[TrainingRow, float]]]:
     """Return the nearest rows of each question, with the cosine of the vectors of both."""
     if not questions or not trained:
         return [[] for _ in questions]

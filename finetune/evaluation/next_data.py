@@ -24,7 +24,7 @@ EXAMPLES = 8
 MOST_LABELS = 20
 
 
-def request_of(found: ResultsFile, model: str | None, data: str | None) -> DataRequest:
+def request_of(found: ResultsFile) -> DataRequest:
     """Return the request. Raise UserError if nothing fails often enough to ask for."""
     wanted = []
     for name, description, rows in _groups(found):
@@ -41,7 +41,14 @@ def request_of(found: ResultsFile, model: str | None, data: str | None) -> DataR
             f"--next-data: {len(found.failures):,} of {len(found.rows):,} rows are wrong, and none "
             f"of a weak slice, nor {FEWEST_FAILURES} of one type: more rows would be guesswork"
         )
-    return DataRequest(version=1, model=model, data=data, slices=wanted)
+    return DataRequest(
+        version=1, model=_setting(found, "tuned"), data=_setting(found, "data"), slices=wanted
+    )
+
+
+def _setting(found: ResultsFile, name: str) -> str | None:
+    value = found.settings.get(name)
+    return ", ".join(value) if isinstance(value, list) else value
 
 
 def write(path: Path, request: DataRequest) -> None:

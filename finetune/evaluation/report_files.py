@@ -112,8 +112,7 @@ def write(
         save(folder, found)
         print(f"report: {folder / 'report.html'}")
     if arguments.next_data:
-        data = found.settings.get("data")
-        asked = next_data.request_of(found, found.settings.get("tuned"), data)
+        asked = next_data.request_of(found)
         next_data.write(arguments.next_data, asked)
         wanted = sum(each.count for each in asked.slices)
         print(f"next data: {arguments.next_data} asks for {wanted:,} rows")

@@ -50,7 +50,7 @@ def find(prompts: Sequence[Prompt], run: TrainedRun) -> dict[int, Trained]:
         _text((*each.messages, Message("assistant", each.reference or ""))) for each in prompts
     ]
     found: dict[int, Trained] = {}
-    again = _passed(texts, list(range(len(texts))), _training(run), found)
+    again = _passed(texts, list(range(len(texts))), training(run), found)
     # A training row is said to match one evaluation row; it may match others, too.
     while again:
         left = [number for number in range(len(texts)) if number not in found]
@@ -73,8 +73,8 @@ def _passed(
     return matched
 
 
-def _training(run: TrainedRun) -> Iterator[tuple[str, Text]]:
-    """Yield (place, text) of the rows that a run was trained on."""
+def training(run: TrainedRun) -> Iterator[tuple[str, Text]]:
+    """Yield (place, text) of the rows that a run was trained on. Raises Unread."""
     held_out = Counter(text for _, text in _read(run, run.held_out_file))
     count = 0
     for place, text in _read(run, run.trained_on):
