@@ -46,6 +46,7 @@ def run(config: Config, check: Check, stop: StopFlag) -> None:
         build(run)
         untrained = run.fingerprints()
         run.lock()
+        run.take_reference()
         resumed_from = resume(run)
         run.open_directory(resumed_from)
         loop(run)
@@ -72,7 +73,7 @@ def build(run: Run) -> None:
     whole, base = topology.on_every(lambda: models.build(
         config, data.model_config, data.tokenizer, attention=data.attention,
         precision=topology.precision, new_token_ids=data.new_token_ids, device=topology.device,
-        first_inputs=first_inputs, with_weights=with_weights, heads=run.objective.needs,
+        first_inputs=first_inputs, with_weights=with_weights, heads=run.objective.heads,
     ))  # fmt: skip
     facts = topology.on_main(lambda: models.facts(whole, base))
     model, optimizer = topology.prepare(whole, make_optimizer, config)

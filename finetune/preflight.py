@@ -18,6 +18,7 @@ from finetune.data import (
     file_types,
     layout,
     order,
+    pairs,
     remote,
     rows,
     shards,
@@ -50,6 +51,7 @@ from finetune.models import (
     scalar_heads,
 )
 from finetune.objectives import Encoding, Objective, Own, chosen
+from finetune.objectives.base import with_blank_reference
 
 # Share of the evaluation rows that may also be training rows: common data sets have a few.
 MAX_EVAL_OVERLAP = 0.1
@@ -141,6 +143,9 @@ def prepare(
     check_lengths(parts, config, model_config)
     check_warmup(config, num_steps)
     topology.on_every(lambda: _rehearse_objective(config, objective, train_batches))
+    if objective_kind(config.objective.kind).compares:
+        for part in filter(None, (train, evals)):
+            pairs.require(part.examples)
     identity = {
         **_identity(train_batches, eval_batches, tokenizer, template), "model": architecture,
         **code_identity(config),
@@ -194,7 +199,7 @@ def _options(
         wanted.format, wanted.columns, wanted.text_unit, wanted.system_prompt,
         objective.supervises(wanted.loss_on), wanted.max_length, wanted.truncation,
         _positions(model_config), wanted.repair_turns, _skipping(wanted),
-        framed=bool(objective_kind(config.objective.kind).formats),
+        framed=objective_kind(config.objective.kind).is_framed,
         special_tokens_in_text=wanted.special_tokens_in_text, thinking=wanted.thinking,
         labels=_known_labels(config, model_config),
         source_prefix=getattr(config.objective, "source_prefix", ""),
@@ -490,7 +495,9 @@ def _rehearse_export(
 
 def _rehearse_objective(config: Config, objective: Objective, train: batches.Batches) -> None:
     if isinstance(objective, Own):
-        first, filler = train.of_all().at(0)[0], train.filler()
+        first, filler = (
+            with_blank_reference(each) for each in (train.of_all().at(0)[0], train.filler())
+        )
         objective.rehearse(first, filler, config.objective, config.adapter.kind != "full")
 
 
@@ -561,7 +568,7 @@ def check_model(config: Config, data: Data) -> ModelFacts:
         float8.large_products(skeleton)
     new_ids = data.new_token_ids
     adapted = adapters.apply(skeleton, config.adapter, config.model, new_token_ids=new_ids)
-    scalar_heads.attach(skeleton, chosen(config.objective).needs)
+    scalar_heads.attach(skeleton, chosen(config.objective).heads)
     trainable, total = parameters.count(adapted)
     _check_rates(config, skeleton, data.num_steps)
     counted = weights.count(adapted, config, FLOAT32)

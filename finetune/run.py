@@ -16,15 +16,17 @@ import torch
 from finetune import config as configs
 from finetune import failures, own_code, places, preflight
 from finetune.config import Config, base, differences
+from finetune.config.choices import REFERENCE
 from finetune.data import held_out
 from finetune.data.prefetch import Prefetch
-from finetune.engine import receipt
+from finetune.engine import receipt, reference
 from finetune.engine.best import BestCheckpoint
 from finetune.engine.checkpoint import folder, resume
 from finetune.engine.checkpoint.saver import Saver
 from finetune.engine.checkpoint.storage import Storage
 from finetune.engine.gpu import with_compilation
 from finetune.engine.metrics import Metrics, log
+from finetune.engine.reference import Reference
 from finetune.engine.rundir import HELD_OUT, RunDirectory
 from finetune.engine.state import TrainState
 from finetune.engine.topology import Topology
@@ -68,6 +70,10 @@ class Run:
     """Bytes to keep free for optimizer state when trying micro-batches; None: size is given."""
     state: TrainState = LATER
     """Set by `build`."""
+    reference: Reference | None = None
+    """What the objective compares with; set by `take_reference`."""
+    reference_is_new: bool = False
+    """Whether it was computed, so that it has to be written."""
     metrics: Metrics = LATER
     """This and the next are set by `open_directory`."""
     saver: Saver = LATER
@@ -127,7 +133,24 @@ class Run:
         # Fresh adapters are left out: a GPU computes the start of some, not the same twice.
         if self.config.adapter.kind == "full" or self.config.adapter.path:
             weights["weights before the first step"] = facts.start
+        if self.reference is not None:
+            weights["reference log-probabilities"] = self.reference.sha256
         return {**self.known_identity(), **weights}
+
+    def take_reference(self) -> None:
+        """Read or compute what the objective compares with, before a resume changes the weights."""
+        if REFERENCE not in self.objective.needs:
+            return
+        data, path, topology = self.data, self.directory.path / reference.FILE, self.topology
+        found = reference.Reference(data.train, data.eval, data.num_steps, self.identity())
+        known = topology.on_main(lambda: found.values if found.read(path) else None)
+        if known is None:
+            self.log("computing the log-probabilities of the weights before the first step")
+            found.make(topology, self.policy(self.state.model), lambda: self.stop.is_set)
+        else:
+            found.values = known
+        found.attach()
+        self.reference, self.reference_is_new = found, known is None
 
     def lock(self) -> None:
         """Lock the directory against other processes, and claim the store from other machines."""
@@ -162,6 +185,8 @@ class Run:
         rejects = [path for each in of_both for path in each.sequences.examples.reject_files]
         self.directory.write_rejects(list(dict.fromkeys(rejects)))
         self._write_held_out()
+        if self.reference and self.reference_is_new:
+            self.reference.write(self.directory.path / reference.FILE)
         wanted = config.evaluation.every_steps if data.eval else None
         for note in (
             *self.directory.logs.rewind(step),
@@ -341,7 +366,7 @@ class Run:
         return Metrics(
             directory, num_steps=self.data.num_steps, start=progress.step, is_main=topology.is_main,
             num_processes=topology.num_processes, every=settings.log_every_steps,
-            flops_per_token=flops, trackers=trackers,
+            flops_per_token=flops, trackers=trackers, remark=self.objective.remark(),
         )  # fmt: skip
 
     def _saver(self, resumed_from: int | None) -> Saver:

@@ -292,7 +292,11 @@ def _methods(config: Config, is_quantized: bool) -> list[str]:
         how.append(f"going on from {adapter.path}")
     elif adapter.kind != "full":
         how.append(f"r {adapter.r}, alpha {adapter.alpha:g}, init {adapter.init}")
-    usual = " (usual)" if optimizer.lr == usual_lr(optimizer.kind, adapter.kind) else ""
+    usual = (
+        " (usual)"
+        if optimizer.lr == usual_lr(optimizer.kind, adapter.kind, config.objective.kind)
+        else ""
+    )
     how.append(f"{optimizer.kind}, lr {optimizer.lr:g}{usual}, {config.schedule.kind}")
     lines = [f"method      {'; '.join(how)}"]
     if others := [*filter(None, _others(config, train)), *config.tracking.trackers]:

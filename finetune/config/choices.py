@@ -12,6 +12,11 @@ LossOn = Literal["completion", "each_turn", "last_turn", "all"]
 """Which turns of a conversation to train on."""
 
 
+PREFERENCES = ("preference",)
+REFERENCE = "reference"
+"""What an objective needs that compares with the weights before the first step."""
+
+
 @dataclass(frozen=True)
 class ObjectiveKind:
     """Which models an objective trains, and which rows it reads."""
@@ -22,6 +27,18 @@ class ObjectiveKind:
     """Values of data.format that it reads; empty: every one that is not rated."""
     learns: str = ""
     """What it learns, in messages."""
+    lr: tuple[float, float] | None = None
+    """Default of optimizer.lr, for all weights and for adapters; None: the optimizer's."""
+
+    @property
+    def compares(self) -> bool:
+        """Whether it compares a chosen answer with rejected ones."""
+        return self.formats == PREFERENCES
+
+    @property
+    def is_framed(self) -> bool:
+        """Whether rows have the tokenizer's own tokens around them, not a template."""
+        return self.family != "causal"
 
 
 FAMILIES: Mapping[str, str] = {
@@ -35,6 +52,10 @@ FAMILIES: Mapping[str, str] = {
 PADDED_FAMILIES = ("sequences", "seq2seq")
 CLASSIFIERS = ("sequences", "tokens")
 PAIRS = ("prompt_completion", "question_answer", "instruction", "messages")
+PREFERS = "to prefer the chosen answer"
+# A twentieth of the rates of SFT: the loss is unbounded in the margin, and answers decay first
+# (Rafailov et al., 2023: 1e-6; Meng et al., 2024: 3e-7 to 1e-6). ORPO starts from a base.
+PREFERENCE_LR = (1e-6, 1e-5)
 OBJECTIVES: Mapping[str, ObjectiveKind] = {
     "sft": ObjectiveKind(),
     "clm": ObjectiveKind(),
@@ -44,6 +65,10 @@ OBJECTIVES: Mapping[str, ObjectiveKind] = {
     "seq2seq": ObjectiveKind("seq2seq", PAIRS, "the answer to each prompt"),
     "span_corruption": ObjectiveKind("seq2seq", ("text",), "the spans that sentinels hide"),
     "text_infilling": ObjectiveKind("seq2seq", ("text",), "text without its gaps"),
+    "dpo": ObjectiveKind(formats=PREFERENCES, learns=PREFERS, lr=PREFERENCE_LR),
+    "orpo": ObjectiveKind(formats=PREFERENCES, learns=PREFERS, lr=(5e-6, 5e-5)),
+    "simpo": ObjectiveKind(formats=PREFERENCES, learns=PREFERS, lr=PREFERENCE_LR),
+    "cpo": ObjectiveKind(formats=PREFERENCES, learns=PREFERS, lr=PREFERENCE_LR),
 }
 
 

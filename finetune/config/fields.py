@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, SerializeAsAny, WithJsonSchema, model_validator
 
 from finetune.config import paths
-from finetune.config.choices import ADAPTER_INITS, OPTIMIZERS, QUANTIZATIONS, LossOn
+from finetune.config.choices import (
+    ADAPTER_INITS,
+    OPTIMIZERS,
+    QUANTIZATIONS,
+    LossOn,
+    objective_kind,
+)
 from finetune.config.kinds import Kind, Section, by_kind
 from finetune.config.own import OwnName, OwnObjective, own_objective
 from finetune.config.paths import ExpandedPath, PathString
@@ -338,6 +344,72 @@ class Sft(CrossEntropy, Kind):
     """Train on answers, given their prompts."""
 
 
+class Preference(Section):
+    """Settings of all objectives that compare a chosen answer with rejected ones."""
+
+    sft_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the cross-entropy of the chosen answer's tokens, which keeps it likely."""
+
+
+class Dpo(Preference, Kind):
+    """Direct preference optimisation, and its relatives."""
+
+    kind: Literal["dpo"]
+    """Train on chosen and rejected answers, beside the model as it was before the first step."""
+    loss: Literal[
+        "sigmoid", "hinge", "ipo", "robust", "sigmoid_norm", "exo_pair", "nca_pair", "bco_pair",
+        "sppo_hard", "apo_zero", "apo_down", "discopop",
+    ] = "sigmoid"  # fmt: skip
+    """Loss of a pair (docs/preference.md has the formulas)."""
+    beta: PositiveNumber = 0.1
+    """Factor of what is compared; beside a reference, a smaller one lets answers move further."""
+    swap_probability: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Probability that the answers of a pair are swapped, in robust and exo_pair."""
+    divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = (
+        "reverse_kl"
+    )
+    """Divergence from the reference that the margin is measured by (Wang et al., 2023)."""
+    divergence_alpha: PositiveNumber = 0.5
+    """Order of alpha_divergence; 1 is reverse_kl."""
+    discopop_tau: PositiveNumber = 0.05
+    """Temperature of the blend in discopop."""
+    ld_alpha: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Weight of the tokens beyond the length that both answers have (Liu et al., 2024).
+    null: 1, all tokens count.
+    """
+
+
+class Cpo(Preference, Kind):
+    """Contrastive preference optimisation."""
+
+    kind: Literal["cpo"]
+    """Train on chosen and rejected answers, without a reference (Xu et al., 2024)."""
+    beta: PositiveNumber = 0.1
+    """Factor of what is compared; beside a reference, a smaller one lets answers move further."""
+    sft_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the cross-entropy of the chosen answer's tokens, which keeps it likely."""
+
+
+class Simpo(Preference, Kind):
+    """Simple preference optimisation."""
+
+    kind: Literal["simpo"]
+    """Train on chosen and rejected answers by their log-probability per token, no reference."""
+    beta: PositiveNumber = 2.0
+    """Factor of what is compared; beside a reference, a smaller one lets answers move further."""
+    gamma: Annotated[float, Field(ge=0)] = 1.0
+    """How far the chosen answer should lead, after the factor."""
+
+
+class Orpo(Kind):
+    """Odds ratio preference optimisation."""
+
+    kind: Literal["orpo"]
+    """Train a base model on chosen answers, and away from rejected ones (Hong et al., 2024)."""
+    beta: PositiveNumber = 0.1
+    """Factor of what is compared; beside a reference, a smaller one lets answers move further."""
+
+
 class Optimizer(Section):
     """The optimizer and its learning rate."""
 
@@ -517,11 +589,11 @@ class Config(Section):
     objective: Annotated[
         SerializeAsAny[
             Clm | MaskedLm | SequenceClassification | TokenClassification | Seq2Seq
-            | SpanCorruption | TextInfilling | Sft | OwnObjective
+            | SpanCorruption | TextInfilling | Dpo | Orpo | Simpo | Cpo | Sft | OwnObjective
         ],
         by_kind(
             Sft, Clm, MaskedLm, SequenceClassification, TokenClassification, Seq2Seq,
-            SpanCorruption, TextInfilling, own=own_objective,
+            SpanCorruption, TextInfilling, Dpo, Orpo, Simpo, Cpo, own=own_objective,
         ),
     ] = Sft()  # fmt: skip
     """The loss."""
@@ -546,7 +618,9 @@ class Config(Section):
             return values
         adapter = values.get("adapter")
         kind = adapter.get("kind", "full") if isinstance(adapter, dict) else "full"
-        lr = usual_lr(optimizer.get("kind", "adamw"), kind)
+        objective = values.get("objective")
+        learns = objective.get("kind", "sft") if isinstance(objective, dict) else "sft"
+        lr = usual_lr(optimizer.get("kind", "adamw"), kind, learns)
         return values | {"optimizer": optimizer | {"lr": lr}}
 
     @property
@@ -571,10 +645,16 @@ class Config(Section):
         return Path(self.run.dir) / self.run.name
 
 
-def usual_lr(optimizer: Any, adapter: Any) -> float:
-    """Return the default of optimizer.lr for an optimizer.kind and adapter.kind not yet checked."""
+def usual_lr(optimizer: Any, adapter: Any, objective: Any = "sft") -> float:
+    """Return the default of optimizer.lr for three kinds that are not yet checked."""
     is_known = isinstance(optimizer, str) and optimizer in OPTIMIZERS
-    return OPTIMIZERS[optimizer if is_known else "adamw"].lr[0 if adapter == "full" else 1]
+    of_optimizer = OPTIMIZERS[optimizer if is_known else "adamw"].lr
+    own = objective_kind(objective).lr if isinstance(objective, str) else None
+    which = 0 if adapter == "full" else 1
+    if own is None:
+        return of_optimizer[which]
+    # As far from AdamW's as the optimizer's usual rate is.
+    return own[which] * of_optimizer[which] / OPTIMIZERS["adamw"].lr[which]
 
 
 def accumulation_steps(config: Config, num_processes: int) -> int:

@@ -160,7 +160,8 @@ REMOVED: dict[str, tuple[object, str]] = {
     ),
 }
 
-_PREFERENCE = "preference tuning ({}) is not yet supported; use sft on the preferred answers alone"
+_PREFERENCE = "{} is a loss of dpo here: objective.kind: dpo, objective.loss; or orpo, simpo, cpo"
+_KTO = "{} is not yet supported; use dpo on pairs, or sft on the good answers alone"
 _REWARD = "reward models are not yet supported; train the reward model elsewhere"
 _REINFORCE = (
     "reinforcement learning ({}) is not yet supported; sample answers, keep the good ones, and use "
@@ -176,7 +177,8 @@ _FLOAT16 = "weights in float16 are not supported; use bfloat16, or train.precisi
 # Setting -> advice -> values that it does not take (yet).
 _NOT_YET = {
     "objective.kind": {
-        _PREFERENCE: "dpo kto orpo simpo ipo cpo bco preference rlhf",
+        _PREFERENCE: "preference rlhf ipo bco apo robust hinge",
+        _KTO: "kto",
         _REWARD: "reward rm reward_model reward_modeling prm",
         _REINFORCE: "ppo grpo rloo reinforce rl gspo dapo policy_gradient",
         _DISTILL: "distill distillation gkd kd",

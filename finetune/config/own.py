@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args
 from pydantic import BaseModel, Field
 
 from finetune import own_code
-from finetune.config.choices import LossOn
+from finetune.config.choices import REFERENCE, LossOn
 from finetune.config.kinds import Kind, Section
 from finetune.errors import ConfigError
 from finetune.own_code import OwnCode
@@ -57,7 +57,7 @@ def _own_section(code: OwnCode) -> type[OwnObjective]:
             raise ConfigError(f"{code}: supervises should return one of {listed}, got {part!r}")
         if not isinstance(needs := objective.needs, set | frozenset | list | tuple):
             raise ConfigError(f"{code}: needs should be a set, as {{'scores'}}, got {needs!r}")
-        if unknown := set(map(str, needs)) - HEADS:
+        if unknown := set(map(str, needs)) - HEADS - {REFERENCE}:
             listed, heads = ", ".join(sorted(unknown)), ", ".join(sorted(HEADS))
             raise ConfigError(f"{code}: needs names {listed}; a policy can get heads for {heads}")
         own = {"model_config": Section.model_config, "code": code, "objective": objective}

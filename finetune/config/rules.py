@@ -13,9 +13,10 @@ from finetune.config.choices import (
     OPTIMIZERS,
     PADDED_FAMILIES,
     QUANTIZATIONS,
+    REFERENCE,
     objective_kind,
 )
-from finetune.config.fields import COLUMNS, PADDED_ATTENTION, Config, Full, Lora, QLora
+from finetune.config.fields import COLUMNS, PADDED_ATTENTION, Config, Dpo, Full, Lora, QLora
 from finetune.config.own import OwnObjective
 
 PLACES = (
@@ -27,6 +28,9 @@ NOTHING: tuple[object, ...] = (None, False, 0, [], {}, "none", "auto", "default"
 # Settings that the adapter in adapter.path decides.
 # Formats of rated answers.
 RATED = ("preference", "unpaired", "choices")
+# Losses of dpo that think some pairs swapped, and those that do not take the margin of a pair.
+NOISY = ("robust", "exo_pair")
+BY_ANSWER = ("nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down")
 SHAPE = (
     "r", "alpha", "dropout", "target_modules", "rslora", "dora", "init", "modules_to_save",
 )  # fmt: skip
@@ -86,7 +90,9 @@ def _objective_conflicts(config: Config) -> Iterator[str]:
     """List settings of `data` that do not fit the objective."""
     data, objective = config.data, config.objective
     name = own_code.without_folder(objective.kind)
-    needs_heads = isinstance(objective, OwnObjective) and objective.objective.needs
+    needs_heads = isinstance(objective, OwnObjective) and set(objective.objective.needs) - {
+        REFERENCE
+    }
     if not (needs_heads or objective_kind(objective.kind).family in CLASSIFIERS):
         why = f"objective.kind: {name} has no value or score head in its `needs`"
         yield from _ignored(config, why, "optimizer.head_lr")
@@ -96,8 +102,11 @@ def _objective_conflicts(config: Config) -> Iterator[str]:
     else:
         trains_on_all = objective.kind == "clm"
         has_turns = not trains_on_all
-    if objective_kind(objective.kind).formats:
+    if objective_kind(objective.kind).is_framed:
         yield from _conflicts_of_rows(config)
+        return
+    if objective_kind(objective.kind).compares:
+        yield from _preference_conflicts(config)
         return
     if trains_on_all:
         why = f"objective.kind: {name} trains on every token"
@@ -114,6 +123,52 @@ def _objective_conflicts(config: Config) -> Iterator[str]:
     if data.format == "text" and has_turns:
         why = "needs prompts and answers, but data.format is text; use clm"
         yield f"objective.kind: {name} {why}"
+
+
+def _preference_conflicts(config: Config) -> Iterator[str]:
+    """List settings that do not fit an objective that compares answers."""
+    data, objective = config.data, config.objective
+    if data.format not in ("auto", "preference") and not own_code.is_own(data.format):
+        yield (
+            f"data.format: {data.format}, but objective.kind: {objective.kind} compares answers "
+            "and reads preference; set it to auto"
+        )
+    if data.truncation == "split":
+        yield "data.truncation: split would part answers from their prompts; use drop or right"
+    if data.loss_on != "completion":
+        yield (
+            f"data.loss_on: would be ignored: objective.kind: {objective.kind} compares the turns "
+            "in which the answers differ; remove it"
+        )
+    if data.thinking == "drop":
+        yield (
+            f"data.thinking: drop may remove what answers differ in; objective.kind: "
+            f"{objective.kind} needs them whole; set it to keep"
+        )
+    if data.streaming:
+        yield (
+            f"data.streaming: objective.kind: {objective.kind} compares rows before the first "
+            "step, for which they have to be in memory; set it to false"
+        )
+    if not isinstance(objective, Dpo):
+        return
+    loss = objective.loss
+    if loss in NOISY and not objective.swap_probability:
+        yield (
+            f"objective.swap_probability: objective.loss: {loss} needs a number above 0, such as "
+            f"{'0.1' if loss == 'robust' else '0.001'}"
+        )
+    if loss not in NOISY:
+        why = f"objective.loss: {loss} takes pairs as they are"
+        yield from _ignored(config, why, "objective.swap_probability")
+    if loss in BY_ANSWER:
+        why = f"objective.loss: {loss} measures each answer by itself"
+        yield from _ignored(config, why, "objective.divergence")
+    if loss != "discopop":
+        yield from _ignored(config, "only discopop has it", "objective.discopop_tau")
+    if objective.divergence != "alpha_divergence":
+        why = f"objective.divergence: {objective.divergence} has no order"
+        yield from _ignored(config, why, "objective.divergence_alpha")
 
 
 def _conflicts_of_rows(config: Config) -> Iterator[str]:
@@ -162,7 +217,7 @@ def _data_conflicts(config: Config) -> Iterator[str]:
     data, model = config.data, config.model
     if data.on_bad_row == "error":
         yield from _ignored(config, "data.on_bad_row: error takes none", "data.max_bad_fraction")
-    if data.format == "text" and not objective_kind(config.objective.kind).formats:
+    if data.format == "text" and not objective_kind(config.objective.kind).is_framed:
         why = "rows of text have no turns"
         yield from _ignored(
             config, why, "data.template", "data.template_arguments", "data.system_prompt"

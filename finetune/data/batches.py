@@ -244,7 +244,12 @@ class Batches:
         if self.sequences.examples.weight_range is not None:
             given = [each.weights for each in documents if each.weights is not None]
             weights = torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *given]))
-        return replace(batch, columns=columns, weights=weights)
+        of_tokens = {}
+        known = self.sequences.examples.token_columns
+        for name, kind in view.token_columns(known).items():
+            parts = [np.zeros(0, kind), *(each.token_columns[name] for each in documents)]
+            of_tokens[name] = torch.from_numpy(np.concatenate(parts))
+        return replace(batch, columns=columns, weights=weights, token_columns=of_tokens)
 
     def of_sequence(self, sequence: int) -> Batch:
         """Return one sequence alone, as it stands in its micro-batch."""

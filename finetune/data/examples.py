@@ -66,6 +66,7 @@ class Examples:
     example_ends: int64 [examples], the number of documents of all examples up to each; None: each
     example is one document.
     columns: float32 [documents] by name, what is known of each and never tokenised.
+    token_columns: [all tokens of the input] by name, what a run has computed of each.
     weights: float32 [all tokens of the input], factors of their losses; None: no row gives any.
     """
 
@@ -100,6 +101,7 @@ class Examples:
     """Names of the labels that rows have, in the order of their numbers."""
     view: View = NEXT_TOKEN
     """What a model gets of each document in an epoch."""
+    token_columns: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.source)

@@ -9,9 +9,10 @@ import os
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -118,6 +119,8 @@ class OpenShards:
 
 class StreamedExamples:
     """The examples of one part of a stream: facts from the lines of its layout, and places."""
+
+    token_columns: Mapping[str, np.ndarray] = MappingProxyType({})
 
     def __init__(self, opened: OpenShards, part: str) -> None:
         self.opened, self.part = opened, part

@@ -5,7 +5,7 @@ known beforehand. What is drawn at random is a pure function of (seed, epoch, do
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +33,8 @@ class Document:
     columns: Mapping[str, np.ndarray]
     weights: np.ndarray | None = None
     target: np.ndarray | None = None
+    token_columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """[S] by name: numbers of its labels."""
 
 
 class View:
@@ -50,6 +52,13 @@ class View:
         stream = examples.input  # no token predicts the first of a document
         return spans.sums(examples.supervised, stream.starts + 1, stream.ends)
 
+    def token_columns(self, known: Mapping[str, np.ndarray]) -> dict[str, np.dtype]:
+        """Return the names and types of what documents have for each label.
+
+        `known`: columns of tokens of the examples.
+        """
+        return {name: values.dtype for name, values in known.items()}
+
     def document(self, examples: "Examples", number: int, example: int, epoch: int) -> Document:
         """Return a document as the model gets it in an epoch."""
         part = examples.input.span(number)
@@ -58,10 +67,32 @@ class View:
         if examples.weights is not None:
             weights = np.asarray(examples.weights[part])[positions + 1]
         columns = _columns(examples, number)
-        return Document(ids, ids[positions + 1], positions, example, columns, weights)
+        of_tokens = {
+            name: np.asarray(values[part])[positions + 1]
+            for name, values in examples.token_columns.items()
+        }
+        return Document(
+            ids, ids[positions + 1], positions, example, columns, weights, token_columns=of_tokens
+        )
 
 
 NEXT_TOKEN = View()
+
+
+class Compared(View):
+    """Answers to one prompt: `tail` is 1 for tokens beyond the length that all of them have."""
+
+    def token_columns(self, known: Mapping[str, np.ndarray]) -> dict[str, np.dtype]:
+        return {**super().token_columns(known), "tail": np.dtype(np.float32)}
+
+    def document(self, examples: "Examples", number: int, example: int, epoch: int) -> Document:
+        made = super().document(examples, number, example, epoch)
+        stream, supervised = examples.input, examples.supervised
+        spans_of = [stream.span(each) for each in examples.documents(example)]
+        # No token predicts the first of a document.
+        shared = min(int(supervised[each][1:].sum()) for each in spans_of)
+        tail = (np.arange(len(made.labels)) >= shared).astype(np.float32)
+        return replace(made, token_columns={**made.token_columns, "tail": tail})
 
 
 @dataclass(frozen=True, eq=False)

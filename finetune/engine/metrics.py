@@ -14,6 +14,7 @@ from finetune.engine.progress import Progress
 from finetune.engine.rundir import RunDirectory
 from finetune.engine.step import StepResult
 from finetune.engine.trackers import Trackers
+from finetune.objectives.base import Remark
 
 LINE_SECONDS = 10  # between two lines about steps
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
@@ -32,9 +33,10 @@ class Metrics:
     def __init__(
         self, directory: RunDirectory, *, num_steps: int, start: int, every: int, is_main: bool,
         num_processes: int, flops_per_token: float, trackers: Trackers | None = None,
+        remark: Remark = lambda terms: "",
     ) -> None:  # fmt: skip
-        """`trackers` get every line that the files get."""
-        self.trackers = trackers
+        """`trackers` get every line that the files get. `remark`: the objective's own notes."""
+        self.trackers, self.remark = trackers, remark
         logs = directory.logs
         self.steps, self.evals = Log(logs.metrics, log), Log(logs.evals, log)
         self.samples, self.saves = Log(logs.samples, log), Log(logs.saves, log)
@@ -60,6 +62,8 @@ class Metrics:
             return
         self.tokens += result.tokens
         self.bar.update()
+        if note := self.remark(result.terms):
+            log(f"note: {note}")
         step, last = progress.step, progress.step == self.num_steps
         now = time.monotonic()
         seconds = now - self.mark

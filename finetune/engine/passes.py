@@ -17,7 +17,7 @@ from finetune.engine.terms import (
 )
 from finetune.engine.topology import Topology
 from finetune.models.policy import Policy
-from finetune.objectives.base import Objective, Term, add, as_divisors
+from finetune.objectives.base import Objective, Term, add, as_divisors, with_blank_reference
 from finetune.objectives.sft import CROSS_ENTROPY
 
 
@@ -33,7 +33,7 @@ def try_pass(
     kept = torch.empty(reserved, dtype=torch.uint8, device=topology.device)
     devices = [topology.device] if topology.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        batches = [topology.part(batch)] * num_passes
+        batches = [topology.part(with_blank_reference(batch))] * num_passes
         totals = {name: max(count, 1) for name, count in batch.counts.items()}
         add_gradients(topology, policy, objective, settings, batches, totals, last=False)
     policy.model.zero_grad()

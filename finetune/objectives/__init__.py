@@ -8,12 +8,14 @@ from finetune.objectives.classification import SequenceLabels, WordLabels
 from finetune.objectives.clm import Clm
 from finetune.objectives.mlm import Mlm
 from finetune.objectives.own import Own
+from finetune.objectives.preference import Cpo, Dpo, Orpo, Simpo
 from finetune.objectives.seq2seq import Answers, CorruptedSpans, Infilled
 from finetune.objectives.sft import Sft
 
 OBJECTIVES: dict[str, Objective] = {
-    "clm": Clm(), "mlm": Mlm(), "seq2seq": Answers(), "sequence_classification": SequenceLabels(),
-    "sft": Sft(), "span_corruption": CorruptedSpans(), "text_infilling": Infilled(),
+    "clm": Clm(), "cpo": Cpo(), "dpo": Dpo(), "mlm": Mlm(), "orpo": Orpo(), "seq2seq": Answers(),
+    "sequence_classification": SequenceLabels(), "sft": Sft(), "simpo": Simpo(),
+    "span_corruption": CorruptedSpans(), "text_infilling": Infilled(),
     "token_classification": WordLabels(),
 }  # fmt: skip
 

@@ -4,13 +4,14 @@ Never a mean: the step divides each sum once, by its total over all micro-batche
 how a step is cut up, packed or shared cannot change what is learned.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from pydantic import BaseModel
 
+from finetune.config.choices import REFERENCE
 from finetune.data.batches import Batch
 from finetune.data.views import NEXT_TOKEN, View
 from finetune.models.policy import Policy
@@ -28,6 +29,10 @@ class Term:
     sum: torch.Tensor
     per: str
     weight: float = 1.0
+
+
+Remark = Callable[[Mapping[str, float]], str]
+"""Takes the means of a step's terms, one step after another; returns a note, mostly ""."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,13 @@ class Objective:
     has_turns = True
     """Whether rows are conversations, whose template the export keeps."""
     needs: frozenset[str] = frozenset()
-    """Heads that the policy gets: for `values`, `scores`."""
+    """Heads that the policy gets, for `values`, `scores`; "reference": batch.token_columns then has
+    the log-probability of each supervised token by the weights before the first step, [S]."""
+
+    @property
+    def heads(self) -> frozenset[str]:
+        """Return those of `needs` that are heads of the model."""
+        return frozenset(self.needs) - {REFERENCE}
 
     reports_cross_entropy = False
     """Whether `evaluate` returns the cross-entropy of the supervised tokens itself."""
@@ -70,6 +81,10 @@ class Objective:
     def view(self, settings: Any, encoding: Encoding) -> View:
         """Return what the model gets of each document in an epoch, and its labels."""
         return NEXT_TOKEN
+
+    def remark(self) -> Remark:
+        """Return what says, while it trains, how to read its terms."""
+        return lambda terms: ""
 
     def prepare(
         self, policy: Policy, batches: Sequence[Batch], settings: Any
@@ -109,3 +124,9 @@ def total(terms: Sequence[Term], divisors: Mapping[str, float | torch.Tensor]) -
     """Return a micro-batch's part of the step's loss: the one division of what is learned."""
     parts = [term.weight * term.sum / divisors[term.per] for term in terms if term.weight]
     return torch.stack(parts).sum() if len(parts) != 1 else parts[0]
+
+
+def with_blank_reference(batch: Batch) -> Batch:
+    """Return a batch with zeros as its reference, for a trial before there is one."""
+    zeros = torch.zeros(len(batch.labels))
+    return replace(batch, token_columns={REFERENCE: zeros, **batch.token_columns})

@@ -139,7 +139,7 @@ class Own(Objective):
         whole: "_Parted | None" = None,
     ) -> "_Parted":  # fmt: skip
         """Return values and gradients of a part of a batch, or of all: without `whole`."""
-        batch, policy = batch.to(torch.device("cpu")), _Rehearsal(has_adapters, self.needs, which)
+        batch, policy = batch.to(torch.device("cpu")), _Rehearsal(has_adapters, self.heads, which)
         with torch.no_grad():
             own = self.prepare(policy, [batch], settings)
         prepared = whole.prepared if whole else own
@@ -159,7 +159,7 @@ class Own(Objective):
         self, batch: Batch, settings: Any, has_adapters: bool, where: str
     ) -> list[list[str]]:
         """Run all methods, and return what each of their passes was asked for."""
-        batch, policy = batch.to(torch.device("cpu")), _Rehearsal(has_adapters, self.needs)
+        batch, policy = batch.to(torch.device("cpu")), _Rehearsal(has_adapters, self.heads)
         with torch.no_grad():
             prepared = self.prepare(policy, [batch], settings)
         terms = self.loss(policy, batch, settings, prepared)

@@ -1,7 +1,7 @@
-"""Tiny models of other families than the causal one, and rows for each of their objectives."""
+"""Tiny models of other families than the causal one, and rows for objectives of their own."""
 
 import numpy as np
-from conftest import write_jsonl
+from conftest import TINY_LLAMA, write_jsonl
 
 # Small sizes by all names that encoders of transformers have for them; each takes those it knows.
 SMALL = {
@@ -104,15 +104,31 @@ def orders(count=40):
     return rows
 
 
+def preferences(count=40):
+    """Prompts with a chosen answer and one or two rejected ones, of very different lengths."""
+    words, rows = ["a", "bc", "def", "g", "hi", "jkl"], []
+    for i in range(count):
+        chosen = "".join(words[(i + n) % 6] for n in range(1 + i % 3))
+        rejected = ["".join(words[(i * 5 + n) % 6] for n in range(1 + k + i % 4)) for k in (0, 1)]
+        bad = rejected if i % 5 == 0 else rejected[0]
+        rows.append({"prompt": f"{i}", "chosen": f"+{chosen}", "rejected": bad})
+    return rows
+
+
 ROWS = {
     "mlm": texts, "sequence_classification": reviews, "token_classification": entities,
     "seq2seq": orders, "span_corruption": texts, "text_infilling": texts,
+    "dpo": preferences, "simpo": preferences, "orpo": preferences,
 }  # fmt: skip
 MODELS = {"seq2seq": T5, "span_corruption": T5, "text_infilling": BART}
 SETTINGS = {
     name: {"model__config": MODELS.get(name, BERT), "objective__kind": name} for name in ROWS
 }
-PACKED = ["mlm", "token_classification"]
+for name in ("dpo", "simpo", "orpo"):
+    SETTINGS[name]["model__config"] = TINY_LLAMA
+# The tokens of longer answers count half, and those of chosen answers a second time.
+SETTINGS["dpo"] |= {"objective__ld_alpha": 0.5, "objective__sft_weight": 0.5}
+PACKED = ["mlm", "token_classification", "dpo", "simpo", "orpo"]
 
 
 def settings(workshop, name):

@@ -55,7 +55,7 @@ def curves(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", short(ALL, "Scored", "mlm", "seq2seq"))
+@pytest.mark.parametrize("objective", short(ALL, "Scored", "mlm", "seq2seq", "dpo"))
 def test_splitting_and_layout_of_a_step_change_nothing(workshop, objective):
     own = settings_of(workshop, objective)
     runs = [workshop.train(name.replace(" ", "_"), **own, **way) for name, way in WAYS.items()]
@@ -76,7 +76,7 @@ def test_a_total_of_only_one_micro_batch_would_be_caught(workshop, monkeypatch):
     assert curves(other) != pytest.approx(curves(one), rel=1e-4)
 
 
-@pytest.mark.parametrize("objective", short(PACKED, "Pairwise", "mlm"))
+@pytest.mark.parametrize("objective", short(PACKED, "mlm", "dpo"))
 def test_packed_examples_get_the_gradients_they_get_alone(workshop, objective):
     """One step over all rows, so that packs hold the same examples as the steps without them."""
     whole = {
@@ -100,12 +100,12 @@ LAUNCHES = {
         2,
         {
             "ddp": ["Unlikelihood"],
-            WHOLE: ["Scored"],
+            WHOLE: ["Scored", "dpo"],
             "zero3": ["seq2seq"],
         },
     ),
     # Sums of documents and their columns, of processes that share a sequence
-    "context": (4, {"fsdp2_context": ["Pairwise"]}),
+    "context": (4, {"fsdp2_context": ["dpo"]}),
     "two in full": (2, {"ddp": ALL, "fsdp2": ALL, WHOLE: ALL, "zero3": ALL}),
     "context in full": (4, {"fsdp2_context": PACKED}),
 }

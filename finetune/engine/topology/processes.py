@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 
 from finetune import failures
@@ -83,6 +84,15 @@ class Processes:
             with self._waits():
                 torch.distributed.all_reduce(total, group=self.group)
         return dict(zip(values, total.unbind()))
+
+    def add_arrays(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Add up arrays of float64 of one shape over all processes, element by element."""
+        if self.number == 1:
+            return list(arrays)
+        total = torch.from_numpy(np.stack(arrays)).to(self.device)
+        with self._waits():
+            torch.distributed.all_reduce(total, group=self.group)
+        return list(total.cpu().numpy())
 
     def any(self, request: bool) -> bool:
         """Tell whether any process asks for it."""
