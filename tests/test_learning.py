@@ -143,7 +143,7 @@ def test_the_tuned_model_beats_its_base_on_rows_it_has_never_seen(case, workshop
     answers = workshop.folder / "answers.jsonl"
     main(
         ["evaluate", "--base", str(base), "--tuned", str(tuned), "--max-new-tokens", "48",
-         "--data", str(rows / "test.jsonl"), "--output", str(answers)]
+         "--data", str(rows / "test.jsonl"), "--output", str(answers), "--scores", "word-accuracy"]
     )  # fmt: skip
     lines = read_jsonl(answers)
     wanted = [line["wanted"] for line in lines]

@@ -17,11 +17,20 @@ from finetune.config.base import model_argument
 from finetune.config.own import own_format
 from finetune.data.column_names import FORMATS
 from finetune.errors import ConfigError, UserError
-from finetune.evaluation import held_out, output, report_files, scores, table, trained_rows, verdict
+from finetune.evaluation import (
+    held_out,
+    output,
+    report_files,
+    scores,
+    suites,
+    table,
+    trained_rows,
+    verdict,
+)
 from finetune.evaluation.candidates import Candidate, candidates, other_argument
 from finetune.evaluation.held_out import Reading, note
 from finetune.evaluation.results import BASE, Results
-from finetune.evaluation.scores import SCORERS
+from finetune.evaluation.suites import Suite
 from finetune.evaluation.trained_rows import Trained
 from finetune.evaluation.trained_run import TrainedRun
 from finetune.export.load import (
@@ -47,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--also", type=other_argument, action="append", metavar="MODEL", default=[], help=what)
     what = "rows to compare on, in any format that training reads; default: those RUN held out"
     add("--data", type=paths.argument, help=what)
+    suites.add_arguments(parser)
     what = (
         "format of the rows; auto: from the columns of the first; FILE.py:NAME: a function of your "
         "own, as data.format; default: as RUN read them, or auto"
@@ -65,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = "number of answers to generate at once"
     add("--batch-size", type=at_least(1), default=64, help=what)
     add("--examples", type=at_least(0), default=5, help="rows printed in full")
+    scores.add_arguments(parser)
     _add_statistics(parser)
     what = (
         "also write to this .jsonl file, for each row, what it was (row: file and line; prompt, "
@@ -107,6 +118,9 @@ class Request:
         reading = Reading()
         run = None
         base, tuned, data = arguments.base, arguments.tuned, arguments.data
+        if data and arguments.suite:
+            raise UserError("--data and --suite both name rows; remove one of them")
+        data = data or arguments.suite
         if arguments.run is not None:
             if tuned is not None:
                 what = f"the tuned model is that of {arguments.run}"
@@ -132,16 +146,24 @@ def main(arguments: argparse.Namespace) -> None:
         output.require(Path(arguments.output), request.data)
     report_files.require(arguments, request.run)
     models = candidates(request.base, request.tuned, arguments.also)
-    prompts = held_out.read(request.data, request.reading, arguments.limit)
-    trained = trained_in(prompts, request.run)
+    suite = suites.read(arguments.suite) if arguments.suite else None
+    asked = scores.named(arguments.scores)
+    if suite:
+        prompts, trained = suite.prompts[: arguments.limit], dict[int, Trained]()
+    else:
+        prompts = held_out.read(request.data, request.reading, arguments.limit)
+        trained = trained_in(prompts, request.run)
     if arguments.trained_rows == "refuse":
         prompts, trained = trained_rows.refuse(prompts, trained), {}
     clusters = held_out.grouped(prompts, arguments.group)
     answers = _answers(models, prompts, arguments)
     settings = settings_of(request, arguments)
     run_dir = str(request.run.path) if request.run else None
-    results = clean = score(prompts, clusters, answers, list(SCORERS.values()), settings, run_dir)
+    scorers = scorers_of(suite, asked, prompts)
+    results = clean = score(prompts, clusters, answers, scorers, settings, run_dir)
     print(table.text(results, arguments.examples, arguments.max_new_tokens))
+    if more := scores.details(scorers, answers):
+        print("\n" + "\n".join(more))
     if trained and len(trained) < len(prompts):
         listed = trained_rows.listing(prompts, trained)
         print(f"\nwithout {len(trained):,} rows that were trained on:{listed}")
@@ -161,8 +183,18 @@ def settings_of(request: Request, arguments: argparse.Namespace) -> dict[str, An
         "limit": arguments.limit, "max_new_tokens": arguments.max_new_tokens,
         "batch_size": arguments.batch_size, "group": arguments.group,
         "smallest_effect": arguments.smallest_effect, "trained_rows": arguments.trained_rows,
+        "scores": arguments.scores, "suite": arguments.suite,
     }  # fmt: skip
     return {name: value for name, value in settings.items() if value is not None}
+
+
+def scorers_of(
+    suite: Suite | None, asked: list[Scorer] | None, prompts: Sequence[Prompt]
+) -> list[Scorer]:
+    """Return what scores the answers: rules of a suite, and --scores or what fits the rows."""
+    if suite:
+        return [suite.scorer, *(asked or [])]
+    return scores.fitting(prompts) if asked is None else asked
 
 
 def trained_in(prompts: Sequence[Prompt], run: TrainedRun | None) -> dict[int, Trained]:

@@ -8,13 +8,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from finetune.evaluation.scores.base import Detailed, OfAll
+from finetune.evaluation.scores.options import add_arguments, fitting, named
 from finetune.evaluation.scores.plain import SCORERS, exact_match, word_accuracy
 from finetune.evaluation.scores.table import KINDS, choose, listing, suitable
 from finetune.generation.completions import Completion, Score, Scorer
 
 __all__ = [
-    "KINDS", "SCORERS", "Detailed", "OfAll", "choose", "exact_match", "gaps", "listing", "of",
-    "suitable", "word_accuracy",
+    "KINDS", "SCORERS", "Detailed", "OfAll", "add_arguments", "choose", "details", "exact_match",
+    "fitting", "gaps", "listing", "named", "of", "suitable", "word_accuracy",
 ]  # fmt: skip
 
 
@@ -31,3 +32,19 @@ def of(
 def gaps(scores: Sequence[Score]) -> dict[str, int]:
     """Return why scores could not be computed, the most frequent reason first, and how often."""
     return dict(Counter(each.reason for each in scores if each.value is None).most_common())
+
+
+def details(scorers: Sequence[Scorer], answers: Mapping[str, Sequence[Completion]]) -> list[str]:
+    """Return what scores have to show besides a number of each answer, model by model."""
+    lines = []
+    for scorer in scorers:
+        if not isinstance(scorer, Detailed):
+            continue
+        found = {model: scorer.details(given) for model, given in answers.items()}
+        if all(each == next(iter(found.values())) for each in found.values()):
+            found = {"": next(iter(found.values()), [])}
+        for model, shown in found.items():
+            if shown:
+                lines += [f"{scorer.name}{f' of {model}' * bool(model)}:"]
+                lines += [f"  {line}" for line in shown]
+    return lines

@@ -1,6 +1,7 @@
 """Right or wrong by a rule: exact match, contains, regex, stop words, numbers, JSON."""
 
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
@@ -86,12 +87,13 @@ def math() -> OfAnswer:
     from math_verify import parse, verify
 
     def of(answer: str, reference: str) -> Value:
-        # Its time limits are by signal, which only the main thread of a process may ask for.
-        wanted = parse(reference, parsing_timeout=None)
+        # Its limits of seconds are by signal, which only the main thread may ask for.
+        limit = 5 if threading.current_thread() is threading.main_thread() else None
+        wanted = parse(reference, parsing_timeout=limit)
         if not wanted:
             return Score(None, "math-verify finds no value in the reference")
-        given = parse(answer, parsing_timeout=None)
-        return bool(verify(wanted, given, timeout_seconds=None))
+        given = parse(answer, parsing_timeout=limit)
+        return bool(verify(wanted, given, timeout_seconds=limit))
 
     return of_reference("math", "1 if the answer equals the reference as mathematics", of)
 

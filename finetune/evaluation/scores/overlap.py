@@ -103,6 +103,11 @@ class OfCorpus:
         found = self._all.corpus_score([each.text for each in usable], references)
         return min(1.0, float(found.score) / 100)
 
+    def details(self, completions: Sequence[Completion]) -> list[str]:
+        """Return the corpus score, which the table's mean over answers is not."""
+        found = self.of_all(completions)
+        return [] if found is None else [f"of the corpus: {100 * found:.1f}%"]
+
 
 def bleu() -> OfCorpus:
     return OfCorpus("BLEU", "runs of up to four words shared with the reference, for translations")

@@ -22,6 +22,7 @@ from finetune.evaluation.scores.code_tests import DEFAULT_COLUMN, CodeTests
 from finetune.evaluation.scores.consistency import Consistency
 from finetune.evaluation.scores.normalise import NORMALISATIONS, json_in, numbers_in, words
 from finetune.evaluation.scores.own import own_score
+from finetune.evaluation.scores.plain import SCORERS
 from finetune.evaluation.scores.similarity import Similarity
 from finetune.generation.completions import Prompt, Scorer
 
@@ -123,6 +124,9 @@ _LISTED = ", ".join(NORMALISATIONS)
 KINDS = {
     "exact-match": Kind(
         f"the answer is the reference; ignoring what you list: {_LISTED}", _exact_match, "[LIST]"
+    ),
+    "word-accuracy": Kind(
+        "words of the reference at their places", lambda _: SCORERS["word accuracy"]
     ),
     "contains": Kind("the answer holds the reference, or TEXT", matching.contains, "[TEXT]"),
     "regex": Kind("PATTERN matches somewhere in the answer", _regex, "PATTERN"),
@@ -228,6 +232,11 @@ def _one(text: str) -> Scorer:
     if kind is None:
         if own_code.is_own(text):
             return own_score(own_code.find(text))
+        if Path(text).exists():
+            raise ConfigError(
+                f"--scores: {printable(text)} is a file or a folder, not a score; name the run "
+                "before --scores, or a score of your own as FILE.py:NAME"
+            )
         near = get_close_matches(name.lower(), KINDS, n=1)
         hint = f"did you mean {near[0]}?" if near else "`--scores list` shows them all"
         raise ConfigError(f"--scores: no score {printable(name)}; {hint}")
