@@ -17,6 +17,8 @@ from finetune.data.examples import Examples, Ragged
 from finetune.data.order import Sequences
 from finetune.engine.reference import FILE
 from finetune.errors import ConfigError, DataError, RunDirectoryError
+from finetune.evaluation import held_out
+from finetune.evaluation.trained_run import TrainedRun
 from finetune.models import attention, head
 from finetune.models.policy import Policy
 from finetune.objectives import OBJECTIVES
@@ -361,6 +363,14 @@ def test_a_damaged_reference_ends_the_run_and_says_what_to_do(workshop):
     path.write_bytes(b"no file of safetensors")
     with pytest.raises(RunDirectoryError, match=f"{FILE} is damaged; remove it"):
         workshop.train("cut", **own)
+
+
+def test_evaluate_reads_the_chosen_answers_of_the_rows_that_were_held_out(workshop):
+    run = TrainedRun.open(str(workshop.train(**settings(workshop), data__eval_fraction=0.1)))
+    prompts = held_out.read(run.held_out, run.reading)
+    rows = {row["prompt"]: row["chosen"] for row in families.preferences()}
+    assert len(prompts) == 4
+    assert all(prompt.reference == rows[prompt.question] for prompt in prompts)
 
 
 def test_an_objective_of_a_users_own_may_compare_with_the_reference(workshop):

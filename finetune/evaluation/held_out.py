@@ -78,6 +78,8 @@ def _samples(
         repair_turns=reading.repair_turns,
     )  # fmt: skip
     samples = list(islice(stream, limit))
+    if format == "preference":
+        samples = [_chosen(each) for each in samples]
     if reading.thinking == "drop":
         for number, sample in enumerate(samples):
             with problems.noted(sample.row):
@@ -85,6 +87,12 @@ def _samples(
                 samples[number] = replace(sample, conversations=kept)
     problems.raise_if_any()
     return samples
+
+
+def _chosen(sample: Sample) -> Sample:
+    """Return a row of several answers with the chosen one alone, as the right one."""
+    number = sample.fields["label"].index(1.0)
+    return replace(sample, conversations=(sample.conversations[number],))
 
 
 def _with_one_answer(samples: Sequence[Sample]) -> Sequence[Sample]:

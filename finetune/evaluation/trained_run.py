@@ -10,6 +10,7 @@ from finetune import config as configs
 from finetune import files, own_code, places, replay
 from finetune.config import paths
 from finetune.config.base import is_model_or_adapter, kind_of_folder
+from finetune.config.choices import objective_kind
 from finetune.config.own import own_format
 from finetune.engine.rundir import HELD_OUT, OUTCOME
 from finetune.errors import RunDirectoryError
@@ -81,9 +82,12 @@ class TrainedRun:
     @property
     def reading(self) -> Reading:
         """Return how its rows are read."""
-        data = self.settings["data"]
+        data, format = self.settings["data"], self.settings["data"].get("format", "auto")
+        learns = objective_kind(self.settings.get("objective", {}).get("kind", "sft"))
+        if format == "auto" and learns.compares:
+            format = learns.formats[0]
         return Reading(
-            data.get("format", "auto"), dict(data.get("columns") or {}),
+            format, dict(data.get("columns") or {}),
             data.get("text_unit", "line"), bool(data.get("repair_turns")),
             data.get("thinking", "keep"),
         )  # fmt: skip
