@@ -169,6 +169,31 @@ def test_columns_that_are_not_read_stay_and_are_not_replaced():
 
 
 @pytest.mark.parametrize(
+    ("row", "format", "name"),
+    [
+        ({"question": "q", "answer": "a", "system": "web-01"}, "messages", "system"),
+        ({"question": "q", "answer": "a", "system": ""}, "sharegpt", "system"),
+        ({"prompt": "q", "completion": "a", "context": "c"}, "instruction", "context"),
+    ],
+)
+def test_a_column_that_only_the_new_format_reads_is_an_error(row, format, name):
+    """It would become a system message, or a part of the question."""
+    with pytest.raises(DataError, match=f"column '{name}' is not read in .*, but would be in"):
+        to(format, row)
+    made = to(format, row | {name: None})
+    assert made[name] is None
+
+
+def test_openai_says_by_weights_what_is_not_trained():
+    first = [user("q"), bot("a") | {"train": False}, user("r"), bot("b") | {"weight": 0.5}]
+    there = to("openai", {"messages": first})
+    assert [turn.get("weight") for turn in there["messages"]] == [None, 0, None, 0.5]
+    assert "train" not in there["messages"][1]
+    assert to("messages", there) == {"messages": first}
+    assert to("sharegpt", there)["conversations"][1]["train"] is False
+
+
+@pytest.mark.parametrize(
     ("format", "row", "message"),
     [
         ("messages", {"prompt": "q", "chosen": "a", "rejected": "b"},

@@ -109,6 +109,7 @@ def test_rows_of_other_tools_become_conversations(values, messages):
         ({"messages": chat(("user", [{"type": "image_url", "image_url": "x"}]), ANSWERED)},
          "got a part of type 'image_url'"),
         ({"messages": chat(("user", []), ANSWERED)}, "should have text as content, got []"),
+        ({"messages": chat(("user", " "), ANSWERED)}, "should have text as content, got an empty"),
         ({"messages": "[{"}, "column 'messages' should be JSON, but"),
         ({"prompt": chat(ASKED), "completion": []}, "should be a list of messages, got []"),
     ],

@@ -94,7 +94,7 @@ def test_tokens_are_those_of_the_tokenizer(bench):
         (["--token-budgets", "9", *COUNTED, "--weights", "2"], "remove --weights and --rows"),
         (
             ["--token-budgets", "3", *COUNTED],
-            "3 tokens of in.jsonl are less than one of its 2 rows",
+            "3 tokens of in.jsonl are too few, as the first of its 2 rows to be drawn has 4",
         ),
         (["--token-budgets", "0", *COUNTED], "'0' should be a whole number, at least 1"),
         (["--token-budgets", "many", *COUNTED], "'many' should be a whole number"),

@@ -159,7 +159,8 @@ def _text(where: str, role: str, content: Any, may_be_empty: bool) -> str:
         content = ""
     may_be_empty = may_be_empty or role == "system"  # not the same as none: templates have defaults
     if not isinstance(content, str) or not (content.strip() or may_be_empty):
-        raise DataError(f"{where} ({role}) should have text as content, got {short(content)}")
+        found = "an empty one" if isinstance(content, str) else short(content)
+        raise DataError(f"{where} ({role}) should have text as content, got {found}")
     require_unicode(where, content)
     return content
 

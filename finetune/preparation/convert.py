@@ -80,7 +80,9 @@ def converted(row: Row, arguments: argparse.Namespace) -> dict[str, Any]:
             raise DataError(f"{row.place}: {what}; convert it --to messages")
         tools = {"tools": list(conversation.tools)} if conversation.tools else {}
     made = MAKERS[arguments.to](row, turns) | tools
-    return _joined(row, made, set(taken_from(row, format, columns).values()))
+    joined = _joined(row, made, set(taken_from(row, format, columns).values()))
+    _require_same_meaning(Row(row.place, joined), made, arguments.to, format)
+    return joined
 
 
 def _format(row: Row, arguments: argparse.Namespace) -> str:
@@ -102,6 +104,15 @@ def _joined(row: Row, made: dict[str, Any], read: set[str]) -> dict[str, Any]:
         what = f"column {short(taken[0])!r} would be replaced; rename or remove it first"
         raise DataError(f"{row.place}: {what}")
     return made | kept
+
+
+def _require_same_meaning(row: Row, made: dict[str, Any], to: str, before: str) -> None:
+    """Raise DataError if the new format reads a column that stayed, which the old one did not."""
+    reads = taken_from(row, "messages" if to in SEVERAL else to, {})
+    for name in reads.values():
+        if name not in made and row.values.get(name) is not None:
+            what = f"column {short(name)!r} is not read in {before}, but would be in {to}"
+            raise DataError(f"{row.place}: {what}; rename or remove it first")
 
 
 def _keep_how_to_train(

@@ -140,7 +140,8 @@ def _by_tokens(frame: Frame, counts: Sequence[int], arguments: argparse.Namespac
         fits = np.searchsorted(np.cumsum(tokens[order]), rest, side="right") if rest else 0
         each = _Drawn(whole, frozenset(order[: int(fits)]))
         if not each.size(counts[number]):
-            what = f"{budget:,} tokens of {shown} are less than one of its {len(tokens):,} rows"
+            first = f"the first of its {len(tokens):,} rows to be drawn has {tokens[order[0]]:,}"
+            what = f"{budget:,} tokens of {shown} are too few, as {first}"
             raise UserError(f"--token-budgets: {what}; raise it, or leave out the source")
         if total < budget and not arguments.repeat:
             frame.note(

@@ -123,13 +123,17 @@ def _openai(row: Row, answers: Answers) -> dict[str, Any]:
 
 
 def as_openai(turn: Mapping[str, Any]) -> dict[str, Any]:
-    """Write arguments of calls as JSON text, as OpenAI has them."""
+    """Write arguments of calls as JSON text, and 0 as the weight of what is not trained."""
     calls = [
         {**call, "function": {**call["function"], "arguments": json.dumps(
             call["function"]["arguments"], ensure_ascii=False)}}
         for call in turn.get("tool_calls", [])
     ]  # fmt: skip
-    return dict(turn) | ({"tool_calls": calls} if calls else {})
+    made = dict(turn) | ({"tool_calls": calls} if calls else {})
+    if made.get("train") is False:
+        del made["train"]
+        made["weight"] = 0
+    return made
 
 
 def _sharegpt(row: Row, answers: Answers) -> dict[str, Any]:
