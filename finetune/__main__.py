@@ -32,6 +32,10 @@ COMMANDS = {
         "finetune.evaluation.compare_runs",
         "compare runs: settings that differ, losses, scores, time and cost",
     ),
+    "votes": (
+        "finetune.evaluation.vote_command",
+        "rate models by votes of people and judges, and make preference rows of them",
+    ),
     "chat": ("finetune.chat", "chat with a model in the terminal"),
     "serve": (
         "finetune.serving.serve",

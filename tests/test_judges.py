@@ -273,8 +273,9 @@ def test_a_win_counts_only_if_it_survives_the_swap(tmp_path):
     assert [score.value for score in pairwise(base)] == [0, 0.5, 0.5, 0.5, None, None]
     assert "likeliest on 'Both'" in pairwise(tuned)[4].reason
     assert pairwise.summary() == (
-        "judge wins: 33% of 3 comparisons flip with the order, and count as ties; 75% of the "
-        "choices are the answer shown first (50% would be fair); 2 of 6 comparisons are not usable"
+        "judge wins quality: 33% of 3 comparisons flip with the order, and count as ties; 75% of "
+        "the choices are the answer shown first (50% would be fair); 2 of 6 comparisons are not "
+        "usable"
     )
 
 

@@ -19,6 +19,7 @@ from finetune.data.column_names import FORMATS
 from finetune.errors import ConfigError, UserError
 from finetune.evaluation import (
     held_out,
+    judging,
     output,
     report_files,
     scores,
@@ -29,6 +30,7 @@ from finetune.evaluation import (
 )
 from finetune.evaluation.candidates import Candidate, candidates, other_argument
 from finetune.evaluation.held_out import Reading, note
+from finetune.evaluation.judging import Judging
 from finetune.evaluation.results import BASE, Results
 from finetune.evaluation.suites import Suite
 from finetune.evaluation.trained_rows import Trained
@@ -77,6 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--examples", type=at_least(0), default=5, help="rows printed in full")
     scores.add_arguments(parser)
     _add_statistics(parser)
+    judging.add_arguments(parser)
     what = (
         "also write to this .jsonl file, for each row, what it was (row: file and line; prompt, "
         "wanted), the answers (base, tuned), whether --max-new-tokens cut them (base_cut, "
@@ -145,6 +148,11 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.output:
         output.require(Path(arguments.output), request.data)
     report_files.require(arguments, request.run)
+    with judging.opened(arguments, request.run) as judges:
+        _compare(request, arguments, judges)
+
+
+def _compare(request: Request, arguments: argparse.Namespace, judges: Judging) -> None:
     models = candidates(request.base, request.tuned, arguments.also)
     suite = suites.read(arguments.suite) if arguments.suite else None
     asked = scores.named(arguments.scores)
@@ -159,7 +167,7 @@ def main(arguments: argparse.Namespace) -> None:
     answers = _answers(models, prompts, arguments)
     settings = settings_of(request, arguments)
     run_dir = str(request.run.path) if request.run else None
-    scorers = scorers_of(suite, asked, prompts)
+    scorers = [*scorers_of(suite, asked, prompts), *judges.scorers_of(answers)]
     results = clean = score(prompts, clusters, answers, scorers, settings, run_dir)
     print(table.text(results, arguments.examples, arguments.max_new_tokens))
     if more := scores.details(scorers, answers):
@@ -169,6 +177,8 @@ def main(arguments: argparse.Namespace) -> None:
         print(f"\nwithout {len(trained):,} rows that were trained on:{listed}")
         clean = results.subset([row for row in range(len(prompts)) if row not in trained])
         print(table.text(clean, 0, arguments.max_new_tokens))
+    if lines := list(judges.report(clean)):
+        print("", *lines, sep="\n")
     found = verdict.of(clean, smallest=arguments.smallest_effect)
     print(f"\nverdict: {found.sentence}")
     if arguments.output:
@@ -184,6 +194,8 @@ def settings_of(request: Request, arguments: argparse.Namespace) -> dict[str, An
         "batch_size": arguments.batch_size, "group": arguments.group,
         "smallest_effect": arguments.smallest_effect, "trained_rows": arguments.trained_rows,
         "scores": arguments.scores, "suite": arguments.suite,
+        "judge": arguments.judge, "rubric": arguments.rubric,
+        "pairwise": arguments.pairwise or None,
     }  # fmt: skip
     return {name: value for name, value in settings.items() if value is not None}
 

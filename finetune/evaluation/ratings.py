@@ -148,7 +148,7 @@ def _bootstrap(
         counts = np.bincount(line, times, minlength=len(lines)).astype(float)
         return _fit(matrix, points, counts, len(names), start)
 
-    groups, random = _groups(votes), np.random.default_rng(0)
+    groups, random = clusters_of(votes), np.random.default_rng(0)
     found, count, sampled = fit(None), int(groups.max()) + 1, []
     for _ in range(draws):
         times = np.bincount(random.integers(count, size=count), minlength=count)
@@ -201,7 +201,7 @@ def _differences(votes: Sequence[Vote], names: Sequence[str]) -> np.ndarray:
     return matrix
 
 
-def _groups(votes: Sequence[Vote]) -> np.ndarray:
+def clusters_of(votes: Sequence[Vote]) -> np.ndarray:
     """Return the cluster of near-duplicates of each vote's prompt, as numbers from 0."""
     questions = list(dict.fromkeys(vote.question for vote in votes))
     of_questions = dict(zip(questions, clusters.of_texts(questions).tolist()))

@@ -6,7 +6,8 @@ A line of the file:
      "models": ["base", "tuned"], "answers": ["...", "..."], "better": "second", "rater": "person"}
 
 better: "first" or "second" of the models, or "tie". People vote on the page of `voting.py` or in
-chat, and models by `judges/pairwise.py`; all write this file. Other keys are kept for the reader.
+chat, and models by `judges/pairwise.py`, with "by": "model"; all write this file. Other keys are
+ignored.
 """
 
 import json
@@ -22,8 +23,9 @@ from finetune.data.problems import Problems
 from finetune.errors import DataError, UserError
 
 Better = Literal["first", "second", "tie"]
-PERSON = "person"
-"""The rater of votes that people give."""
+By = Literal["person", "model"]
+PERSON: By = "person"
+MODEL: By = "model"
 MOST_BYTES = 1 << 30  # of a file of votes
 
 
@@ -31,8 +33,8 @@ MOST_BYTES = 1 << 30  # of a file of votes
 class Vote:
     """Which of two answers to a prompt is better.
 
-    row: where the prompt stands. prompt: messages up to the answers. rater: "person", or the name
-    of a model that judges.
+    row: where the prompt stands. prompt: messages up to the answers. rater: a name of the person,
+    or of the model that judges. by: which of the two it is.
     """
 
     row: str
@@ -41,6 +43,7 @@ class Vote:
     answers: tuple[str, str]
     better: Better
     rater: str = PERSON
+    by: By = PERSON
 
     @property
     def points(self) -> float:
@@ -52,21 +55,32 @@ class Vote:
         """Return the text of the prompt."""
         return "\n".join(message["content"] for message in self.prompt)
 
-    def ordered(self) -> "Vote":
-        """Return the same vote with the models in the order of their names."""
-        if self.models[0] <= self.models[1]:
-            return self
-        swapped: dict[Better, Better] = {"first": "second", "second": "first", "tie": "tie"}
-        models, answers = self.models[::-1], self.answers[::-1]
-        return Vote(self.row, self.prompt, models, answers, swapped[self.better], self.rater)
+    @property
+    def pair(self) -> "Pair":
+        """Return what was compared, whichever side each answer was on."""
+        sides = sorted(zip(self.models, self.answers))
+        return self.question, sides[0], sides[1]
+
+    def points_of(self, model: str) -> float:
+        """Return what one of the two models gets."""
+        return self.points if model == self.models[1] else 1 - self.points
 
     def as_line(self) -> str:
         values = {
             "row": self.row, "prompt": [dict(message) for message in self.prompt],
             "models": self.models, "answers": self.answers, "better": self.better,
-            "rater": self.rater,
+            "rater": self.rater, "by": self.by,
         }  # fmt: skip
         return json.dumps(values, ensure_ascii=False) + "\n"
+
+
+Pair = tuple[str, tuple[str, str], tuple[str, str]]
+"""A question, and two models with their answers."""
+
+
+def latest(votes: Iterable[Vote]) -> list[Vote]:
+    """Return the last vote of each rater on each pair: a page exports all its votes each time."""
+    return list({(vote.row, vote.pair, vote.rater, vote.by): vote for vote in votes}.values())
 
 
 # ------------------------------------------------------------------------------------- reading
@@ -123,7 +137,9 @@ def _vote(place: str, line: bytes) -> Vote:
     for name, value in (("row", row), ("rater", rater)):
         if not isinstance(value, str):
             raise DataError(f"{place}: {name!r} should be text, got {short(value)}")
-    return Vote(row, _prompt(place, values.get("prompt")), models, answers, better, rater)
+    if (by := values.get("by", PERSON)) not in (PERSON, MODEL):
+        raise DataError(f"{place}: 'by' should be person or model, got {short(by)}")
+    return Vote(row, _prompt(place, values.get("prompt")), models, answers, better, rater, by)
 
 
 def _two(place: str, name: str, value: Any) -> tuple[str, str]:

@@ -13,8 +13,8 @@ from finetune.evaluation.judges import rubrics
 from finetune.evaluation.judges.g_eval import steps_of
 from finetune.evaluation.judges.rubrics import FIRST, SECOND, TIE, Rubric
 from finetune.evaluation.judges.weights import Kept, Question, Weights
-from finetune.evaluation.votes import Better, Vote
-from finetune.generation.completions import Completion, Score
+from finetune.evaluation.votes import MODEL, Better, Vote
+from finetune.generation.completions import Completion, Prompt, Score
 
 NAMES: dict[str, Better] = {FIRST: "first", SECOND: "second", TIE: "tie"}
 SWAPPED: dict[Better, Better] = {"first": "second", "second": "first", "tie": "tie"}
@@ -44,11 +44,11 @@ class Pairwise:
     A win is 1 point, a tie half a point. Only answers that `compare` has seen have a score.
     """
 
-    name = "judge wins"
     higher: bool | None = True
     is_share = True
 
     def __init__(self, judge: Kept, rubric: Rubric, folder: Path) -> None:
+        self.name = f"judge wins {rubric.name}"
         self.line = f"share of comparisons won by {rubric.name}, as {judge.name} judges; ties half"
         self.rater = f"{judge.name}, {rubric.name}"
         self.comparisons: list[Comparison] = []
@@ -134,11 +134,16 @@ def _compared(shown: Weights, swapped: Weights) -> Comparison:
     return Comparison(orders, orders[0] if orders[0] == orders[1] else "tie")
 
 
+def messages_of(prompt: Prompt) -> tuple[Mapping[str, str], ...]:
+    """Return the messages of a prompt as votes hold them, each with its context."""
+    return tuple(
+        {"role": each.role, "content": f"{each.content}\n\n{each.context}".strip()}
+        for each in prompt.messages
+    )
+
+
 def _vote(
     models: tuple[str, str], one: Completion, other: Completion, better: Better, rater: str
 ) -> Vote:
-    messages = tuple(
-        {"role": each.role, "content": f"{each.content}\n\n{each.context}".strip()}
-        for each in one.prompt.messages
-    )
-    return Vote(one.prompt.place, messages, models, (one.text, other.text), better, rater)
+    texts = (one.text, other.text)
+    return Vote(one.prompt.place, messages_of(one.prompt), models, texts, better, rater, MODEL)
