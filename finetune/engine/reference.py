@@ -116,8 +116,9 @@ def _of_part(
     """Return the log-probability of each token of the examples' arrays, float32 [tokens]."""
     size = len(batches.in_memory.examples.input.ids)
     numbered = copy.copy(batches)
-    numbered.sequences = _with_column(batches, PLACE, np.arange(size))
-    sums, times = np.zeros(size), np.zeros(size)
+    numbers = np.arange(size, dtype=np.int32 if size < 2**31 else np.int64)
+    numbered.sequences = _with_column(batches, PLACE, numbers)
+    sums, times = np.zeros(size, np.float32), np.zeros(size, np.uint16)
     was_training = policy.model.training
     policy.model.eval()
     try:
@@ -127,7 +128,7 @@ def _of_part(
                 logprobs = policy(mine.to(topology.device), {"logprobs"}).logprobs
             assert logprobs is not None
             places = mine.token_columns[PLACE].numpy()
-            sums[places] += logprobs.double().cpu().numpy()
+            sums[places] += logprobs.float().cpu().numpy()
             times[places] += 1
     finally:
         policy.model.train(was_training)

@@ -86,7 +86,7 @@ class Processes:
         return dict(zip(values, total.unbind()))
 
     def add_arrays(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Add up arrays of float64 of one shape over all processes, element by element."""
+        """Add up arrays of numbers of one shape over all processes, element by element."""
         if self.number == 1:
             return list(arrays)
         total = torch.from_numpy(np.stack(arrays)).to(self.device)
