@@ -3,9 +3,10 @@
 import difflib
 import functools
 from collections.abc import Iterator, Mapping, Set
+from types import MappingProxyType
 
 from finetune.data.messages import unread_keys
-from finetune.data.places import Row, list_columns, short
+from finetune.data.places import Place, Row, list_columns, short
 
 # Format -> the columns it needs. Detection takes the first format whose columns are all there.
 FORMATS: dict[str, tuple[str, ...]] = {
@@ -96,26 +97,35 @@ def columns_of(format: str) -> tuple[str, ...]:
     return (*FORMATS[format], *OPTIONAL.get(format, ()), *also)
 
 
-def taken_from(row: Row, format: str, columns: Mapping[str, str]) -> dict[str, str]:
+def taken_from(row: Row, format: str, columns: Mapping[str, str]) -> Mapping[str, str]:
     """Return the columns that a format reads -> the row's own names of them."""
-    needed = FORMATS[format]
+    is_continued = False
     if format == "messages" and "messages" not in columns:
         is_continued = present_name(row, "messages") not in row.values and _is_chat(row, columns)
-        needed = ("prompt", "completion") if is_continued else needed
-    taken = {name: columns[name] if name in columns else present_name(row, name) for name in needed}
-    for ours, names in OPTIONAL.get(format, {}).items():
-        if ours in columns:
-            taken[ours] = columns[ours]
-        elif found := next((n for n in names if n in row.values and n not in taken.values()), None):
+    return _taken(tuple(row.values), format, is_continued, tuple(columns.items()))
+
+
+@functools.lru_cache(maxsize=1_000)  # most rows have the columns of the one before
+def _taken(
+    names: tuple[str, ...], format: str, is_continued: bool, columns: tuple[tuple[str, str], ...]
+) -> Mapping[str, str]:
+    """Return `taken_from` of a row with these columns."""
+    row, given = Row(Place("", 0), dict.fromkeys(names)), dict(columns)
+    needed = ("prompt", "completion") if is_continued else FORMATS[format]
+    taken = {name: given[name] if name in given else present_name(row, name) for name in needed}
+    for ours, theirs in OPTIONAL.get(format, {}).items():
+        if ours in given:
+            taken[ours] = given[ours]
+        elif found := next((n for n in theirs if n in names and n not in taken.values()), None):
             taken[ours] = found
-    return taken
+    return MappingProxyType(taken)
 
 
 def described(row: Row, format: str, columns: Mapping[str, str]) -> str:
     """Return the columns that are read, each with the row's own name of it, for the summary."""
     taken = {name: name for name in LABELLED.get(format, ())}
     if format in FORMATS:
-        taken = taken_from(row, format, columns)
+        taken = dict(taken_from(row, format, columns))
     taken |= {name: columns[name] for name in columns if taken.get(name, name) == name}
     return ", ".join(
         ours if ours == theirs else f"{ours} from {short(theirs)!r}"

@@ -142,13 +142,18 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
 def _read_jsonl(source: str) -> Iterator[Row | DataError]:
     for number, line in encodings.lines_or_errors(source):
         if isinstance(line, DataError):
             yield line
         elif line.strip():
             try:
-                value = json.loads(line, object_pairs_hook=_object)
+                # `loads` makes a decoder for each line; it refuses a byte order mark by name.
+                has_mark = line.startswith("\ufeff")
+                value = json.loads(line) if has_mark else _DECODER.decode(line)
             except (ValueError, RecursionError) as exc:
                 why = failures.parsing_reason(exc)
                 if isinstance(exc, json.JSONDecodeError):

@@ -187,7 +187,10 @@ class _Reading:
         return Sample(made, fields, row)
 
     def _count_unread(self, row: Row, read: set[str]) -> None:
-        if self.unread is not None:
+        if self.unread is None:
+            return
+        names_others = row.values.keys() - read
+        if names_others or any(isinstance(value, list) for value in row.values.values()):
             self.unread.update(unread_of(row, read, self.columns))
 
 

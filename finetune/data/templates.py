@@ -7,6 +7,7 @@ where text appended to its content would appear. No answer is searched for by a 
 
 import contextlib
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -15,13 +16,17 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any
 
+from finetune.data import fixed_text
 from finetune.data.conversations import Conversation, Message
+from finetune.data.fixed_text import FixedText, marked
 from finetune.data.places import Place
 from finetune.errors import ConfigError, DataError
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 MARK = "\ufdd0"  # a Unicode noncharacter: no text contains it
 
+JOINT = "\n\n"  # between a content and the context that a template has no place for
+MOST_TEXTS = 1_000  # 20 turns more make 20 texts more
 PROMPT = Place("the prompt", 1)  # the place of a conversation that is not in a file
 QUESTION = (Message("user", "a"),)
 _THINKING = re.compile(r"\s*</?think(?:ing)?>\s*")
@@ -181,8 +186,10 @@ class Template:
 
     def stop_of(self, segments: Sequence[Segment]) -> str | None:
         """Return the token that ends the last answer of these segments, or None."""
-        answer = [segment.text for segment in segments if segment.supervised][-1]
-        return next((token for token in self.turn_ends if answer.rstrip().endswith(token)), None)
+        answer = [segment.text for segment in segments if segment.supervised][-1].rstrip()
+        if not answer.endswith(self._ends):
+            return None
+        return next(token for token in self.turn_ends if answer.endswith(token))
 
     def _span(
         self, conversation: Conversation, text: str, turn: int, mark: tuple[int, int] | None
@@ -192,8 +199,9 @@ class Template:
         `mark`: the span of its {% generation %} block, in templates that have them.
         """
         messages = conversation.messages
-        until = replace(conversation, messages=messages[: turn + 1])
-        alone = text if len(until.messages) == len(messages) else self._render(until)
+        alone = text
+        if turn + 1 < len(messages):
+            alone = self._render(conversation.with_messages(messages[: turn + 1]))
         start = len(self._prompt_of(conversation, text, alone, turn))
         if messages[turn].has_calls:
             end = self._end_of_calls(alone, start)
@@ -220,7 +228,7 @@ class Template:
 
         `alone`: the rendered text without the messages after `turn`.
         """
-        before = replace(conversation, messages=conversation.messages[:turn])
+        before = conversation.with_messages(conversation.messages[:turn])
         asked = self._render(before, add_generation_prompt=True)
         if not text.startswith(asked):
             raise self._wrong(
@@ -259,9 +267,9 @@ class Template:
 
     def _end(self, conversation: Conversation, text: str, start: int, turn: int) -> int:
         messages = conversation.messages
-        marked = replace(messages[turn], content=messages[turn].content.rstrip() + MARK)
+        marked = messages[turn].with_content(messages[turn].content.rstrip() + MARK)
         with_mark = (*messages[:turn], marked, *messages[turn + 1 :])
-        moved = self._render(replace(conversation, messages=with_mark))
+        moved = self._render(conversation.with_messages(with_mark))
         end, shown = moved.find(MARK), f"({_short(messages[turn].content)})"
         if end < start:
             what = f"drops the answer in message {turn + 1} {shown}; use another data.template"
@@ -283,6 +291,8 @@ class Template:
 
     def _require_calls(self, conversation: Conversation) -> None:
         """Raise DataError if the template leaves out a tool call or its arguments."""
+        if not any(message.parts for message in conversation.messages):
+            return
         marks: dict[str, str] = {}
 
         def marked(call: Mapping[str, Any], what: str) -> dict[str, Any]:
@@ -322,17 +332,28 @@ class Template:
 
     def _with_turn_end(self, text: str, end: int) -> int:
         """Move the end of an answer past the token that ends its turn, if that follows."""
-        if not self.turn_ends or text[:end].rstrip().endswith(tuple(self.turn_ends)):
+        if not self.turn_ends or text[:end].rstrip().endswith(self._ends):
             return end
-        stop = re.compile(r"\s*(?:" + "|".join(map(re.escape, self.turn_ends)) + ")")
-        match = stop.match(text, end)
+        match = self._end_of_turn.match(text, end)
         return match.end() if match else end
+
+    @cached_property
+    def _ends(self) -> tuple[str, ...]:
+        return tuple(self.turn_ends)
+
+    @cached_property
+    def _end_of_turn(self) -> re.Pattern[str]:
+        return re.compile(r"\s*(?:" + "|".join(map(re.escape, self.turn_ends)) + ")")
+
+    @cached_property
+    def _has_generation(self) -> bool:
+        return _GENERATION.search(self.source) is not None
 
     def _marked_spans(
         self, conversation: Conversation, answers: list[int]
     ) -> Sequence[tuple[int, int] | None]:
         """Return the span of each answer's {% generation %} block; None in templates without."""
-        if not _GENERATION.search(self.source):
+        if not self._has_generation:
             return [None] * len(answers)
         spans: list[tuple[int, int]] = []
         self._render(conversation, spans=spans)
@@ -371,12 +392,17 @@ class Template:
             what = f"drops or changes the {message.role} message {number} ({_short(content)})"
             raise self._wrong(conversation, f"{what}; use another data.template")
 
+    @cached_property
+    def _has_context(self) -> bool:
+        """Return whether the template has a place for the input of an instruction row."""
+        return "message.context" in self.source
+
     def _plain(self, conversation: Conversation) -> list[dict[str, Any]]:
         """Return messages as the template sees them.
 
         The input of an instruction row joins its content, unless the template has a place for it.
         """
-        own = "message.context" in self.source
+        own = self._has_context
         plain = []
         for message in conversation.messages:
             turn = {"role": message.role, "content": message.content, **message.parts}
@@ -385,7 +411,7 @@ class Template:
             if message.context and own:
                 turn["context"] = message.context
             elif message.context:
-                turn["content"] += "\n\n" + message.context
+                turn["content"] += JOINT + message.context
             plain.append(turn)
         return plain
 
@@ -430,6 +456,75 @@ class Template:
         add_generation_prompt: bool,
         spans: list[tuple[int, int]] | None = None,
     ) -> str:
+        if spans is None and self._copies_contents and not conversation.tools:
+            text = self._around_contents(conversation, add_generation_prompt)
+            if text is not None:
+                return text
+        return self._run(conversation, add_generation_prompt, spans)
+
+    @cached_property
+    def _copies_contents(self) -> bool:
+        """Return whether what the template writes around contents does not depend on them."""
+        from transformers.utils import chat_template_utils
+
+        if self.writes_date and self.date is None:  # the next row may be rendered tomorrow
+            return False
+        try:
+            compiled = chat_template_utils._compile_jinja_template(self.source)
+            return fixed_text.copies_contents(compiled.environment.parse(self.source))
+        except Exception:  # `_run` reports it
+            return False
+
+    @cached_property
+    def _texts(self) -> dict[Any, FixedText | None]:
+        """Return the texts around contents that are known, by the roles of the messages."""
+        return {}
+
+    def _around_contents(
+        self, conversation: Conversation, add_generation_prompt: bool
+    ) -> str | None:
+        """Return what `_run` would; None where the template has to run."""
+        shape, contents, own = [], [], self._has_context
+        for message in conversation.messages:
+            if message.parts:
+                return None
+            content, has_own = message.content, own and bool(message.context)
+            if message.context and not own:
+                content += JOINT + message.context
+            contents.append(content)
+            if has_own:
+                contents.append(message.context)
+            shape.append((message.role, has_own))
+        key = add_generation_prompt, tuple(shape)
+        if key not in self._texts:
+            if len(self._texts) >= MOST_TEXTS:
+                return None
+            self._texts[key] = self._text_around(shape, add_generation_prompt)
+        text = self._texts[key]
+        return None if text is None else text.around(contents)
+
+    def _text_around(
+        self, shape: Sequence[tuple[str, bool]], add_generation_prompt: bool
+    ) -> FixedText | None:
+        """Return the text around the contents of messages of these roles, some with a context."""
+        numbers = itertools.count()
+        messages = tuple(
+            Message(role, marked(next(numbers)), context=marked(next(numbers)) if has else "")
+            for role, has in shape
+        )
+        try:
+            text = self._run(Conversation(messages, PROMPT), add_generation_prompt)
+        except Exception:  # the row is reported by the text that it has
+            return None
+        return fixed_text.split(text)
+
+    def _run(
+        self,
+        conversation: Conversation,
+        add_generation_prompt: bool,
+        spans: list[tuple[int, int]] | None = None,
+    ) -> str:
+        """Run the template."""
         from transformers.utils import chat_template_utils
 
         given: dict[str, Any] = {
@@ -495,8 +590,10 @@ def _require_all_supervised(conversation: Conversation) -> None:
 
 def _holds(rendered: str, message: str, may_go: re.Pattern[str] = _THINKING) -> bool:
     """Return whether rendered text holds a message, but for spaces at its ends and `may_go`."""
-    at = 0
-    for piece in may_go.split(message.strip()):
+    message, at = message.strip(), 0
+    if message in rendered:
+        return True
+    for piece in may_go.split(message):
         at = rendered.find(piece, at)
         if at < 0:
             return False

@@ -6,6 +6,7 @@ lie in a supervised segment.
 
 import hashlib
 import json
+import operator
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -411,13 +412,13 @@ def _batches(stream: Iterator[Sample]) -> Iterator[list[Sample]]:
 
 
 def _characters(sample: Sample) -> int:
-    messages = (message for each in sample.conversations for message in each.messages)
-    return sum(
-        len(message.content)
-        + len(message.context)
-        + (len(str(message.parts)) * bool(message.parts))
-        for message in messages
-    )
+    count = 0
+    for conversation in sample.conversations:
+        for message in conversation.messages:
+            count += len(message.content) + len(message.context)
+            if message.parts:
+                count += len(str(message.parts))
+    return count
 
 
 def tokenise(
@@ -608,6 +609,8 @@ def _as_asked(sample: Sample, control: ControlTokens, options: Options) -> Sampl
                 "and a row of several documents stays whole; use data.loss_on: completion"
             )
         conversations = turn_by_turn(conversations[0])
+    if all(map(operator.is_, conversations, sample.conversations)):
+        return sample
     return replace(sample, conversations=tuple(conversations))
 
 
@@ -629,7 +632,7 @@ def _pieces(
     pieces = [documents]
     if is_long:
         pieces = [[piece] for piece in _shorten(*documents[0], options, bos_id)] if is_one else []
-    if not all(len(predicting(supervised)) for piece in pieces for _, supervised in piece):
+    if not all(supervised[1:].any() for piece in pieces for _, supervised in piece):
         can_rise = options.positions is None or options.max_length < options.positions
         raise DataError(
             f"{place}: no supervised token is left in {length} tokens cut to "
@@ -647,6 +650,7 @@ class _Finisher:
         self.tokenizer = tokenizer
         self.bos_id = tokenizer.bos_token_id if uses_bos(tokenizer) else None
         self.eos_id = tokenizer.eos_token_id
+        self.any_bos_id = tokenizer.bos_token_id
         self.template = template
 
     def __call__(
@@ -659,14 +663,9 @@ class _Finisher:
         if self.bos_id is not None and (ids.size == 0 or ids[0] != self.bos_id):
             ids, supervised = np.insert(ids, 0, self.bos_id), np.insert(supervised, 0, False)
         # Further BOS are the template's own: Llama 2's puts one before every question.
-        is_text, bos_id = conversation.messages[0].role == "text", self.tokenizer.bos_token_id
-        begins = not is_text and bos_id not in (None, self.eos_id) and ids.size and ids[0] == bos_id
-        again = np.flatnonzero(ids[1:] == bos_id)
-        if begins and again.size and not self.tokenizer.decode(ids[1 : 1 + again[0]]).strip():
-            raise DataError(
-                f"{conversation.place}: data.template {self.template.name!r} begins with more than "
-                f"one BOS {self.tokenizer.bos_token!r}; write it once, or leave it to the tokenizer"
-            )
+        is_text, bos_id = conversation.messages[0].role == "text", self.any_bos_id
+        if not is_text and bos_id not in (None, self.eos_id) and ids.size and ids[0] == bos_id:
+            self._require_one_bos(conversation, ids)
         if is_text or self.template.stop_of(segments) is None:
             if self.eos_id is None:
                 raise ModelError(
@@ -676,6 +675,15 @@ class _Finisher:
             weight = supervised[-1:] if supervised[-1:].any() else [True]  # that of the answer
             ids, supervised = np.append(ids, np.int32(self.eos_id)), np.append(supervised, weight)
         return ids, supervised
+
+    def _require_one_bos(self, conversation: Conversation, ids: np.ndarray) -> None:
+        """Raise DataError if nothing stands between the first BOS and another."""
+        again = np.flatnonzero(ids[1:] == self.any_bos_id)
+        if again.size and not self.tokenizer.decode(ids[1 : 1 + again[0]]).strip():
+            raise DataError(
+                f"{conversation.place}: data.template {self.template.name!r} begins with more than "
+                f"one BOS {self.tokenizer.bos_token!r}; write it once, or leave it to the tokenizer"
+            )
 
 
 def _cut(num_documents: int) -> str:
