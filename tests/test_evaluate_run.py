@@ -141,3 +141,85 @@ def test_a_run_without_what_it_takes_says_what_to_give(run, tmp_path, capsys):
     (copy / "config.yaml").write_text(config.replace(named, "/gone/model"))
     assert evaluate(copy) == 2
     assert "give --base with the folder where it is now" in capsys.readouterr().err
+
+
+def answers_of(run):
+    return read_jsonl(run / "evaluation" / "answers.jsonl")
+
+
+def test_saved_answers_need_no_model_and_are_scored_again(run, capsys, monkeypatch, tmp_path):
+    import finetune.evaluation.answering as answering
+
+    into = tmp_path / "kept"
+    assert evaluate(run, "--report", into) == 0
+    first = capsys.readouterr().out
+    kept = read_jsonl(into / "answers.jsonl")
+    assert [line["model"] for line in kept] == ["base"] * 6 + ["tuned"] * 6
+
+    def refused(*_, **__):
+        raise AssertionError("a model is loaded")
+
+    monkeypatch.setattr(answering, "load", refused)
+    assert evaluate(run, "--report", into) == 0
+    assert capsys.readouterr().out == first
+    assert evaluate("--answers", into / "answers.jsonl") == 0
+    assert capsys.readouterr().out == first
+    assert evaluate(run, "--answers", into / "answers.jsonl") == 2
+    assert "--answers: RUN would be ignored" in capsys.readouterr().err
+
+
+def test_the_base_is_also_asked_with_examples_and_with_context(run, tmp_path, capsys):
+    kept = read_jsonl(run / "held_out.jsonl")
+    rows = [{**each, "page": f"page {n}"} for n, each in enumerate(kept)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    asked = ("--few-shot", 2, "--context", "page", "--report", tmp_path / "into")
+    assert evaluate(run, "--data", path, *asked) == 0
+    table = capsys.readouterr().out
+    assert "base 2-shot" in table
+    assert "tuned with context" in table
+    by_model = {}
+    for line in read_jsonl(tmp_path / "into" / "answers.jsonl"):
+        by_model.setdefault(line["model"], []).append(line)
+    examples = {json.dumps(line["prompt"][:4]) for line in by_model["base 2-shot"]}
+    assert len(examples) == 1
+    turns = json.loads(examples.pop())
+    trained_on = [row(n) for n in range(30) if row(n) not in kept]
+    assert [each["role"] for each in turns] == ["user", "assistant"] * 2
+    assert {each["content"] for each in turns[::2]} <= {each["question"] for each in trained_on}
+    [one, *_] = by_model["tuned with context"]
+    assert one["prompt"][-1]["content"] == f"page 0\n\n{kept[0]['question']}"
+    assert evaluate(run, "--data", path, "--context", "pages") == 2
+    assert "has no text in column pages" in capsys.readouterr().err
+    assert evaluate(run, "--few-shot", 25) == 2
+    assert (
+        "25 examples are asked for, and the run was trained on 24 rows" in capsys.readouterr().err
+    )
+
+
+def test_a_zero_adapter_shares_its_base_and_changes_nothing(run, workshop, capsys, monkeypatch):
+    """An adapter that has learned nothing answers as its base, which is not loaded twice."""
+    import finetune.evaluation.answering as answering
+
+    base = run.parent / "base" / "model"
+    zero = workshop.train(
+        "zero", **pretrained(base), **SIZES, adapter__kind="lora", optimizer__lr=1e-30,
+        data__eval_fraction=0.2,
+    )  # fmt: skip
+    monkeypatch.setattr(answering, "load", lambda *_, **__: pytest.fail("loaded alone"))
+    asked = ("--also", f"again={zero}", "--max-new-tokens", "9")
+    assert main(["evaluate", str(zero), *asked]) == 0
+    by_model = {}
+    for line in answers_of(zero):
+        by_model.setdefault(line["model"], []).append((line["answer"], line["token_ids"]))
+    assert by_model["base"] == by_model["tuned"] == by_model["again"]
+    assert len(by_model["base"]) == 8
+    assert "+0.0" in capsys.readouterr().out
+
+
+def test_processes_without_a_common_folder_are_refused(run, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    model = run / "model"
+    assert evaluate("--base", model, "--tuned", model, "--data", run / "held_out.jsonl") == 2
+    assert "2 processes share their answers in a folder; name one with --report" in (
+        capsys.readouterr().err
+    )

@@ -4,29 +4,51 @@ import argparse
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.config import paths
 from finetune.config.base import model_in, require_model
 from finetune.errors import UserError
+from finetune.evaluation import prompting
 from finetune.evaluation.held_out import note
 from finetune.evaluation.results import BASE, TUNED
 from finetune.export.load import moved, require_base
+from finetune.generation.completions import Prompt
+from finetune.generation.remote import is_remote
 
 _NAMED = re.compile(r"([\w .+-]{1,40})=(.+)", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """name: as in tables and files. model: a folder or Hub id. base: of a moved adapter, where its
-    base is now. option: which option named it.
+    """A column of the table: a model, and how its prompts differ from those of the rows.
+
+    name: as in tables and files. model: a folder, a Hub id, or MODEL@URL. base: of a moved adapter,
+    where its base is now. option: which option named it. examples: put before every prompt.
+    context: the column of text to put before the question.
     """
 
     name: str
     model: str
     base: str | None = None
     option: str = "--also"
+    examples: tuple[Prompt, ...] = ()
+    context: str | None = None
+
+    @property
+    def keeps_template(self) -> bool:
+        """Whether it is asked by a chat template of its own, if it has one."""
+        return self.option == "--also"
+
+    def change(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Return the prompts of the rows as this candidate is asked them."""
+        changed = list(prompts)
+        if self.context is not None:
+            changed = prompting.with_context(changed, self.context)
+        if self.examples:
+            changed = prompting.with_examples(changed, self.examples)
+        return changed
 
 
 def other_argument(text: str) -> tuple[str | None, str]:
@@ -51,7 +73,8 @@ def candidates(base: str, tuned: str, others: Sequence[tuple[str | None, str]]) 
             f"--also other={found[-1].model}"
         )
     for each in found:
-        require_model(each.model, each.option)
+        if not is_remote(each.model):
+            require_model(each.model, each.option)
     moved_base = moved(tuned, base)
     if same_model(base, tuned):
         note("--base and --tuned are the same model")
@@ -59,6 +82,23 @@ def candidates(base: str, tuned: str, others: Sequence[tuple[str | None, str]]) 
         require_base(base)
         found[1] = Candidate(TUNED, tuned, moved_base, "--tuned")
     return found
+
+
+def prompted(
+    found: Sequence[Candidate], examples: Sequence[Prompt], context: str | None
+) -> list[Candidate]:
+    """Add the base with examples, and base and tuned model with context, to the candidates."""
+    base, tuned = found[:2]
+    added = list(found)
+    if examples:
+        name = f"base {len(examples)}-shot"
+        added.append(replace(base, name=name, examples=tuple(examples)))
+    if context is not None:
+        added += [
+            replace(each, name=f"{each.name} with context", context=context)
+            for each in (base, tuned)
+        ]
+    return added
 
 
 def same_model(one: str, other: str) -> bool:
@@ -69,6 +109,8 @@ def same_model(one: str, other: str) -> bool:
 
 
 def _short_name(model: str) -> str:
-    """Return the name of a run, or of the folder or Hub id."""
+    """Return the name of a run, of the folder or Hub id, or of a server's model."""
+    if is_remote(model):
+        return model.partition("@")[0].rpartition("/")[2]
     path = Path(model)
     return path.parent.name if path.name == "model" and path.parent.name else path.name

@@ -3,11 +3,11 @@
 import argparse
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from finetune import config as configs
@@ -21,6 +21,7 @@ from finetune.evaluation import (
     held_out,
     judging,
     output,
+    prompting,
     report_files,
     scores,
     suites,
@@ -28,22 +29,22 @@ from finetune.evaluation import (
     trained_rows,
     verdict,
 )
-from finetune.evaluation.candidates import Candidate, candidates, other_argument
+from finetune.evaluation.answering import Asking, ask
+from finetune.evaluation.candidates import candidates, other_argument, prompted
 from finetune.evaluation.held_out import Reading, note
 from finetune.evaluation.judging import Judging
-from finetune.evaluation.results import BASE, Results
+from finetune.evaluation.results import BASE, TUNED, Results
 from finetune.evaluation.suites import Suite
 from finetune.evaluation.trained_rows import Trained
 from finetune.evaluation.trained_run import TrainedRun
-from finetune.export.load import (
-    load,
-    load_chat_tokenizer,
-    load_tokenizer,
-    other_base,
-    trust_remote_code_argument,
-)
+from finetune.export.load import trust_remote_code_argument
+from finetune.generation import answers as saved_answers
 from finetune.generation import generate
+from finetune.generation.answers import Answers
 from finetune.generation.completions import Completion, Prompt, Scorer
+from finetune.generation.engines import Decoding
+
+ANSWERS = "answers.jsonl"  # in the folder of the report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,11 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--trained-rows", choices=["refuse", "score"], default="refuse", help=what)
     add("--limit", type=at_least(1), default=None, help="use only the first N rows")
-    add("--max-new-tokens", type=at_least(1), default=256, help="longest answer")
-    what = "number of answers to generate at once"
-    add("--batch-size", type=at_least(1), default=64, help=what)
     add("--examples", type=at_least(0), default=5, help="rows printed in full")
     scores.add_arguments(parser)
+    _add_generation(parser)
     _add_statistics(parser)
     judging.add_arguments(parser)
     what = (
@@ -88,6 +87,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", default=None, type=paths.argument, help=what)
     report_files.add_arguments(parser)
     trust_remote_code_argument(parser)
+
+
+def _add_generation(parser: argparse.ArgumentParser) -> None:
+    add, at_least = parser.add_argument, generate.at_least
+    add("--max-new-tokens", type=at_least(1), default=256, help="longest answer")
+    what = "number of answers to generate at once"
+    add("--batch-size", type=at_least(1), default=64, help=what)
+    what = "sampling temperature; 0: always take the likeliest token"
+    add("--temperature", type=_temperature, default=0.0, metavar="T", help=what)
+    what = "of answers drawn by --temperature, and of the examples of --few-shot"
+    add("--seed", type=at_least(0), default=0, help=what)
+    what = "ask the base also with N training rows of RUN before each prompt: did it need tuning?"
+    add("--few-shot", type=at_least(1), metavar="N", default=None, help=what)
+    what = "ask base and tuned model also with the text of this column, such as retrieved passages"
+    add("--context", metavar="COLUMN", default=None, help=what)
+    what = "score the answers of this answers.jsonl again; asks no model"
+    add("--answers", type=paths.argument, metavar="FILE", default=None, help=what)
+    what = (
+        "environment variable with the key of a server, for a model given as MODEL@URL (default: "
+        "OPENAI_API_KEY for OpenAI's own server, none for any other)"
+    )
+    add("--key", metavar="VARIABLE", default=None, help=what)
 
 
 def _add_statistics(parser: argparse.ArgumentParser) -> None:
@@ -144,6 +165,9 @@ class Request:
 
 def main(arguments: argparse.Namespace) -> None:
     """Generate, score and print. All models get the same prompts, by the tuned chat template."""
+    if arguments.answers is not None:
+        _rescore(arguments)
+        return
     request = Request.of(arguments)
     if arguments.output:
         output.require(Path(arguments.output), request.data)
@@ -164,26 +188,63 @@ def _compare(request: Request, arguments: argparse.Namespace, judges: Judging) -
     if arguments.trained_rows == "refuse":
         prompts, trained = trained_rows.refuse(prompts, trained), {}
     clusters = held_out.grouped(prompts, arguments.group)
-    answers = _answers(models, prompts, arguments)
+    models = prompted(models, _examples(arguments, request), arguments.context)
+    answers = ask(models, prompts, _asking(arguments, request))
+    if answers is None:  # another process prints
+        return
     settings = settings_of(request, arguments)
     run_dir = str(request.run.path) if request.run else None
     scorers = [*scorers_of(suite, asked, prompts), *judges.scorers_of(answers)]
-    results = clean = score(prompts, clusters, answers, scorers, settings, run_dir)
+    results = score(prompts, clusters, answers, scorers, settings, run_dir)
+    _show(results, trained, request.run, arguments, judges)
+
+
+def _rescore(arguments: argparse.Namespace) -> None:
+    """Score the answers of --answers."""
+    given = {"RUN": arguments.run, "--data": arguments.data, "--base": arguments.base,
+             "--tuned": arguments.tuned, "--also": arguments.also or None,
+             "--suite": arguments.suite}  # fmt: skip
+    if unused := [name for name, value in given.items() if value is not None]:
+        raise UserError(f"--answers: {unused[0]} would be ignored; remove one of them")
+    if arguments.output:
+        output.require(Path(arguments.output), arguments.answers)
+    report_files.require(arguments, None)
+    asked = scores.named(arguments.scores)
+    answers = saved_answers.read(arguments.answers)
+    prompts = [each.prompt for each in next(iter(answers.values()))][: arguments.limit]
+    answers = {name: given[: arguments.limit] for name, given in answers.items()}
+    clusters = held_out.grouped(prompts, arguments.group)
+    settings = {"answers": arguments.answers} | (
+        {"group": arguments.group} if arguments.group else {}
+    )
+    with judging.opened(arguments, None) as judges:
+        scorers = [*scorers_of(None, asked, prompts), *judges.scorers_of(answers)]
+        results = score(prompts, clusters, answers, scorers, settings)
+        _show(results, {}, None, arguments, judges)
+
+
+def _show(
+    results: Results, trained: dict[int, Trained], run: TrainedRun | None,
+    arguments: argparse.Namespace, judges: Judging,
+) -> None:  # fmt: skip
+    """Print the table and the verdict; write --output and the report."""
+    count, clean = len(results.prompts), results
     print(table.text(results, arguments.examples, arguments.max_new_tokens))
-    if more := scores.details(scorers, answers):
+    if more := scores.details(list(results.scorers.values()), results.answers):
         print("\n" + "\n".join(more))
-    if trained and len(trained) < len(prompts):
-        listed = trained_rows.listing(prompts, trained)
+    if trained and len(trained) < count:
+        listed = trained_rows.listing(results.prompts, trained)
         print(f"\nwithout {len(trained):,} rows that were trained on:{listed}")
-        clean = results.subset([row for row in range(len(prompts)) if row not in trained])
+        clean = results.subset([row for row in range(count) if row not in trained])
         print(table.text(clean, 0, arguments.max_new_tokens))
     if lines := list(judges.report(clean)):
         print("", *lines, sep="\n")
-    found = verdict.of(clean, smallest=arguments.smallest_effect)
-    print(f"\nverdict: {found.sentence}")
     if arguments.output:
         output.write(Path(arguments.output), results)
-    report_files.write(clean, found, arguments, request.run)
+    if BASE in results.models and TUNED in results.models:
+        found = verdict.of(clean, smallest=arguments.smallest_effect)
+        print(f"\nverdict: {found.sentence}")
+        report_files.write(clean, found, arguments, run)
 
 
 def settings_of(request: Request, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -209,6 +270,35 @@ def scorers_of(
     return scores.fitting(prompts) if asked is None else asked
 
 
+def _asking(arguments: argparse.Namespace, request: Request) -> Asking:
+    """Return how models are asked. Raise UserError for processes without a common folder."""
+    share = saved_answers.share_of_process()
+    folder = report_files.folder_of(arguments.report, request.run)
+    if folder is None and share[1] > 1:
+        raise UserError(
+            f"{share[1]} processes share their answers in a folder; name one with --report"
+        )
+    saved = Answers(folder / ANSWERS if folder is not None else None, generate.log)
+    decoding = Decoding(arguments.max_new_tokens, arguments.temperature, arguments.seed)
+    prefix, system = "", None
+    if request.run is not None:
+        prefix, system = request.run.source_prefix, request.run.system_prompt
+    return Asking(
+        decoding, arguments.batch_size, arguments.trust_remote_code, system, prefix,
+        arguments.key, saved, share,
+    )  # fmt: skip
+
+
+def _examples(arguments: argparse.Namespace, request: Request) -> list[Prompt]:
+    """Return the examples of --few-shot, from the rows of the training."""
+    if arguments.few_shot is None:
+        return []
+    if request.run is None:
+        raise UserError("--few-shot: the examples are rows that a run was trained on; name the run")
+    rows = trained_rows.prompts_of(request.run)
+    return prompting.drawn(rows, arguments.few_shot, arguments.seed)
+
+
 def trained_in(prompts: Sequence[Prompt], run: TrainedRun | None) -> dict[int, Trained]:
     """Return which prompts the run was trained on, or note that its rows cannot be read."""
     if run is None:
@@ -230,42 +320,11 @@ def score(
     return Results(prompts, clusters, answers, found, by_name, settings, run_dir)
 
 
-def _answers(
-    models: Sequence[Candidate], prompts: Sequence[Prompt], arguments: argparse.Namespace
-) -> dict[str, list[Completion]]:
-    """Return the answers of each model."""
-    [tuned] = [each for each in models if each.option == "--tuned"]
-    template = load_chat_tokenizer(tuned.model, arguments.trust_remote_code).chat_template
-    asked = []
-    for each in models:  # before any weights load: a prompt may be wrong
-        tokenizer = load_tokenizer(each.model, arguments.trust_remote_code)
-        tokenizer.chat_template = template
-        conversations = [prompt.conversation for prompt in prompts]
-        asked.append((each, tokenizer, generate.prompts_of(tokenizer, conversations)))
-    return {
-        each.name: _answers_of(each, tuned.model, tokenizer, prompts, texts, arguments)
-        for each, tokenizer, texts in asked
-    }
-
-
-def _answers_of(
-    candidate: Candidate, tuned: str, tokenizer: Any, prompts: Sequence[Prompt], texts: list[str],
-    arguments: argparse.Namespace,
-) -> list[Completion]:  # fmt: skip
-    trusted = arguments.trust_remote_code
-    model = load(candidate.model, trust_remote_code=trusted, base=candidate.base)
-    if candidate.name == BASE and (message := other_base(tuned, model)):
-        note(message)
-    answers = generate.answers(
-        model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, texts,
-        max_new_tokens=arguments.max_new_tokens, batch_size=arguments.batch_size,
-        title=candidate.name,
-    )  # fmt: skip
-    found = generate.without_opening(tokenizer, [answer.text for answer in answers])
-    return [
-        Completion(prompt, text, "length" if answer.is_cut else "stop")
-        for prompt, answer, text in zip(prompts, answers, found)
-    ]
+def _temperature(text: str) -> float:
+    with suppress(ValueError):
+        if 0 <= float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"should be a number of at least 0, got {text!r}")
 
 
 def _percent(text: str) -> float:

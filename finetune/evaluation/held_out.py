@@ -13,11 +13,14 @@ from finetune.data.conversations import Sample, without_thoughts
 from finetune.data.places import list_columns, short
 from finetune.data.problems import Problems
 from finetune.errors import DataError, UserError
+from finetune.generation.answers import share_of_process
 from finetune.generation.completions import Prompt
 
 
 def note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
+    """Print a note; of several processes only the first does."""
+    if share_of_process()[0] == 0:
+        print(f"note: {text}", file=sys.stderr)
 
 
 @dataclass(frozen=True)

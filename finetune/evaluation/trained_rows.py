@@ -10,7 +10,7 @@ count as trained on, although it stands in the same files.
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from finetune.data import rows, source_files
@@ -75,31 +75,54 @@ def _passed(
 
 def training(run: TrainedRun) -> Iterator[tuple[str, Text]]:
     """Yield (place, text) of the rows that a run was trained on. Raises Unread."""
-    held_out = Counter(text for _, text in _read(run, run.held_out_file))
-    count = 0
-    for place, text in _read(run, run.trained_on):
-        if held_out[text]:
-            held_out[text] -= 1
-            continue
+    for count, sample in enumerate(_samples(run)):
         if count == MOST_ROWS:
             note(f"rows are compared with the first {MOST_ROWS:,} that {run.path} was trained on")
             return
-        count += 1
-        yield place, text
+        yield str(sample.conversations[0].place), _of_sample(sample)
 
 
-def _read(run: TrainedRun, names: Sequence[str]) -> Iterator[tuple[str, Text]]:
+def _samples(run: TrainedRun) -> Iterator[Sample]:
+    """Yield the rows of data.train without those that were held out."""
+    held_out = Counter(_of_sample(sample) for sample in _read(run, run.held_out_file))
+    for sample in _read(run, run.trained_on):
+        text = _of_sample(sample)
+        if held_out[text]:
+            held_out[text] -= 1
+        else:
+            yield sample
+
+
+def prompts_of(run: TrainedRun) -> list[Prompt]:
+    """Return the rows that a run was trained on, as prompts with references.
+
+    Only of the first MOST_ROWS those that end with an answer. Raises DataError if the rows cannot
+    be read any more.
+    """
+    try:
+        conversations = [
+            each
+            for sample in islice(_samples(run), MOST_ROWS)
+            for each in sample.conversations[:1]
+            if each.messages[-1].role == "assistant"
+        ]
+    except Unread as exc:
+        raise DataError(f"the rows that {run.path} was trained on cannot be read: {exc}") from exc
+    return [
+        Prompt(replace(each, messages=each.messages[:-1]), each.messages[-1].content)
+        for each in conversations
+    ]
+
+
+def _read(run: TrainedRun, names: Sequence[str]) -> Iterator[Sample]:
     reading, problems = run.reading, Problems(SKIPPED)
     try:
         sources = [each for name in names for each in source_files.expand(name, "data.train")[0]]
-        if not sources:
-            return
-        stream = rows.samples(
-            sources, reading.format, reading.columns, reading.text_unit, None, problems,
-            for_training=False, repair_turns=reading.repair_turns,
-        )  # fmt: skip
-        for sample in stream:
-            yield str(sample.conversations[0].place), _of_sample(sample)
+        if sources:
+            yield from rows.samples(
+                sources, reading.format, reading.columns, reading.text_unit, None, problems,
+                for_training=False, repair_turns=reading.repair_turns,
+            )  # fmt: skip
     except (FinetuneError, OSError) as exc:
         raise Unread(str(exc)) from exc
 

@@ -77,7 +77,13 @@ class TrainedRun:
 
     @property
     def system_prompt(self) -> str | None:
-        return self.settings["data"].get("system_prompt")
+        prompt = self.settings["data"].get("system_prompt")
+        return None if prompt is None else str(prompt)
+
+    @property
+    def source_prefix(self) -> str:
+        """Return the text before the input of an encoder-decoder."""
+        return str(self.settings["objective"].get("source_prefix") or "")
 
     @property
     def reading(self) -> Reading:

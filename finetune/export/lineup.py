@@ -81,6 +81,10 @@ class Lineup:
             why = f"; the base of {tuned} is not known: only adapters and run directories name it"
         raise ModelError(f"the models are {listed}, not {name!r}{why}")
 
+    def is_beside(self, name: str) -> bool:
+        """Return whether a model shares its base in memory with others."""
+        return name in self._beside
+
     def open(self, name: str) -> Opened:
         """Open a model if it is not open yet. Raises ModelError."""
         return self._opened.get(self.require(name)) or self._open(name)

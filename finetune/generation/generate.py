@@ -3,11 +3,11 @@
 import argparse
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -23,6 +23,7 @@ from finetune.data.tokens import encode_prompt, sample_prompt
 from finetune.models import families
 from finetune.models.attention_choice import own_attention
 
+Asked = TypeVar("Asked")
 LINE_SECONDS = 10  # between two lines about progress without a terminal
 
 
@@ -67,27 +68,53 @@ def answers(
     none may stop before the others, as each pass gathers weights from all. `streamer`: of
     transformers; gets the tokens of a single prompt as they come.
     """
+    ids, context = encoded(model, tokenizer, prompts, max_new_tokens, log)
+    results = [Answer("", True)] * len(ids)
+    pad, ends = pad_of(tokenizer), ends_of(model)
+    with progress(title, len(ids), log, quiet=streamer is not None) as note:
+        for batch in padded(
+            model, ids, context=context, pad=pad, ends=ends, max_new_tokens=max_new_tokens,
+            batch_size=batch_size, temperature=temperature, together=together, streamer=streamer,
+        ):  # fmt: skip
+            for i, row in batch:
+                results[i] = Answer(decode(tokenizer, row), ends.isdisjoint(row))
+            note(len(batch))
+    return results
+
+
+def encoded(
+    model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int,
+    log: Callable[[str], None] = log,
+) -> tuple[list[list[int]], int]:  # fmt: skip
+    """Return (the tokens of prompts, cut as in `answers`; the positions of the model)."""
     is_pair = families.is_encoder_decoder(model.config)  # the encoder reads prompts as in training
-    encoded = [
+    ids = [
         tokenizer(prompt)["input_ids"] if is_pair else encode_prompt(prompt, tokenizer)
         for prompt in prompts
     ]
     context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
     most = context if is_pair else max(context - max_new_tokens, context // 2)
-    if long := sum(len(ids) > most for ids in encoded):
+    if long := sum(len(each) > most for each in ids):
         log(
-            f"note: {long} of {len(encoded)} prompts are over {most} tokens, what the model's "
+            f"note: {long} of {len(ids)} prompts are over {most} tokens, what the model's "
             f"{context} positions leave next to answers of {max_new_tokens}; their beginnings are "
             "cut off"
         )
-    encoded = [_cut(ids, most, tokenizer) for ids in encoded]
+    return [_cut(each, most, tokenizer) for each in ids], context
+
+
+def padded(
+    model: Any, encoded: Sequence[list[int]], *, context: int, pad: int, ends: Set[int],
+    max_new_tokens: int, batch_size: int, temperature: float = 0.0, together: bool = False,
+    streamer: TextStreamer | None = None,
+) -> Iterator[list[tuple[int, list[int]]]]:  # fmt: skip
+    """Yield batches of (number of the prompt, its tokens), the shortest prompts first.
+
+    The tokens hold the one that ended the answer, and padding after it. The rest as in `answers`.
+    """
+    is_pair = families.is_encoder_decoder(model.config)
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-    results = [Answer("", True)] * len(encoded)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    stops = _configure(model, pad, temperature)
-    quiet = True if streamer else None  # None: show the bar on a terminal only
-    bar = tqdm(total=len(encoded), desc=title, unit=" answers", disable=quiet, leave=False)
-    last_line = time.monotonic()
+    _configure(model, pad, ends, temperature)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         device = next(model.parameters()).device
@@ -99,30 +126,55 @@ def answers(
             out = model.generate(
                 **inputs, max_new_tokens=limit, synced_gpus=together, streamer=streamer
             )
-        for i, row in zip(chosen, out[:, longest:], strict=True):
-            results[i] = Answer(_decode(tokenizer, row), stops.isdisjoint(row.tolist()))
-        bar.update(len(chosen))
-        if bar.disable and not streamer and time.monotonic() - last_line > LINE_SECONDS:
-            log(f"{title}: {start + len(chosen):,} of {len(encoded):,} answers")
+        yield list(zip(chosen, out[:, longest:].tolist(), strict=True))
+
+
+@contextmanager
+def progress(
+    title: str, total: int, log: Callable[[str], None] = log, quiet: bool = False
+) -> Iterator[Callable[[int], None]]:
+    """Give a function that counts answers: on a bar, or without a terminal in lines."""
+    disable = True if quiet else None  # None: show the bar on a terminal only
+    bar = tqdm(total=total, desc=title, unit=" answers", disable=disable, leave=False)
+    done, last_line = 0, time.monotonic()
+
+    def note(count: int = 1) -> None:
+        nonlocal done, last_line
+        done += count
+        bar.update(count)
+        if bar.disable and not quiet and time.monotonic() - last_line > LINE_SECONDS:
+            log(f"{title}: {done:,} of {total:,} answers")
             last_line = time.monotonic()
-    bar.close()
-    return results
+
+    try:
+        yield note
+    finally:
+        bar.close()
 
 
-def _configure(model: Any, pad: int, temperature: float) -> set[int]:
-    """Prepare a model for generation; return the tokens that end its answers."""
+def ends_of(model: Any) -> set[int]:
+    """Return the tokens that end a model's answers."""
+    ends = model.generation_config.eos_token_id
+    return set(ends if isinstance(ends, list) else [ends]) - {None}
+
+
+def pad_of(tokenizer: Any) -> int:
+    pad = tokenizer.pad_token_id
+    return int(pad if pad is not None else tokenizer.eos_token_id)
+
+
+def _configure(model: Any, pad: int, ends: Set[int], temperature: float) -> None:
+    """Prepare a model for generation."""
     # Replace the model's own settings: with a repetition penalty or a sampling default, base and
     # tuned model would decode by different rules.
-    before = model.generation_config
-    ends = before.eos_token_id
     choice: dict[str, Any] = {"do_sample": False}
     if families.is_encoder_decoder(model.config):
-        choice["decoder_start_token_id"] = before.decoder_start_token_id
+        choice["decoder_start_token_id"] = model.generation_config.decoder_start_token_id
     if temperature:
         choice |= {"do_sample": True, "temperature": temperature}
-    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad, **choice)
+    stops = sorted(ends) or None
+    model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=pad, **choice)
     model.eval()
-    return set(ends if isinstance(ends, list) else [ends])
 
 
 def _padded(
@@ -145,7 +197,7 @@ def _padded(
     }
 
 
-def _decode(tokenizer: Any, ids: Any) -> str:
+def decode(tokenizer: Any, ids: Any) -> str:
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return str(text)
 
@@ -214,11 +266,16 @@ def prompts_of(tokenizer: Any, conversations: Sequence[Conversation]) -> list[st
 
     Raises DataError for rows with special tokens in calls of tools, where they would forge turns.
     """
-    prompts, problems, found = Prompts(tokenizer), Problems(), []
-    for each in conversations:
+    return texts_of(Prompts(tokenizer).of, conversations)
+
+
+def texts_of(of: Callable[[Asked], str], asked: Sequence[Asked]) -> list[str]:
+    """Return the text of each. Raise DataError that lists those that cannot be asked."""
+    problems, found = Problems(), []
+    for each in asked:
         problems.num_rows += 1
         with problems.noted():
-            found.append(prompts.of(each))
+            found.append(of(each))
     problems.raise_if_any()
     return found
 
@@ -228,8 +285,10 @@ def without_opening(tokenizer: Any, answers: Sequence[str]) -> list[str]:
 
     This may be an empty thinking block.
     """
+    if not tokenizer.chat_template:
+        return list(answers)
     ids = tokenizer(_own_template(tokenizer).opening, add_special_tokens=False)["input_ids"]
-    opening = _decode(tokenizer, ids).strip()
+    opening = decode(tokenizer, ids).strip()
     return [answer.lstrip().removeprefix(opening) if opening else answer for answer in answers]
 
 

@@ -1,0 +1,33 @@
+"""What tells one model from another, without reading its weights."""
+
+import json
+import os
+from hashlib import blake2b
+from pathlib import Path
+
+from finetune.config.base import decides_what_opens, is_adapter, recorded_base
+from finetune.generation.remote import is_remote
+
+SMALL = 1 << 20  # bytes of a file that is hashed; a larger one counts by size and time of change
+
+
+def identity_of(model: str, base: str | None = None) -> str:
+    """Return the identity of a folder, a Hub id or MODEL@URL; of an adapter with its base.
+
+    base: where the base of an adapter is now. A changed file gives another identity, and so does a
+    copy of large weights, whose answers are then asked for again.
+    """
+    if is_remote(model) or not os.path.isdir(model):
+        return model
+    folder = Path(model)
+    files: list[list[object]] = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and decides_what_opens(path.relative_to(folder).as_posix()):
+            about = path.stat()
+            content: object = [about.st_size, about.st_mtime_ns]
+            if about.st_size <= SMALL:
+                content = blake2b(path.read_bytes(), digest_size=16).hexdigest()
+            files.append([path.relative_to(folder).as_posix(), content])
+    if is_adapter(folder):
+        files.append(["base", identity_of(base or recorded_base(folder))])
+    return blake2b(json.dumps(files).encode(), digest_size=16).hexdigest()

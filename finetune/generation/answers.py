@@ -1,0 +1,226 @@
+"""answers.jsonl: every answer as soon as it is there, so that a killed evaluation goes on.
+
+Lines are only appended, whole, by any number of processes. Each has the prompt, the reference, the
+answer, why it ended, its seed, and the model with its identity. `key` identifies what was asked of
+which model: an answer with the same key is not asked for again.
+"""
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from finetune import failures
+from finetune.data.conversations import Conversation, Message
+from finetune.data.places import Place, printable
+from finetune.errors import DataError, Outage, UserError
+from finetune.generation.completions import Completion, Prompt
+from finetune.generation.engines import SHARD, Decoding, Engine
+
+REASONS = ("stop", "length", "failed")
+POLL_SECONDS = 0.5
+
+
+def key_of(identity: str, asked: str, decoding: Decoding, number: int) -> str:
+    """Return the key of an answer. number: of the prompt, which decides drawn answers."""
+    drawn = (decoding.temperature, decoding.seed_of(number // SHARD), number)
+    about = [identity, asked, decoding.max_new_tokens, drawn if decoding.temperature else None]
+    return blake2b(json.dumps(about).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+class Answers:
+    """The answers of a file, which it makes if it does not exist. path None: keep no file."""
+
+    def __init__(self, path: Path | None, log: Callable[[str], None] = lambda text: None) -> None:
+        self._path, self._log = path, log
+        self._known: dict[str, dict[str, Any]] = {}
+        self._offset = self._lines = 0
+        if path is None:
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("ab") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                if file.tell() and path.read_bytes()[-1:] != b"\n":  # a kill cut its last line
+                    file.write(b"\n")
+        except OSError as exc:
+            failures.reraise(exc, f"{printable(str(path))}: cannot be written now")
+            raise UserError(
+                f"{printable(str(path))}: cannot be written: {exc.strerror}; name another folder "
+                "with --report"
+            ) from exc
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the lines that were added since."""
+        if self._path is None:
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._offset += len(line)
+                self._lines += 1
+                if (values := _values(line)) is not None:
+                    self._known[values["key"]] = values
+                elif line.strip():
+                    place = f"{printable(str(self._path))}:{self._lines}"
+                    self._log(f"note: {place} holds no answer, and is left out")
+
+    def get(self, key: str, prompt: Prompt) -> Completion | None:
+        """Return the saved answer with this key, as one to `prompt`."""
+        values = self._known.get(key)
+        return None if values is None else _completion(values, prompt)
+
+    def add(self, key: str, model: str, identity: str, completion: Completion) -> None:
+        """Append an answer. Raises Outage if the disk fails."""
+        if self._path is None:
+            return
+        line = _line(key, model, identity, completion)
+        try:
+            with self._path.open("ab") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                file.write(line)
+        except OSError as exc:
+            name = printable(str(self._path))
+            raise Outage(f"{name}: cannot be written: {exc.strerror}; run it again later") from exc
+
+
+def answered(
+    opened: Callable[[], Engine], identity: str, model: str, prompts: Sequence[Prompt],
+    asked: Sequence[str], decoding: Decoding, saved: Answers, share: tuple[int, int] = (0, 1),
+) -> list[Completion] | None:  # fmt: skip
+    """Return the completions of all prompts; asks the engine for those that are not saved.
+
+    opened: gives the engine, which is not opened if all is saved. asked: the prompts as the model
+    gets them. share: (process, processes): each answers its shards; only the first returns, once
+    the others have saved theirs.
+    """
+    keys = [key_of(identity, text, decoding, number) for number, text in enumerate(asked)]
+    found = {number: saved.get(key, prompts[number]) for number, key in enumerate(keys)}
+    process, processes = share
+    wanted = [
+        number for number in found
+        if found[number] is None and number // SHARD % processes == process
+    ]  # fmt: skip
+    first = {keys[number]: number for number in reversed(wanted)}  # equal prompts are asked once
+    if wanted:
+        engine = opened()
+        for number, completion in engine.complete(prompts, decoding, sorted(first.values())):
+            saved.add(keys[number], model, identity, completion)
+            found[number] = completion
+    if process:
+        return None
+    while processes > 1 and any(found[number] is None for number in found):
+        time.sleep(POLL_SECONDS)
+        saved.refresh()
+        missing = [number for number in found if found[number] is None]
+        found |= {number: saved.get(keys[number], prompts[number]) for number in missing}
+    return [_of(number, found, keys, first, prompts) for number in range(len(prompts))]
+
+
+def _of(
+    number: int, found: Mapping[int, Completion | None], keys: Sequence[str],
+    first: Mapping[str, int], prompts: Sequence[Prompt],
+) -> Completion:  # fmt: skip
+    completion = found[number] or found[first[keys[number]]]
+    assert completion is not None
+    if completion.prompt is prompts[number]:
+        return completion
+    return Completion(**{**vars(completion), "prompt": prompts[number]})
+
+
+def share_of_process() -> tuple[int, int]:
+    """Return (process, processes) as a launcher sets them."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_process() -> int:
+    """Return the number of this process on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def read(path: str) -> dict[str, list[Completion]]:
+    """Return model -> the answers to the rows that all models of a file have answered.
+
+    The last answer of a model to a row counts. Raises DataError.
+    """
+    found: dict[str, dict[tuple[str, str], Completion]] = {}
+    try:
+        for values in _read_lines(Path(path)):
+            prompt = _prompt(values)
+            row = (prompt.place, prompt.question)
+            found.setdefault(values["model"], {})[row] = _completion(values, prompt)
+    except OSError as exc:
+        raise DataError(f"--answers: {printable(path)}: cannot be read: {exc.strerror}") from exc
+    rows = [
+        row for row in next(iter(found.values()), {}) if all(row in of for of in found.values())
+    ]
+    if not rows:
+        raise DataError(f"--answers: {printable(path)}: no row has an answer of every model")
+    return {model: [of[row] for row in rows] for model, of in found.items()}
+
+
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open("rb") as file:
+        for line in file:
+            if (values := _values(line)) is not None:
+                yield values
+
+
+def _line(key: str, model: str, identity: str, completion: Completion) -> bytes:
+    prompt = completion.prompt
+    turns = [
+        {"role": each.role, "content": each.content}
+        | ({"context": each.context} if each.context else {})
+        for each in prompt.messages
+    ]
+    place = prompt.conversation.place
+    values = {
+        "key": key, "model": model, "identity": identity,
+        "row": [place.source, place.line, place.row], "prompt": turns,
+        "reference": prompt.reference, "answer": completion.text,
+        "finish_reason": completion.finish_reason, "seed": completion.seed,
+        "seconds": round(completion.seconds, 4), "token_ids": list(completion.token_ids),
+        "fields": dict(prompt.fields),
+    }  # fmt: skip
+    return (json.dumps(values, default=str) + "\n").encode()
+
+
+def _values(line: bytes) -> dict[str, Any] | None:
+    """Return the fields of a line; None if it is none of `_line`."""
+    try:
+        values = json.loads(line)
+        is_whole = (
+            isinstance(values, dict)
+            and all(isinstance(values[name], str) for name in ("key", "model", "answer"))
+            and values["finish_reason"] in REASONS
+            and isinstance(values["fields"], dict)
+            and all(isinstance(turn["content"], str) for turn in values["prompt"])
+            and len(values["row"]) == 3
+        )
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return values if is_whole else None
+
+
+def _prompt(values: Mapping[str, Any]) -> Prompt:
+    source, line, row = values["row"]
+    turns = [
+        Message(str(turn.get("role", "user")), turn["content"], context=turn.get("context", ""))
+        for turn in values["prompt"]
+    ]
+    place = Place(str(source), int(line), int(row))
+    return Prompt(Conversation(tuple(turns), place), values.get("reference"), values["fields"])
+
+
+def _completion(values: Mapping[str, Any], prompt: Prompt) -> Completion:
+    return Completion(
+        prompt, values["answer"], values["finish_reason"], tuple(values.get("token_ids") or ()),
+        values.get("seed"), float(values.get("seconds") or 0.0),
+    )  # fmt: skip

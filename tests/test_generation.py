@@ -1,0 +1,248 @@
+"""Engines answer alike, whatever the batch; answers on disk survive a kill."""
+
+import threading
+
+import chat_server
+import pytest
+import torch
+from conftest import read_jsonl, tiny_llama
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
+
+from finetune import endpoint
+from finetune.data.conversations import Conversation, Message
+from finetune.data.places import Place
+from finetune.errors import DataError, Outage
+from finetune.generation import answers, batching
+from finetune.generation.answers import Answers, answered
+from finetune.generation.completions import Completion, Prompt
+from finetune.generation.engines import SHARD, Decoding, Local
+from finetune.generation.remote import Remote
+from finetune.models.load import bytes_tokenizer
+
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+GREEDY = Decoding(max_new_tokens=12)
+
+
+def prompt(text, line=1, **fields):
+    asked = Conversation((Message("user", text),), Place("rows.jsonl", line))
+    return Prompt(asked, text.upper(), fields)
+
+
+PROMPTS = [prompt("what " * (n * 5 % 9) + f"is {n}", n + 1) for n in range(12)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    made = bytes_tokenizer()
+    made.chat_template = TEMPLATE
+    return made
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    """Weights large enough that no two tokens are nearly as likely; some answers end early."""
+    torch.manual_seed(0)
+    made = AutoModelForCausalLM.from_config(
+        tiny_llama(vocab_size=len(tokenizer), initializer_range=0.4)
+    )
+    made.generation_config.eos_token_id = [tokenizer.eos_token_id, 124, 131, 197]
+    return made.eval()
+
+
+def complete(model, tokenizer, decoding=GREEDY, prompts=PROMPTS, wanted=None, **options):
+    engine = Local(model, tokenizer, "model", log=lambda text: None, **options)
+    found = dict(engine.complete(prompts, decoding, wanted))
+    return [found[number] for number in sorted(found)]
+
+
+def essence(completions):
+    return [(each.text, each.finish_reason, each.token_ids, each.seed) for each in completions]
+
+
+def test_greedy_answers_do_not_depend_on_the_batch_or_the_engine(model, tokenizer):
+    """Padded in batches of 1 and 8, and packed with 1, 5 and all prompts at once, in float32."""
+    alone = essence(complete(model, tokenizer, at_once=1, batches=False))
+    assert {reason for _, reason, *_ in alone} == {"stop", "length"}
+    assert len({len(ids) for *_, ids, _ in alone}) > 3
+    assert essence(complete(model, tokenizer, at_once=8, batches=False)) == alone
+    for at_once in (1, 5, 64):
+        assert essence(complete(model, tokenizer, at_once=at_once)) == alone
+
+
+def test_batching_leaves_the_model_and_the_generators_as_they_were(model, tokenizer):
+    model.train()
+    attention, state = model.config._attn_implementation, torch.get_rng_state()
+    with pytest.MonkeyPatch.context() as patch:  # a caller that stops in the middle
+        patch.setattr(batching, "WAIT_SECONDS", 0.05)
+        engine = Local(model, tokenizer, "model", log=lambda text: None)
+        running = engine.complete(PROMPTS, GREEDY)
+        next(running)
+        running.close()
+    assert not [each for each in threading.enumerate() if "_run_generation_loop" in each.name]
+    complete(model, tokenizer)
+    assert model.config._attn_implementation == attention
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    model.eval()
+
+
+def test_a_failing_engine_is_noted_and_generate_goes_on(model, tokenizer, monkeypatch):
+    expected = essence(complete(model, tokenizer, batches=False))
+    notes = []
+    whole = batching.complete
+
+    def breaks(*arguments, **options):
+        for number, found in enumerate(whole(*arguments, **options)):
+            if number == 3:
+                raise batching.NotServed("no")
+            yield found
+
+    monkeypatch.setattr(batching, "complete", breaks)
+    engine = Local(model, tokenizer, "model", log=notes.append)
+    found = dict(engine.complete(PROMPTS, GREEDY))
+    assert essence(found[number] for number in range(len(PROMPTS))) == expected
+    assert notes == ["note: continuous batching cannot serve this model (no); slower"]
+
+
+def test_drawn_answers_follow_the_seed_and_the_shard(model, tokenizer):
+    many = [prompt(f"is {n}", n + 1) for n in range(SHARD + 4)]
+    drawing = Decoding(max_new_tokens=6, temperature=1.0, seed=7)
+    state = torch.get_rng_state()
+    first = essence(complete(model, tokenizer, drawing, many))
+    torch.manual_seed(5)
+    assert essence(complete(model, tokenizer, drawing, many)) == first
+    torch.set_rng_state(state)
+    # One missing answer of the last shard: it is drawn as before.
+    [again] = complete(model, tokenizer, drawing, many, wanted=[SHARD + 2])
+    assert essence([again]) == first[SHARD + 2 : SHARD + 3]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len({seed for *_, seed in first}) == 2
+    other = Decoding(max_new_tokens=6, temperature=1.0, seed=8)
+    assert essence(complete(model, tokenizer, other, many))[:SHARD] != first[:SHARD]
+
+
+def test_encoder_decoders_are_served_by_generate(tokenizer):
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=2,
+        decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    pair = T5ForConditionalGeneration(config).eval()
+    asked = lambda each: each.question  # noqa: E731
+    alone = complete(pair, tokenizer, at_once=1, asked=asked)
+    assert essence(complete(pair, tokenizer, at_once=8, asked=asked)) == essence(alone)
+    assert not batching.serves(pair)
+
+
+class Counting:
+    """An engine that notes what it is asked, and may stop after some answers."""
+
+    identity = "counting"
+
+    def __init__(self, most=100):
+        self.most, self.numbers = most, []
+
+    def complete(self, prompts, decoding, wanted=None):
+        for number in wanted:
+            if len(self.numbers) == self.most:
+                raise Outage("killed")
+            self.numbers.append(number)
+            yield number, Completion(prompts[number], f"to {prompts[number].question}", "length")
+
+
+def ask(path, engine, decoding=GREEDY, prompts=PROMPTS, share=(0, 1), notes=None):
+    saved = Answers(path, (notes if notes is not None else []).append)
+    texts = [each.question for each in prompts]
+    return answered(
+        lambda: engine, engine.identity, "base", prompts, texts, decoding, saved, share
+    )  # fmt: skip
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(tmp_path):
+    path, killed, notes = tmp_path / "new" / "answers.jsonl", Counting(most=5), []
+    with pytest.raises(Outage):
+        ask(path, killed)
+    assert killed.numbers == [0, 1, 2, 3, 4]
+    line = read_jsonl(path)[0]
+    assert (line["answer"], line["finish_reason"]) == ("to is 0", "length")
+    assert (line["model"], line["identity"], line["seed"]) == ("base", "counting", None)
+    path.write_bytes(path.read_bytes()[:-30])  # the kill cut the last line
+    again = Counting()
+    found = ask(path, again, notes=notes)
+    assert again.numbers == [4, *range(5, 12)]
+    assert [each.text for each in found] == [f"to {each.question}" for each in PROMPTS]
+    assert [each.prompt for each in found] == PROMPTS
+    assert notes == [f"note: {path}:5 holds no answer, and is left out"]
+    rescored = Counting(most=0)
+    assert ask(path, rescored) == found
+    other = Counting()
+    ask(path, other, Decoding(max_new_tokens=13))
+    assert len(other.numbers) == 12, "answers to other settings are not these"
+
+
+def test_equal_prompts_are_asked_once(tmp_path):
+    engine = Counting()
+    rows = [prompt("a", 1), prompt("b", 2), prompt("a", 3)]
+    found = ask(tmp_path / "answers.jsonl", engine, prompts=rows)
+    assert engine.numbers == [0, 1]
+    assert [each.text for each in found] == ["to a", "to b", "to a"]
+    assert [each.prompt.place for each in found] == [row.place for row in rows]
+
+
+def test_processes_share_the_prompts_and_the_first_has_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(answers, "POLL_SECONDS", 0.01)
+    rows = [prompt(f"is {n}", n + 1) for n in range(3 * SHARD)]
+    path, engines, found = tmp_path / "answers.jsonl", [Counting(1000), Counting(1000)], []
+    first = threading.Thread(
+        target=lambda: found.append(ask(path, engines[0], prompts=rows, share=(0, 2)))
+    )
+    first.start()
+    assert ask(path, engines[1], prompts=rows, share=(1, 2)) is None
+    first.join()
+    assert engines[1].numbers == list(range(SHARD, 2 * SHARD))
+    assert len(engines[0].numbers) == 2 * SHARD
+    assert [each.text for each in found[0]] == [f"to {each.question}" for each in rows]
+
+
+def test_saved_answers_are_read_without_rows_or_models(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    saved = Answers(path)
+    for model, rows in (("base", PROMPTS[:3]), ("tuned", PROMPTS[1:4]), ("tuned", PROMPTS[1:2])):
+        for each in rows:
+            key = f"{model} {each.place} {len(read_jsonl(path))}"
+            saved.add(key, model, "x", Completion(each, f"{model} {len(read_jsonl(path))}"))
+    found = answers.read(str(path))
+    assert {model: [each.text for each in of] for model, of in found.items()} == {
+        "base": ["base 1", "base 2"],
+        "tuned": ["tuned 6", "tuned 4"],
+    }
+    assert [each.prompt for each in found["base"]] == PROMPTS[1:3]
+    for text, says in (
+        ("", "no row has an answer"),
+        ("[1, 2]\n\xff\n{}\n", "no row has an answer"),
+    ):
+        path.write_bytes(text.encode("latin1"))
+        with pytest.raises(DataError, match=says):
+            answers.read(str(path))
+    with pytest.raises(DataError, match="cannot be read"):
+        answers.read(str(tmp_path))
+
+
+def test_a_server_answers_as_a_model_and_what_it_refuses_is_counted(monkeypatch):
+    monkeypatch.setattr(endpoint, "FIRST_WAIT", 0.01)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    notes = []
+    with chat_server.running() as server:
+        engine = Remote(f"good-model@{server.url}", "Be brief.", at_once=1, log=notes.append)
+        server.faults = ['400 {"error": {"message": "too long"}}']
+        found = dict(engine.complete(PROMPTS[:3], GREEDY))
+    assert [found[n].finish_reason for n in range(3)] == ["failed", "stop", "stop"]
+    assert [found[n].text for n in range(3)] == [
+        "",
+        "re: what what what what what is 1",
+        "re: what is 2",
+    ]
+    assert server.seen[-1]["messages"][0] == {"role": "system", "content": "Be brief."}
+    assert server.seen[-1]["model"] == "good-model"
+    assert "rows.jsonl:1" in notes[0]
