@@ -45,7 +45,7 @@ class Answers:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("ab") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
-                if file.tell() and path.read_bytes()[-1:] != b"\n":  # a kill cut its last line
+                if _is_cut(path):  # by a kill, in its last line
                     file.write(b"\n")
         except OSError as exc:
             failures.reraise(exc, f"{printable(str(path))}: cannot be written now")
@@ -89,6 +89,15 @@ class Answers:
         except OSError as exc:
             name = printable(str(self._path))
             raise Outage(f"{name}: cannot be written: {exc.strerror}; run it again later") from exc
+
+
+def _is_cut(path: Path) -> bool:
+    """Return whether the last line of a file does not end."""
+    if not path.stat().st_size:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
 
 
 def answered(
