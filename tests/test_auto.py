@@ -16,6 +16,8 @@ from finetune.errors import ModelError
 from finetune.forecast import choice, trace
 from finetune.models import attention_choice, recompute
 
+pytestmark = pytest.mark.slow
+
 SINGLE = ParallelConfig("single", 1)
 GPU = torch.device("cuda", 0)
 SHAPE = {**TINY_LLAMA, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
