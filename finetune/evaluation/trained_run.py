@@ -104,6 +104,10 @@ class TrainedRun:
         return [str(self.path / HELD_OUT)] if (self.path / HELD_OUT).exists() else []
 
     @property
+    def has_held_out(self) -> bool:
+        return (self.path / HELD_OUT).exists() or bool(self.settings["data"].get("eval"))
+
+    @property
     def held_out(self) -> str | list[str]:
         """Return the rows that training held out, or data.eval. Raise RunDirectoryError."""
         if file := self.held_out_file:

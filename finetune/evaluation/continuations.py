@@ -1,0 +1,320 @@
+"""How probable a model finds texts that continue others: what multiple choice is scored by.
+
+The continuations of one context lie end to end behind it. Each sees the context and itself, but
+none of the others, so the layers compute a context once, and the output projection only what is
+asked. The tokens, limits and sums are those of lm-evaluation-harness 0.4.13.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from finetune import failures
+from finetune.data.batches import Batch
+from finetune.errors import ModelError
+from finetune.models import families, head
+from finetune.models.policy import Policy
+
+Ids = tuple[int, ...]
+
+AT_ONCE = {"cpu": 2048}
+"""Tokens of a batch; elsewhere AT_ONCE_ON_GPU."""
+AT_ONCE_ON_GPU = 16_384
+DEFAULT_LENGTH = 2048  # of a model that does not say how many positions it has
+UNSET_LENGTH = 10**9  # tokenizers that know no limit name a larger one
+# Mean distance of log-probabilities, per token, up to which two ways to compute them agree.
+EXACT, ROUNDED = 1e-4, 0.1
+# Tokens of continuations for one of their context: attention takes the square of both together.
+SHARE = 4
+
+
+class Request(NamedTuple):
+    """Tokens of a context, at least one, and of a text that continues it, at least one."""
+
+    context: Ids
+    continuation: Ids
+
+
+class Found(NamedTuple):
+    """The log-probability of a continuation, in nats, and whether each token is the likeliest.
+
+    is_greedy: False where it was not asked for.
+    """
+
+    logprob: float
+    is_greedy: bool
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A context and its continuations, and the numbers of the requests that each answers."""
+
+    context: Ids
+    branches: tuple[Ids, ...]
+    requests: tuple[tuple[int, ...], ...]
+
+    @property
+    def length(self) -> int:
+        """Return the tokens that the model reads: it predicts the last of a branch."""
+        return len(self.context) + sum(len(branch) - 1 for branch in self.branches)
+
+    @property
+    def deepest(self) -> int:
+        """Return the positions of the longest branch and its context."""
+        return len(self.context) + max(map(len, self.branches)) - 1
+
+    def parted(self, most: int = 0) -> list["Tree"]:
+        """Return trees of the same branches, each with at most `most` tokens of them, or one."""
+        groups: list[list[int]] = []
+        room = 0
+        for number, branch in enumerate(self.branches):
+            if not groups or len(branch) > room:
+                groups.append([])
+                room = most
+            groups[-1].append(number)
+            room -= len(branch)
+        return [
+            Tree(
+                self.context,
+                tuple(self.branches[number] for number in group),
+                tuple(self.requests[number] for number in group),
+            )
+            for group in groups
+        ]
+
+
+# ------------------------------------------------------------------------------------------ tokens
+
+
+def encode(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Request]:
+    """Return the tokens of (context, continuation), each text tokenised as a whole.
+
+    White space at the end of a context belongs to the continuation. What stands behind as many
+    tokens as the context has by itself is the continuation, even where tokens span the boundary. An
+    empty context is BOS, or the end of a text where the tokenizer has no BOS.
+    """
+    moved = [_moved(context, continuation) for context, continuation in pairs]
+    texts = list(dict.fromkeys(context for context, _ in moved if context))
+    contexts = dict(zip(texts, _encoded(tokenizer, texts)))
+    whole = _encoded(tokenizer, [context + more for context, more in moved if context])
+    bare = _encoded(tokenizer, [more for context, more in moved if not context], bare=True)
+    of_context, of_empty, requests = iter(whole), iter(bare), []
+    for context, _ in moved:
+        if context:
+            before = contexts[context]
+            requests.append(Request(tuple(before), tuple(next(of_context)[len(before) :])))
+        else:
+            ids, first = next(of_empty), _prefix_id(tokenizer)
+            starts_so = ids[:1] == [first]
+            requests.append(Request((first,), tuple(ids[1:] if starts_so else ids)))
+    return requests
+
+
+def _moved(context: str, continuation: str) -> tuple[str, str]:
+    bare = context.rstrip()
+    # A context of blanks stays as it is: without them nothing would be left.
+    return (bare, context[len(bare) :] + continuation) if bare else (context, continuation)
+
+
+def _prefix_id(tokenizer: Any) -> int:
+    found = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if found is None:
+        raise ModelError(
+            f"{tokenizer.name_or_path}: its tokenizer has neither bos_token nor eos_token, and a "
+            "text without a context needs a token before it"
+        )
+    return int(found)
+
+
+def _encoded(tokenizer: Any, texts: Sequence[str], bare: bool = False) -> list[list[int]]:
+    """Return the tokens of texts, with the tokenizer's own special tokens unless `bare`.
+
+    A text that begins with BOS gets no other.
+    """
+    begin = tokenizer.decode(_prefix_id(tokenizer)) if texts and not bare else ""
+    results: list[list[int]] = [[]] * len(texts)
+    for special in (True, False):
+        chosen = [
+            number for number, text in enumerate(texts)
+            if (not bare and not text.startswith(begin)) == special
+        ]  # fmt: skip
+        if chosen:
+            found = tokenizer([texts[n] for n in chosen], add_special_tokens=special)["input_ids"]
+            for number, ids in zip(chosen, found):
+                results[number] = ids
+    return results
+
+
+def context_length(config: Any, tokenizer: Any) -> int:
+    """Return how many tokens a model reads at once."""
+    text = config.get_text_config()
+    for name in ("n_positions", "max_position_embeddings", "n_ctx"):
+        if getattr(text, name, None) is not None:
+            return int(getattr(text, name))
+    limit = tokenizer.model_max_length
+    return int(limit) if limit is not None and limit < UNSET_LENGTH else DEFAULT_LENGTH
+
+
+# ----------------------------------------------------------------------------------------- scoring
+
+
+class Continuations:
+    """Scores continuations by one causal model, with or without adapters.
+
+    num_cut: contexts that did not fit, whose beginnings were cut off, of the last call.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if families.of_model(self.base) != families.CAUSAL:
+            raise ModelError(
+                f"{self.base.config.model_type} is not a causal language model, and only those are "
+                "scored by the log-probabilities of answers"
+            )
+        if not hasattr(self.base, "holds_all_logits"):
+            head.install(self.base)
+        model.eval()
+        self.policy, self.max_length = Policy(model), context_length(self.base.config, tokenizer)
+        self.num_cut = 0
+        self.device = next(model.parameters()).device
+        self._branches: bool | None = None
+
+    def __call__(
+        self, requests: Sequence[Request], greedy: bool = False, title: str = "scoring"
+    ) -> list[Found]:
+        """Return the log-probability of each continuation, in the order of `requests`.
+
+        `greedy`: also whether each of its tokens is the likeliest, which takes another projection.
+        `title`: of the bar that a terminal shows.
+        """
+        results = [Found(0.0, False)] * len(requests)
+        bar = tqdm(total=len(requests), desc=title, unit=" texts", disable=None, leave=False)
+        with torch.inference_mode(), bar:
+            for trees in self._batches(self._trees(requests)):
+                numbers = [each for tree in trees for each in tree.requests]
+                for same, found in zip(numbers, self._scored(trees, greedy)):
+                    bar.update(len(same))
+                    for number in same:
+                        results[number] = found
+        return results
+
+    def _trees(self, requests: Sequence[Request]) -> list[Tree]:
+        """Gather the continuations of equal contexts, the largest trees first."""
+        gathered: dict[Ids, dict[Ids, list[int]]] = {}
+        self.num_cut = 0
+        for number, (context, continuation) in enumerate(requests):
+            excess = len(context) + len(continuation) - (self.max_length + 1)
+            self.num_cut += excess > 0
+            kept = context[max(0, excess) :]
+            gathered.setdefault(kept, {}).setdefault(continuation, []).append(number)
+        trees = [
+            Tree(context, tuple(found), tuple(map(tuple, found.values())))
+            for context, found in gathered.items()
+        ]
+        window = _window(self.base.config)
+        parted = [
+            part
+            for tree in trees
+            for part in tree.parted(SHARE * len(tree.context) if tree.deepest <= window else 0)
+        ]
+        if not self._can_branch(parted):
+            parted = [part for tree in parted for part in tree.parted()]
+        return sorted(parted, key=lambda tree: -tree.length)
+
+    def _can_branch(self, trees: list[Tree]) -> bool:
+        """Return whether the model's layers keep to a mask; of recurrent ones they do not.
+
+        The largest tree is scored both ways, once for each model.
+        """
+        several = [tree for tree in trees if len(tree.branches) > 1]
+        if self._branches is None and several:
+            largest = max(several, key=lambda tree: tree.length)
+            alone = [self._scored([part], False)[0].logprob for part in largest.parted()]
+            try:
+                together = [found.logprob for found in self._scored([largest], False)]
+            except Exception as exc:  # code of any author
+                failures.reraise(exc)
+                together = [float("nan")] * len(alone)
+            distance = sum(abs(one - other) for one, other in zip(alone, together))
+            is_exact = next(self.base.parameters()).dtype == torch.float32
+            limit = (EXACT if is_exact else ROUNDED) * sum(map(len, largest.branches))
+            self._branches = distance <= limit
+        return bool(self._branches)
+
+    def _batches(self, trees: list[Tree]) -> Iterator[list[Tree]]:
+        """Yield trees of nearly equal length that fill a batch."""
+        most, start = AT_ONCE.get(self.device.type, AT_ONCE_ON_GPU), 0
+        while start < len(trees):
+            size = max(1, most // trees[start].length)
+            yield trees[start : start + size]
+            start += size
+
+    def _scored(self, trees: list[Tree], greedy: bool) -> list[Found]:
+        """Return what is found of each branch, tree by tree."""
+        batch = _batch(trees, self.base).to(self.device)
+        answers = self.policy(batch, {"logprobs", *(["predictions"] if greedy else [])})
+        assert answers.logprobs is not None
+        sums = self.policy.per_document(answers.logprobs, batch).tolist()
+        all_greedy = [False] * len(sums)
+        if answers.predictions is not None:
+            wrong = (answers.predictions != batch.labels).float()
+            all_greedy = (self.policy.per_document(wrong, batch) == 0).tolist()
+        return [Found(*each) for each in zip(sums, all_greedy)]
+
+
+def _window(config: Any) -> float:
+    """Return how many tokens a layer with the shortest sight sees; infinity if it sees all."""
+    text = config.get_text_config()
+    names = ("sliding_window", "attention_chunk_size")
+    return min(getattr(text, name, None) or float("inf") for name in names)
+
+
+def _batch(trees: list[Tree], base: Any) -> Batch:
+    """Lay each tree into a row, padded on the right; each branch is a document."""
+    width = max(tree.length for tree in trees)
+    shape = (len(trees), width)
+    ids, position_ids = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
+    branch_of = torch.full(shape, -1)  # 0 is the context, -1 padding
+    labels, places, documents = list[int](), list[int](), list[int]()
+    number = 0
+    for row, tree in enumerate(trees):
+        size = len(tree.context)
+        tokens, positions, owners = list(tree.context), list(range(size)), [0] * size
+        for order, branch in enumerate(tree.branches, 1):
+            start = row * width + len(tokens)
+            labels += branch
+            places += [row * width + size - 1, *range(start, start + len(branch) - 1)]
+            documents += [number] * len(branch)
+            tokens += branch[:-1]
+            positions += range(size, size + len(branch) - 1)
+            owners += [order] * (len(branch) - 1)
+            number += 1
+        used = slice(0, len(tokens))
+        ids[row, used], position_ids[row, used] = torch.tensor(tokens), torch.tensor(positions)
+        branch_of[row, used] = torch.tensor(owners)
+    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    if any(len(tree.branches) > 1 for tree in trees):
+        inputs |= {"position_ids": position_ids, "attention_mask": _mask(branch_of, base)}
+    lengths = tuple(len(branch) for tree in trees for branch in tree.branches)
+    none = torch.zeros(0, dtype=torch.int64)
+    return Batch(
+        inputs, torch.tensor(labels), torch.tensor(places), torch.tensor(documents), none, none,
+        lengths, {"tokens": len(labels), "documents": number}, num_documents=number,
+    )  # fmt: skip
+
+
+def _mask(branch_of: torch.Tensor, base: Any) -> torch.Tensor:
+    """Return which tokens each sees, [B, 1, T, T]: those before it of its branch and the context.
+
+    bool for SDPA, which so takes it in any precision; elsewhere a term of the scores.
+    """
+    query, key = branch_of[:, :, None], branch_of[:, None]
+    seen = ((key == 0) | (key == query)).tril_()[:, None]
+    if base.config._attn_implementation == "sdpa":
+        return seen
+    dtype = base.get_input_embeddings().weight.dtype
+    lowest = torch.finfo(dtype).min
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, lowest)
