@@ -51,7 +51,10 @@ COMMANDS = {
     ),
     "curves": ("finetune.curves", "plot loss, learning rate, gradient norm and speed of runs"),
     "merge": ("finetune.export.merge", "merge an adapter into its base and save full weights"),
-    "export": ("finetune.export.merge", "export --merge: the same as merge"),
+    "export": (
+        "finetune.export.command",
+        "export a model: merged, in shards, as GGUF, for Ollama, combined, or to the Hub",
+    ),
 }
 OTHERS = {
     "train": "train in this process, as train.py does; train --help lists every setting",
@@ -123,11 +126,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         if argv[:1] == [name]:
             note_repeats(command)
             importlib.import_module(module).add_arguments(command)
-    if argv[:1] == ["export"]:
-        what = "merge adapters into their base"
-        commands.choices["export"].add_argument(
-            "--merge", action="store_true", required=True, help=what
-        )
     for name, text in OTHERS.items():
         commands.add_parser(name, help=text, description=text)
     arguments, settings = parser.parse_known_args(argv)

@@ -19,6 +19,7 @@ from finetune.__main__ import main
 from finetune.data.conversations import Message
 from finetune.endpoint import Client, Refused, Request, Server
 from finetune.errors import ModelError, UserError
+from finetune.evaluation import votes
 from finetune.export import lineup
 from finetune.export.lineup import Lineup
 from finetune.export.load import load, load_tokenizer
@@ -523,8 +524,7 @@ def pages(tmp_path):
     """A server of the page, whose answers come by rule."""
     service = Twice()
     service.models.require = lambda name: name
-    votes = web.Votes(tmp_path / "votes.jsonl")
-    owner = web.Web(service, votes, 20, 0.0, "", False)
+    owner = web.Web(service, web.Votes(tmp_path / "votes.jsonl"), 20, 0.0, "", False)
     with served(service, web.Handler, owner) as server:
         yield server
 
@@ -547,12 +547,10 @@ def test_a_vote_is_a_line_with_what_was_asked_and_answered(pages):
     assert found[1]["tokens"] == [{"text": "h", "logprob": -0.1, "top": [["h", -0.1], ["?", -2.5]]}]
     vote = {"token": pages.owner.token, "round": found[-1]["round"], "better": "second"}
     assert post(pages, vote, "/vote").json() == {"names": ["base", "tuned"], "votes": 1}
-    assert read_jsonl(pages.owner.votes.path) == [
-        {
-            "row": "", "prompt": [{"role": "user", "content": "hi"}], "models": ["base", "tuned"],
-            "answers": ["hi 1", "HI 1"], "better": "second", "rater": "person",
-        }
-    ]  # fmt: skip
+    [read] = votes.read([str(pages.owner.votes.path)])
+    assert read.prompt == ({"role": "user", "content": "hi"},)
+    assert (read.models, read.answers) == (("base", "tuned"), ("hi 1", "HI 1"))
+    assert (read.better, read.rater) == ("second", "person")
     again = post(pages, vote, "/vote")
     assert (again.status_code, "has its vote" in again.text) == (409, True)
     assert web.Votes(pages.owner.votes.path).count == 1
@@ -593,8 +591,9 @@ def test_votes_are_never_mixed_with_something_else(tmp_path):
     with pytest.raises(UserError, match="cannot be written"):
         web.Votes(tmp_path / "no/votes.jsonl").require_writable()
     path.write_text('{"better": "tie"}\n{"bet')
-    web.Votes(path).add({"better": "first"})
-    assert path.read_text() == '{"better": "tie"}\n{"bet\n{"better": "first"}\n'
+    vote = votes.Vote("", (), ("a", "b"), ("c", "d"), "first")
+    web.Votes(path).add(vote)
+    assert path.read_text() == '{"better": "tie"}\n{"bet\n' + vote.as_line()
 
 
 @pytest.mark.proof

@@ -46,6 +46,7 @@ def merge(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     base: str | None = None,
+    max_shard_size: str | None = None,
 ) -> Merged:
     """Save W + sum of (alpha / r) B A, of one or several adapters of the same base.
 
@@ -54,7 +55,8 @@ def merge(
     ModelError if a source is not an adapter or `target` exists, ExportError if logits differ by
     more than rounding; then nothing is left at `target` or next to it.
     """
-    _require_output(sources, target)
+    require_adapters(sources)
+    require_output(sources, target)
     require_mergeable(sources)
     first = sources[0]
     tokenizer = load_tokenizer(first, trust_remote_code)
@@ -72,7 +74,7 @@ def merge(
     try:
         weights = {name: tensor.detach().cpu() for name, tensor in merged.state_dict().items()}
         with failures.writing(target):
-            save(merged, weights, tokenizer, None, folder, base=origin)
+            save(merged, weights, tokenizer, None, folder, None, origin, max_shard_size)
         names_of = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
         tolerance = TOLERANCE[names_of[merged.dtype]]
         del merged
@@ -135,8 +137,8 @@ def _beside_quantized_base(
     return probe_logits(quantized)
 
 
-def _require_output(sources: Sequence[Path], target: Path) -> None:
-    """Raise ModelError if a source is not an adapter, or `target` cannot be created."""
+def require_adapters(sources: Sequence[Path]) -> None:
+    """Raise ModelError if a source is not an adapter."""
     for source in sources:
         if not source.exists():
             raise ModelError(f"{source}: no such folder; give the run of an adapter")
@@ -146,6 +148,10 @@ def _require_output(sources: Sequence[Path], target: Path) -> None:
                 "folder of a LoRA run"
             )
         require_adapter(source)
+
+
+def require_output(sources: Sequence[Path], target: Path) -> None:
+    """Raise ModelError if `target` exists, cannot be created, or lies inside a source."""
     if os.path.lexists(target):
         raise ModelError(f"{target} exists; choose another --output")
     if problem := _problem_of_parent(target):
@@ -197,13 +203,13 @@ def require_mergeable(sources: Sequence[Path]) -> None:
             )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, needs_output: bool = True) -> None:
     add, none = parser.add_argument, argparse.SUPPRESS
     what = "adapter, as runs/<name> or runs/<name>/model, or several of one base"
     add("model", nargs="*", type=model_argument, metavar="RUN", default=none, help=what)
     what = "the same, as an option"
     add("--model", type=model_argument, nargs="+", metavar="RUN", help=what)
-    add("--output", required=True, type=paths.argument, help="folder to write")
+    add("--output", required=needs_output, type=paths.argument, help="folder to write")
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     what = "dtype of the weights; auto: that of the base"
     add("--dtype", default="auto", choices=dtypes, help=what)
@@ -211,14 +217,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     trust_remote_code_argument(parser)
 
 
-def main(arguments: argparse.Namespace) -> None:
+def main(arguments: argparse.Namespace, max_shard_size: str | None = None) -> None:
     if not arguments.model:
         raise ModelError("name an adapter, such as runs/my_run")
     for name in arguments.model:
         require_model(name, "--model")
     require_base(arguments.base)
     sources, target = list(map(Path, arguments.model)), Path(arguments.output)
-    merged = merge(sources, target, arguments.dtype, arguments.trust_remote_code, arguments.base)
+    merged = merge(
+        sources, target, arguments.dtype, arguments.trust_remote_code, arguments.base,
+        max_shard_size,
+    )  # fmt: skip
     print(
         f"{arguments.output}: merged; logits differ from base plus adapter by at most "
         f"{merged.rounding:.2g} of the largest one"

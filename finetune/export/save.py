@@ -37,16 +37,19 @@ class Base:
 def save(
     model: Any, weights: dict[str, torch.Tensor], tokenizer: Any, template: Template | None,
     folder: Path, system_prompt: str | None = None, base: Base | None = None,
+    max_shard_size: str | None = None,
 ) -> None:  # fmt: skip
     """Write model and tokenizer into a fresh `folder`, without changing the arguments.
 
     `weights`: whole, on the CPU. The template becomes the tokenizer's chat template, and the
     generation config gets every token that ends an answer. Copies what a user needs of `base`.
+    `max_shard_size`: of a file of weights, such as 2GB; None: what transformers takes.
     """
     shutil.rmtree(folder, ignore_errors=True)
     is_adapter = adapters.are_in(model)
     # Extended embeddings are in modules_to_save; peft would save them a second time for their size.
-    own = {"save_embedding_layers": False} if is_adapter else {}
+    own: dict[str, Any] = {"save_embedding_layers": False} if is_adapter else {}
+    own |= {"max_shard_size": max_shard_size} if max_shard_size else {}
     with _generating(model, generation(model, tokenizer, template), folder):
         # A copy of the dict, which transformers empties.
         model.save_pretrained(folder, state_dict=dict(weights), **own)

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from finetune import failures
 from finetune.data.conversations import Message
 from finetune.errors import UserError
+from finetune.evaluation.votes import Vote
 from finetune.generation.streaming import Sampling, Token
 from finetune.serving import http, web_page
 from finetune.serving.http import Rejected
@@ -26,7 +27,6 @@ from finetune.serving.service import Service
 
 MOST_ROUNDS = 1_000  # that wait for a vote
 TOP = 3  # tokens shown beside each token of an answer
-PERSON = "person"
 
 
 class Turn(BaseModel):
@@ -62,7 +62,7 @@ class Round:
 
 
 class Votes:
-    """A file of votes, one JSON object a line, to which votes are appended."""
+    """A file of votes, as evaluation/votes.py reads them, to which votes are appended."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -82,7 +82,7 @@ class Votes:
             why = exc.strerror or exc
             raise UserError(f"--votes: {self.path}: cannot be written: {why}") from exc
 
-    def add(self, vote: dict[str, Any]) -> None:
+    def add(self, vote: Vote) -> None:
         """Append a vote and wait until it is on the disk."""
         with failures.writing(self.path), self.path.open("ab+") as file:
             if os.fstat(
@@ -90,7 +90,7 @@ class Votes:
             ).st_size:  # a line that a kill has cut stays, on a line of its own
                 file.seek(-1, os.SEEK_END)
                 file.write(b"" if file.read(1) == b"\n" else b"\n")
-            file.write(json.dumps(vote, ensure_ascii=False).encode() + b"\n")
+            file.write(vote.as_line().encode())
             file.flush()
             os.fsync(file.fileno())
         self.count += 1
@@ -146,16 +146,13 @@ class Web:
         round = self.rounds.pop(choice.round, None)
         if round is None:
             raise Rejected(409, "this round has its vote, or is too old; ask again")
+        models, answers = round.models, round.answers
         self.votes.add(
-            {
-                "row": "",
-                "prompt": round.prompt,
-                "models": round.models,
-                "answers": round.answers,
-                "better": choice.better,
-                "rater": PERSON,
-            }
-        )
+            Vote(
+                "", tuple(round.prompt), (models[0], models[1]), (answers[0], answers[1]),
+                choice.better,
+            )
+        )  # fmt: skip
         return {"names": round.models, "votes": self.votes.count}
 
 
