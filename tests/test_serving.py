@@ -190,7 +190,7 @@ def test_any_tokens_become_the_text_that_they_decode_to_at_once(bytes_tokenizer)
             letters = "".join(source.choice("aé漢😀 \n") for _ in range(9))
             ids = bytes_tokenizer(letters, add_special_tokens=False)["input_ids"]
         found, pieces = scripted(bytes_tokenizer, ids)
-        assert "".join(pieces) == found.text == generate._decode(bytes_tokenizer, ids)
+        assert "".join(pieces) == found.text == generate.decode(bytes_tokenizer, ids)
 
 
 def test_tokenizers_of_models_stream_what_they_decode(real_data):
@@ -201,7 +201,7 @@ def test_tokenizers_of_models_stream_what_they_decode(real_data):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         found, pieces = scripted(tokenizer, ids)
-        assert "".join(pieces) == found.text == generate._decode(tokenizer, ids), folder
+        assert "".join(pieces) == found.text == generate.decode(tokenizer, ids), folder
 
 
 # ------------------------------------------------------------------------------- the terminal
