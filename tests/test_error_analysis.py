@@ -4,9 +4,14 @@ import json
 import random
 from dataclasses import replace
 
+import chat_server
 import pytest
+from conftest import read_jsonl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from made_results import Asked, Rule, results
 
+from finetune.__main__ import main
 from finetune.errors import DataError, UserError
 from finetune.evaluation import analysis, next_data, rounds, slices, statistics, verdict
 from finetune.evaluation import nearest as nearest_rows
@@ -163,7 +168,7 @@ def test_the_request_asks_for_the_weak_slice_and_its_reader_takes_it(tmp_path):
     assert (asked.model, asked.data) == ("runs/a", "test.jsonl, more.jsonl")
     [vowels] = asked.slices
     assert vowels.name == "kind: vowels"
-    assert vowels.count == 10 * 20
+    assert vowels.count == 20 * 20
     assert "of 40 rows 20 are wrong" in vowels.description
     assert "wrong in a way that none of these rules knows" in vowels.description
     assert len(vowels.examples) == 7
@@ -179,8 +184,29 @@ def test_failures_outside_weak_slices_are_asked_for_by_their_type(tmp_path):
             for n in range(12)]  # fmt: skip
     [refused] = next_data.request_of(analysed(results(rows))).slices
     assert refused.name == "refusal"
-    assert refused.count == 40
+    assert refused.count == 80
     assert refused.constraints == ["the answer is one of: label0, label1"]
+
+
+@pytest.mark.slow
+def test_a_model_makes_the_rows_that_are_asked_for(tmp_path, capsys):
+    """data generate takes the file as it is; a server that answers by rule stands for a model."""
+    path = tmp_path / "request.json"
+    next_data.write(path, next_data.request_of(analysed(with_hole(6, 0))))
+
+    def answer(body):
+        asked = body["messages"][-1]["content"]
+        source = random.Random(asked)
+        words = (" ".join(f"w{source.randrange(900)}" for _ in range(6)) for _ in range(5))
+        return "\n\n".join(f"Question: say {text}?\nAnswer: {text}" for text in words)
+
+    output = tmp_path / "more.jsonl"
+    with chat_server.running(answer=answer) as server:
+        given = ["--from-report", path, "--output", output, "--endpoint", server.url]
+        assert main(["data", "generate", *map(str, given), "--model", "good-model"]) == 0
+    rows = read_jsonl(output)
+    assert [row["slice"] for row in rows] == ["kind: vowels"] * 120
+    assert "Rows whose kind is vowels: of 40 rows 6" in server.seen[0]["messages"][-1]["content"]
 
 
 def test_two_failures_are_no_reason_to_ask():
@@ -261,6 +287,15 @@ def test_a_damaged_file_is_named(first, damage, message):
     with pytest.raises(DataError, match=r"first.json") as caught:
         read(first)
     assert message in str(caught.value)
+
+
+@settings(deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.binary(max_size=200) | st.recursive(st.none(), st.lists).map(json.dumps).map(str.encode))
+def test_any_bytes_are_results_or_an_error(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "results.json"
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"results.json"):
+        read(path)
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -1,7 +1,9 @@
 """report.html, report.md and results.json: what they say, and what a browser makes of them."""
 
+import argparse
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from browser import browse, require_narrow
@@ -10,9 +12,19 @@ from made_results import Asked, Rule, results
 
 from finetune import page
 from finetune.__main__ import main
-from finetune.errors import RunDirectoryError
-from finetune.evaluation import analysis, compare_runs, report, results_file, run_facts, verdict
+from finetune.errors import RunDirectoryError, ScoreTooLow, UserError
+from finetune.evaluation import (
+    analysis,
+    compare_runs,
+    error_types,
+    report,
+    report_files,
+    results_file,
+    run_facts,
+    verdict,
+)
 from finetune.evaluation.results_file import read, write
+from finetune.evaluation.trained_run import TrainedRun
 
 HOSTILE = "</script><script>alert(1)</script> | `x` **b** \x1b[2J \x7f \ud800"
 
@@ -266,3 +278,123 @@ def test_the_sparkline_shows_means_of_stretches():
 )
 def test_durations(seconds, text):
     assert compare_runs.duration(seconds) == text
+
+
+# ------------------------------------------------------------------------------------ the command
+
+
+def options(*words):
+    """Parse the options of evaluate that this part adds."""
+    parser = argparse.ArgumentParser()
+    report_files.add_arguments(parser)
+    return parser.parse_args(list(map(str, words)))
+
+
+def reported(made, *words):
+    """Do what evaluate does once it has results."""
+    arguments = options(*words)
+    report_files.require(arguments, None, list(made.scorers.values()))
+    report_files.write(made, verdict.of(made), arguments, None)
+
+
+def test_an_evaluation_leaves_three_files_and_says_where(tmp_path, capsys):
+    reported(some(), "--report", tmp_path / "a" / "b")
+    out = capsys.readouterr().out.splitlines()
+    assert out == ["errors of tuned: other 20", f"report: {tmp_path / 'a/b/report.html'}"]
+    assert sorted(path.name for path in (tmp_path / "a/b").iterdir()) == sorted(report_files.NAMES)
+    run = TrainedRun(tmp_path / "run", {})
+    assert report_files.folder_of(None, run) == tmp_path / "run/evaluation"
+    assert report_files.folder_of(None, None) is None
+
+
+def test_reports_of_evaluations_before_stay(tmp_path):
+    for number, right in enumerate((lambda n: False, lambda n: n > 9, lambda n: True)):
+        reported(some(right=right), "--report", tmp_path)
+        kept = sorted(path.name for path in (tmp_path / "earlier").glob("*"))
+        assert kept == [str(n + 1) for n in range(number)]
+    wrong = [len(read(path).failures) for path in sorted(tmp_path.glob("earlier/*/results.json"))]
+    assert wrong == [60, 10]
+    assert read(tmp_path / "results.json").failures == []
+
+
+def test_the_terminal_shows_weak_slices_and_the_round(tmp_path, capsys):
+    reported(some(right=lambda n: n % 2 == 0), "--report", tmp_path / "one")
+    capsys.readouterr()
+    before, asked = tmp_path / "one/results.json", tmp_path / "request.json"
+    now = some(right=lambda n: n % 2 == 0 or n > 40)
+    reported(now, "--before", before, "--next-data", asked)
+    assert capsys.readouterr().out.splitlines() == [
+        "errors of tuned: other 20",
+        "weak: kind: odd (20 of 30 wrong)",
+        f"since {before}: Of 30 rows that were wrong, 10 are right now. Of 30 rows that were "
+        "right, every one still is (at most 11.6% of such rows broke).",
+        f"next data: {asked} asks for 400 rows",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--report", "{file}"], "--report: {file} is a file"),
+        (["--report", "/proc/none"], "cannot be written"),
+        (["--before", "{folder}/none.json"], "none.json: cannot be read"),
+        (["--before", "{file}"], "is not what an evaluation wrote"),
+        (["--next-data", "{file}"], "--next-data: {file} exists"),
+        (["--next-data", "{folder}/no/x.json"], "its folder does not exist"),
+        (
+            ["--wrong-below", "length=3"],
+            "--wrong-below: 'length' is not a score of this evaluation where more is better",
+        ),
+        (
+            ["--fail-under", "BLEU=3"],
+            "'BLEU' is not a score of this evaluation where more is better; choose one of exact",
+        ),
+        (["--fail-under", "90"], "exact match is from 0 to 1; write 90% or a fraction"),
+    ],
+)
+def test_wrong_options_are_named(tmp_path, given, message):
+    (tmp_path / "file").write_text("mine")
+    names = {"file": tmp_path / "file", "folder": tmp_path}
+    with pytest.raises(UserError, match=re.escape(message.format(**names))):
+        reported(some(), *(word.format(**names) for word in given))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("text", ["much", "nan", "=0.5", "exact match=", "90%%"])
+def test_a_limit_is_a_number(text, capsys):
+    with pytest.raises(SystemExit):
+        options("--fail-under", text)
+    assert "should be a number, as 0.9 or 90%" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("limit", "passes"),
+    [
+        ("0.66", True), ("66%", True), ("67%", False), ("exact match=0.5", True),
+        ("exact match=0.7", False), ("base", True),
+    ],
+)  # fmt: skip
+def test_fail_under_ends_with_exit_code_1_after_the_report(tmp_path, limit, passes):
+    words = ["--report", tmp_path, "--fail-under", limit]
+    if passes:
+        reported(some(), *words)
+    else:
+        with pytest.raises(ScoreTooLow, match=r"exact match of tuned is 66.7% \(54.1% to 77.3%\)"):
+            reported(some(), *words)
+    assert (tmp_path / "report.html").is_file()
+    assert ScoreTooLow.exit_code == 1
+
+
+def test_worse_than_the_base_fails(tmp_path):
+    made = some()
+    swapped = {"base": made.answers["tuned"], "tuned": made.answers["base"]}
+    scores = {name: {"base": by["tuned"], "tuned": by["base"]} for name, by in made.scores.items()}
+    with pytest.raises(ScoreTooLow, match="--fail-under base: tuned is worse than base"):
+        reported(replace(made, answers=swapped, scores=scores), "--fail-under", "base")
+
+
+def test_the_documentation_lists_every_type_of_error():
+    section = (ROOT / "docs/evaluation.md").read_text().partition("\n### Types of errors\n")[2]
+    rows = re.findall(r"^\| `([^`]+)` \| (.+) \|$", section.partition("\n### ")[0], re.MULTILINE)
+    assert dict(rows) == error_types.DEFINITIONS

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from finetune.data.places import printable
 from finetune.errors import ScoreTooLow, UserError
 from finetune.evaluation import report
-from finetune.evaluation.results_file import ResultsFile
+from finetune.evaluation.results_file import ResultsFile, ScoreFacts
+from finetune.generation.completions import Scorer
 
 BASE = "base"
 
@@ -40,40 +41,45 @@ def base_or_limit(text: str) -> Limit | None:
     return None if text == BASE else limit(text)
 
 
-def require_known(limits: Sequence[Limit | None], found: ResultsFile) -> None:
-    """Raise UserError for a limit that no score can be compared with."""
-    for each in limits:
-        if each is None:
-            if found.base is None or found.base == found.tuned:
-                raise UserError("--fail-under base: there is only one model; give a score instead")
-            continue
-        name = each.score or (found.decides.score if found.decides else None)
-        score = found.score(name) if name else None
-        if score is None or score.higher is not True:
-            known = [score.name for score in found.scores if score.higher]
-            raise UserError(
-                f"--fail-under: {printable(name or 'no score')!r} is not a score where more is "
-                f"better; choose one of {', '.join(known)}"
-            )
-        if score.is_share and not 0 <= each.value <= 1:
-            raise UserError(
-                f"--fail-under: {score.name} is from 0 to 1; write {each.value:g}% or a fraction"
-            )
+def require(option: str, given: Limit, scorers: Sequence[Scorer]) -> None:
+    """Raise UserError for a score that no answer could be too low by. Needs no answers."""
+    if given.score is None:
+        return
+    scorer = next((each for each in scorers if each.name == given.score), None)
+    if scorer is None or not scorer.higher:
+        known = ", ".join(each.name for each in scorers if each.higher)
+        raise UserError(
+            f"{option}: {printable(given.score)!r} is not a score of this evaluation where more is "
+            f"better; choose one of {known or 'none, as it has no such score'}"
+        )
+    _require_share(option, given, scorer)
+
+
+def _require_share(option: str, given: Limit, score: Scorer | ScoreFacts) -> None:
+    if score.is_share and not 0 <= given.value <= 1:
+        raise UserError(
+            f"{option}: {score.name} is from 0 to 1; write {given.value:g}% or a fraction"
+        )
 
 
 def check(limits: Sequence[Limit | None], found: ResultsFile) -> None:
-    """Raise ScoreTooLow if the tuned model is below a limit, or worse than the base."""
-    require_known(limits, found)
+    """Raise ScoreTooLow if the tuned model is below a limit, or worse than the base.
+
+    Raises UserError where the value is not one of the score that decides.
+    """
     for each in limits:
         if each is None:
             if found.verdict.kind in ("worse", "mixed"):
                 raise ScoreTooLow(f"--fail-under base: {found.verdict.sentence}")
             continue
-        name = each.score or (found.decides.score if found.decides else "")
-        score = found.score(name)
+        name = each.score or (found.decides.score if found.decides else None)
+        score = found.score(name) if name else None
+        if score is not None:
+            _require_share("--fail-under", each, score)
         mean = score.means.get(found.tuned) if score else None
         if score is None or mean is None:
-            raise ScoreTooLow(f"--fail-under: {name} of {found.tuned} could not be computed")
+            what = f"{name} of {found.tuned}" if name else "what decides which answers are wrong"
+            raise ScoreTooLow(f"--fail-under: {what} could not be computed")
         if mean.mean < each.value:
             shown = report.with_interval(mean, score.is_share)
             asked = report.shown(each.value, score.is_share)

@@ -18,7 +18,7 @@ from finetune.evaluation.results_file import ResultsFile, RowFacts
 from finetune.preparation.request import DataRequest, Example
 from finetune.preparation.request import Slice as Wanted
 
-ROWS_PER_FAILURE = 10
+ROWS_PER_FAILURE = 20
 FEWEST_FAILURES = 3  # of a type of error that is asked for; fewer are an accident
 EXAMPLES = 8
 MOST_LABELS = 20

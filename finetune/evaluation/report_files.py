@@ -20,6 +20,7 @@ from finetune.evaluation.results import Results
 from finetune.evaluation.results_file import ResultsFile
 from finetune.evaluation.trained_run import TrainedRun
 from finetune.evaluation.verdict import Verdict
+from finetune.generation.completions import Scorer
 
 FOLDER = "evaluation"  # of a run directory
 NAMES = ("results.json", "report.html", "report.md")
@@ -63,8 +64,15 @@ def folder_of(given: Path | None, run: TrainedRun | None) -> Path | None:
     return given if given is not None or run is None else run.path / FOLDER
 
 
-def require(arguments: argparse.Namespace, run: TrainedRun | None) -> None:
+def require(
+    arguments: argparse.Namespace, run: TrainedRun | None, scorers: Sequence[Scorer]
+) -> None:
     """Raise UserError or Outage, before any weights load, for what could not be written or read."""
+    for limit in arguments.fail_under:
+        if limit is not None:
+            fail_under.require("--fail-under", limit, scorers)
+    if arguments.wrong_below:
+        fail_under.require("--wrong-below", arguments.wrong_below, scorers)
     if folder := folder_of(arguments.report, run):
         option = "--report" if arguments.report else str(folder)
         _require_folder(folder, option)

@@ -107,9 +107,12 @@ const outcomes = {
   "won against the base": row => gain(row) > 0, "lost against the base": row => gain(row) < 0,
   "cut": row => row.answers[data.tuned].finish_reason === "length",
   "undecided": row => row.failed === null };
+// Of rows that the deciding score calls equal, the other scores that are shares say the worst.
 const worst = row => {
-  const found = value(row, data.tuned);
-  return (row.failed ? -10 : 0) + (found === null ? 0 : found);
+  const others = data.shares.filter(name => data.higher[name]).map(
+    name => (row.scores[name] ?? {})[data.tuned]).filter(found => typeof found === "number");
+  const mean = others.reduce((sum, found) => sum + found, 0) / (others.length || 1);
+  return (row.failed ? -10 : 0) + (value(row, data.tuned) ?? 0) + 0.01 * mean;
 };
 const orders = { worst: (a, b) => worst(a) - worst(b), lost: (a, b) => gain(a) - gain(b),
   won: (a, b) => gain(b) - gain(a), file: () => 0,
@@ -180,8 +183,9 @@ function compare(answer, right) {
     return answer ? [["ins", answer]] : [["del", right]];
   let gone = [], added = [];
   const flush = () => {
-    if (gone.length) parts.push(["del", gone.join("").trimEnd()], ["", " "]);
-    if (added.length) parts.push(["ins", added.join("").trimEnd()], ["", " "]);
+    const old = gone.join(""), fresh = added.join("");
+    if (old) parts.push(["del", old.trimEnd()], ["", fresh ? " " : /\\s*$/.exec(old)[0]]);
+    if (fresh) parts.push(["ins", fresh.trimEnd()], ["", /\\s*$/.exec(fresh)[0]]);
     gone = []; added = [];
   };
   const keep = word => { flush(); parts.push(["", word]); };
@@ -199,7 +203,7 @@ function compare(answer, right) {
 }
 function answered(row, model) {
   const node = make("dd"), text = row.answers[model].text;
-  const parts = row.reference === null ? [["", text]] : compare(text, row.reference);
+  const parts = row.reference === null ? [["", text]] : compare(text.trim(), row.reference.trim());
   for (const [tag, words] of parts) node.append(tag ? make(tag, words) : words);
   if (!text && row.reference === null) node.append(make("small", "no answer"));
   if (row.answers[model].finish_reason === "length")

@@ -45,10 +45,13 @@ def of_results(results: Results) -> list[Slice]:
         **_columns(results), "words of the question": _binned(asked),
         "words of the right answer": _binned(right), "messages": turns, "file": sources,
     }  # fmt: skip
-    found = []
+    found: dict[tuple[int, ...], Slice] = {}
     for name, values in columns.items():
-        found += list(_of_column(name, values))
-    return found + list(_of_clusters(results))
+        for each in _of_column(name, values):  # of two columns that say the same, the first
+            found.setdefault(each.rows, each)
+    for each in _of_clusters(results):
+        found.setdefault(each.rows, each)
+    return list(found.values())
 
 
 def _columns(results: Results) -> dict[str, list[Any]]:
