@@ -241,6 +241,7 @@ def _compare_on_rows(
     settings = settings_of(request, arguments)
     run_dir = str(request.run.path) if request.run else None
     scorers = [*rows.scorers, *judges.scorers_of(answers)]
+    report_files.require_scores(arguments, scorers)
     results = score(prompts, clusters, answers, scorers, settings, run_dir)
     _show(results, trained, request.run, arguments, judges)
 
@@ -266,6 +267,7 @@ def _rescore(arguments: argparse.Namespace) -> None:
     )
     with judging.opened(arguments, None) as judges:
         scorers = [*scorers_of(None, asked, prompts), *judges.scorers_of(answers)]
+        report_files.require_scores(arguments, scorers)
         results = score(prompts, clusters, answers, scorers, settings)
         _show(results, {}, None, arguments, judges)
 

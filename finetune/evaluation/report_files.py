@@ -64,15 +64,17 @@ def folder_of(given: Path | None, run: TrainedRun | None) -> Path | None:
     return given if given is not None or run is None else run.path / FOLDER
 
 
-def require(
-    arguments: argparse.Namespace, run: TrainedRun | None, scorers: Sequence[Scorer]
-) -> None:
-    """Raise UserError or Outage, before any weights load, for what could not be written or read."""
+def require_scores(arguments: argparse.Namespace, scorers: Sequence[Scorer]) -> None:
+    """Raise UserError for a limit that none of these scores has."""
     for limit in arguments.fail_under:
         if limit is not None:
             fail_under.require("--fail-under", limit, scorers)
     if arguments.wrong_below:
         fail_under.require("--wrong-below", arguments.wrong_below, scorers)
+
+
+def require(arguments: argparse.Namespace, run: TrainedRun | None) -> None:
+    """Raise UserError or Outage, before any weights load, for what could not be written or read."""
     if folder := folder_of(arguments.report, run):
         option = "--report" if arguments.report else str(folder)
         _require_folder(folder, option)
