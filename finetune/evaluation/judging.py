@@ -177,10 +177,18 @@ def opened(arguments: argparse.Namespace, run: TrainedRun | None) -> Iterator[Ju
         if arguments.pairwise:
             _votes_in(folder / VOTES)  # raises for a file of something else
             pairwise = [Pairwise(kept, rubric, folder) for rubric in found]
+            _ask_for_steps(pairwise)
             yield Judging([], pairwise, folder, [], arguments.votes_page)
         else:
             scorers = [GEval(kept, rubric, folder) for rubric in found]
+            _ask_for_steps(scorers)
             yield Judging(scorers, [], folder, given, arguments.votes_page)
+
+
+def _ask_for_steps(judges: Sequence[GEval | Pairwise]) -> None:
+    """Have evaluation steps written before any model answers: a judge that cannot ends it here."""
+    for each in judges:
+        _ = each.steps
 
 
 def _votes_in(path: Path) -> list[Vote]:

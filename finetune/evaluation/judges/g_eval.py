@@ -5,6 +5,7 @@ too much of the probability lies outside them, the answer has no score and a rea
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -44,13 +45,10 @@ class GEval:
         self.line = f"{rubric.name} from {low} to {high}, as {judge.name} judges it (G-Eval)"
         self.weights: list[Weights] = []
         self._judge, self._rubric, self._folder = judge, rubric, folder
-        self._steps: list[str] | None = None
 
-    @property
+    @cached_property
     def steps(self) -> list[str]:
-        if self._steps is None:
-            self._steps = steps_of(self._judge, self._rubric, self._folder)
-        return self._steps
+        return steps_of(self._judge, self._rubric, self._folder)
 
     def __call__(self, completions: Sequence[Completion]) -> list[Score]:
         options = tuple(map(str, sorted(self._rubric.scores)))
@@ -73,12 +71,14 @@ class GEval:
 
     def summary(self) -> str:
         """Return a line on the mass outside the scores, and on answers without a score."""
-        asked = [each for each in self.weights if not each.reason]
+        outside = [each.outside for each in self.weights if not each.reason]
         gaps = sum(bool(each.problem) for each in self.weights)
-        outside = [each.outside for each in asked] or [0.0]
+        without = f"{gaps:,} of {len(self.weights):,} answers have no score"
+        if not outside:
+            return f"{self.name}: {without}"
         return (
             f"{self.name}: {np.mean(outside):.1%} of the probability lies outside the scores, at "
-            f"most {max(outside):.1%}; {gaps:,} of {len(self.weights):,} answers have no score"
+            f"most {max(outside):.1%}; {without}"
         )
 
 

@@ -56,6 +56,7 @@ class LocalJudge:
             self.model, self._tokenizer, [asked], max_new_tokens=max_tokens, batch_size=1,
             title="evaluation steps",
         )  # fmt: skip
+        self._loaded = None  # the models to judge come before its next question
         return generate.without_opening(self._tokenizer, [answer.text])[0]
 
     def weigh(self, questions: Sequence[Question], note: Note) -> None:

@@ -6,6 +6,7 @@ no preference, so it counts as a tie, and the share of such flips is reported.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 
@@ -57,16 +58,19 @@ class Pairwise:
         self._reasons: dict[tuple[str, str], str] = {}
         self._judge, self._rubric, self._folder = judge, rubric, folder
 
+    @cached_property
+    def steps(self) -> list[str]:
+        return steps_of(self._judge, self._rubric, self._folder)
+
     def compare(self, answers: Mapping[str, Sequence[Completion]]) -> list[Vote]:
         """Compare each model's answers with each other's; return the votes of the judge."""
-        steps = steps_of(self._judge, self._rubric, self._folder)
         pairs = [
             (models, one, other)
             for models in combinations(answers, 2)
             for one, other in zip(answers[models[0]], answers[models[1]])
         ]
         asked = [
-            Question(rubrics.pair_prompt(self._rubric, steps, one.prompt, a, b), tuple(NAMES))
+            Question(rubrics.pair_prompt(self._rubric, self.steps, one.prompt, a, b), tuple(NAMES))
             for _, one, other in pairs
             if _differ(one, other)
             for a, b in ((one.text, other.text), (other.text, one.text))
