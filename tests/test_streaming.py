@@ -1,6 +1,7 @@
 """Rows that stay on the disk: any kill, world size and position gives the same stream of tokens."""
 
 import contextlib
+import os
 import shutil
 import threading
 import time
@@ -25,7 +26,7 @@ from finetune.data.layout import Layout
 from finetune.data.order import Sequences
 from finetune.data.rows import own_shape
 from finetune.data.views import Document, Masked
-from finetune.errors import ConfigError, DataError, Outage
+from finetune.errors import ConfigError, DataError, Outage, RunDirectoryError
 from finetune.models.load import bytes_tokenizer
 from finetune.survival.watchdog import Watchdog
 
@@ -482,7 +483,7 @@ def test_equal_rows_are_held_out_together(tmp_path):
 
 
 def test_a_streaming_run_resumes_to_the_bit(workshop):
-    """In the middle of the second epoch, with held-out rows and packs."""
+    """In the middle of the second epoch, with held-out rows and packs; not on other rows."""
     write_jsonl(workshop.rows, pairs(150))
     settings = {
         "data__streaming": True, "data__packing": True, "data__eval_fraction": 0.1,
@@ -500,6 +501,12 @@ def test_a_streaming_run_resumes_to_the_bit(workshop):
     forget(run, 8)
     shutil.rmtree(workshop.folder / "cache")
     assert_same_end(workshop.train(**settings), whole)
+    forget(run, 8)
+    before, rows = workshop.rows.stat(), workshop.rows.read_text()
+    workshop.rows.write_text(rows.replace("what is 140 times", "what is 141 times"))
+    os.utime(workshop.rows, ns=(before.st_atime_ns, before.st_mtime_ns))  # a row of the same size
+    with pytest.raises(RunDirectoryError, match="of another run; what differs:\n  training data"):
+        workshop.train(**settings)
 
 
 def test_check_reports_on_the_first_shard(workshop, capsys):

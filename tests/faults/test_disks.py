@@ -74,11 +74,18 @@ def test_a_full_disk_keeps_what_was_saved_and_stops_the_run_at_the_third_failure
     assert [line["step"] for line in read_jsonl(run / "metrics.jsonl")] == list(range(1, 61))
 
 
-@pytest.mark.parametrize("where", ["run__dir", "data__cache_dir"])
-def test_a_full_disk_at_the_start_is_not_a_config_error(workshop, small_disk, where):
+@pytest.mark.parametrize(
+    ("where", "more"),
+    [
+        ("run__dir", {}),
+        ("data__cache_dir", {}),
+        pytest.param("data__cache_dir", {"data__streaming": True}, marks=long_form),
+    ],
+)
+def test_a_full_disk_at_the_start_is_not_a_config_error(workshop, small_disk, where, more):
     """Exit code 1: a cluster tries again, on another node or after somebody has made room."""
     fill(small_disk, 0)
-    launch = start(workshop.write(workshop.config(**{where: str(small_disk / "new")})))
+    launch = start(workshop.write(workshop.config(**{where: str(small_disk / "new")}, **more)))
     assert launch.codes() == [1], launch.output()
     assert "No space left on device" in launch.output()
 
