@@ -41,6 +41,10 @@ COMMANDS = {
         "finetune.serving.serve",
         "serve base and tuned model with OpenAI's methods, for trying",
     ),
+    "moderate": (
+        "finetune.moderation",
+        "choose the threshold of a classifier for moderation, and measure it",
+    ),
     "plan": (
         "finetune.forecast.command",
         "forecast the memory of a run, the topologies it fits on, and what to change",

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from finetune import page, places
+from finetune import moderation, page, places
 from finetune.config import paths
 from finetune.data.conversations import Message
 from finetune.data.templates import PROMPT, QUESTION
@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--one-turn", action="store_true", help="forget each message before the next")
     what = f"after each answer show the probabilities of its tokens and of the {TOP} likeliest"
     add("--probs", action="store_true", help=what)
+    moderation.add_argument(parser)
     what = "open a page on this machine instead, with two models side by side, and votes"
     add("--web", action="store_true", help=what)
     add("--blind", action="store_true", help="with --web: draw the sides, name them after a vote")
@@ -129,7 +130,8 @@ def _open_page(models: Lineup, votes: Votes, arguments: argparse.Namespace) -> N
         models.open(name)
     limit, temperature = arguments.max_new_tokens, arguments.temperature
     system = arguments.system or ""
-    owner = Web(Service(models), votes, limit, temperature, system, arguments.blind)
+    checks = moderation.of(arguments.moderation, arguments.trust_remote_code)
+    owner = Web(Service(models, checks, _log), votes, limit, temperature, system, arguments.blind)
     web.run(owner, PORT if arguments.port is None else arguments.port)
 
 
@@ -141,6 +143,7 @@ class Chat:
         self.system: str | None = arguments.system
         self.shows_probabilities: bool = arguments.probs
         self._limit, self._temperature = arguments.max_new_tokens, arguments.temperature
+        self._moderation = moderation.of(arguments.moderation, arguments.trust_remote_code)
         self.messages = self.start
 
     @property
@@ -208,18 +211,33 @@ class Chat:
     # ----------------------------------------------------------------------------- answers
 
     def _answer(self) -> str:
+        """Return the answer, or the refusal of moderation, which sees it before it is printed."""
+        asked = self.messages[-1].content
+        found = self._moderation.find(asked, "input")
+        text = "" if found else self._generated()
+        found = found or self._moderation.find(text, "output")
+        if found:
+            _log(f"refused: {found.reason}")
+        if self._moderation:
+            print(found.refusal if found else text)
+        return found.refusal if found else text
+
+    def _generated(self) -> str:
         prompt = generate.chat_prompt(self.models.tokenizer(self.name), self.messages)
         with self.models.use(self.name) as opened:
             limit = self._limit
             ids, note = streaming.fitted(opened.model, opened.tokenizer, prompt, limit)
             if note:
                 _log(note)
-            top = TOP if self.shows_probabilities else None
+            # Of an answer that moderation may refuse nothing is shown before.
+            top = TOP if self.shows_probabilities and not self._moderation else None
             sampling = Sampling(limit, self._temperature, top_logprobs=top)
+            listen = (lambda text, tokens: None) if self._moderation else _print
             given = streaming.stream(
-                opened.model, opened.tokenizer, ids, sampling, opened.ends, _print
+                opened.model, opened.tokenizer, ids, sampling, opened.ends, listen
             )
-        print()
+        if not self._moderation:
+            print()
         if given.finish_reason == "length":
             _log(f"note: the answer was cut after {limit} tokens; see --max-new-tokens")
         for token in given.tokens:

@@ -244,7 +244,14 @@ def test_chat_shows_probabilities_on_request(runs, typed):
 
 @pytest.mark.proof
 def test_the_system_message_changes_in_a_chat_and_begins_a_new_one(runs):
-    options = argparse.Namespace(system=None, probs=False, max_new_tokens=2, temperature=0.0)
+    options = argparse.Namespace(
+        system=None,
+        probs=False,
+        max_new_tokens=2,
+        temperature=0.0,
+        moderation=[],
+        trust_remote_code=False,
+    )
     talk = chat.Chat(Lineup(str(runs / "lora/model")), options)
     talk.ask("ab")
     assert [each.role for each in talk.messages] == ["user", "assistant"]

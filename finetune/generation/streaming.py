@@ -50,13 +50,15 @@ class Token:
 
 @dataclass(frozen=True)
 class Streamed:
-    """A whole answer. tokens: empty unless probabilities were asked for."""
+    """A whole answer. tokens: empty unless probabilities were asked for. is_refused: moderation put
+    its refusal in the place of the answer."""
 
     text: str
     finish_reason: FinishReason
     prompt_tokens: int
     completion_tokens: int
     tokens: tuple[Token, ...] = ()
+    is_refused: bool = False
 
 
 Listener = Callable[[str, Sequence[Token]], None]

@@ -172,7 +172,7 @@ class Shape:
                 "index": index,
                 **self._content("message", answer.text),
                 "logprobs": self._logprobs(answer.tokens, 0),
-                "finish_reason": answer.finish_reason,
+                "finish_reason": reason_of(answer),
             }
             for index, answer in enumerate(answers)
         ]
@@ -231,6 +231,11 @@ class Shape:
             "top_logprobs": [dict(reversed(token.top)) for token in tokens],
             "text_offset": offsets,
         }
+
+
+def reason_of(answer: Streamed) -> str:
+    """Return why an answer ended; content_filter: moderation has replaced it."""
+    return "content_filter" if answer.is_refused else answer.finish_reason
 
 
 def _token(text: str, logprob: float) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from finetune import places
+from finetune import moderation, places
 from finetune.export import lineup
 from finetune.export.lineup import TUNED
 from finetune.generation.generate import at_least
@@ -114,7 +114,7 @@ class Handler(http.Handler):
         for index, answer in enumerate(answers):
             if index not in sent:  # an empty answer
                 piece(index, "", ())
-            self.event(shape.chunk(index, "", finish_reason=answer.finish_reason))
+            self.event(shape.chunk(index, "", finish_reason=api.reason_of(answer)))
         if request.has_usage_chunk:
             self.event(shape.usage_chunk(answers))
         self.event("[DONE]")
@@ -128,12 +128,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--port", type=at_least(0), default=8000, help="port; 0: any that is free")
     what = "longest answer, in tokens, where a request does not say"
     add("--max-new-tokens", type=at_least(1), default=1024, help=what)
+    moderation.add_argument(parser)
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Serve until Ctrl-C."""
     models = lineup.of_arguments(arguments, f"{places.command()} serve", _log)
-    owner = Api(Service(models), arguments.max_new_tokens)
+    checks = moderation.of(arguments.moderation, arguments.trust_remote_code)
+    owner = Api(Service(models, checks, _log), arguments.max_new_tokens)
     server = http.bind(arguments.host, arguments.port, Handler, owner)
     models.open(TUNED)
     if not server.is_loopback:

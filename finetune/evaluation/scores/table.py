@@ -17,7 +17,16 @@ from typing import Any
 from finetune import extras, own_code
 from finetune.data.places import printable
 from finetune.errors import ConfigError, UserError
-from finetune.evaluation.scores import cost, entailment, form, judgement, labels, matching, overlap
+from finetune.evaluation.scores import (
+    cost,
+    entailment,
+    form,
+    judgement,
+    labels,
+    matching,
+    moderated,
+    overlap,
+)
 from finetune.evaluation.scores.code_tests import DEFAULT_COLUMN, CodeTests
 from finetune.evaluation.scores.consistency import Consistency
 from finetune.evaluation.scores.normalise import NORMALISATIONS, json_in, numbers_in, words
@@ -192,6 +201,10 @@ KINDS = {
     "consistency": Kind(
         "words shared with the other answers to the same messages, or to rows with the same COLUMN",
         Consistency, "[COLUMN]",
+    ),
+    "moderation": Kind(
+        "moderation refuses the prompt or the answer, by a file of rules or a classifier",
+        moderated.refused, "FILE|RUN",
     ),
     "seconds": Kind("seconds for an answer", _simple(cost.seconds)),
     "cost": Kind("price of 1,000 such answers, from the PRICE of an hour", _cost, "PRICE"),
