@@ -6,7 +6,7 @@ from finetune.generation.completions import Completion
 
 
 def refused(value: str | None) -> OfAnswer:
-    """Return the score by a file of rules or a classifier. Raises UserError if it cannot be read."""
+    """Return the score by rules or a classifier. Raises UserError if they cannot be read."""
     checks = moderation.of([str(value)])
 
     def of(completion: Completion) -> float:
