@@ -32,9 +32,8 @@ quickstart: install
 	$(BIN)/python train.py --config configs/quickstart_pretrain.yaml
 	$(BIN)/python train.py --config configs/quickstart.yaml
 	@echo
-	$(BIN)/python -m finetune evaluate --base runs/quickstart_base/model \
-	  --tuned runs/quickstart/model --data data/pig_latin/test.jsonl --max-new-tokens 80 \
-	  --scores exact-match word-accuracy
+	$(BIN)/python -m finetune evaluate runs/quickstart --data data/pig_latin/test.jsonl \
+	  --max-new-tokens 80 --scores exact-match word-accuracy
 	@echo
 	@echo "The tuned model is in runs/quickstart/model. Chat with it:"
 	@echo "  $(BIN)/python -m finetune chat --model runs/quickstart/model --one-turn"

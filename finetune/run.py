@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import os
 import shlex
 import sys
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from finetune import config as configs
-from finetune import failures, own_code, places, preflight
+from finetune import failures, places, preflight
 from finetune.config import Config, base, differences
 from finetune.config.choices import REFERENCE
 from finetune.data import held_out
@@ -330,8 +329,7 @@ class Run:
         command, path, base = places.command(), self.directory.path, self.config.model.path
         lines = [f"  draw        {command} curves {path}"]
         if self.objective.has_turns and base is not None:
-            evaluate = f"{command} evaluate --base {base} --tuned {path} --data {self.to_compare()}"
-            lines.insert(0, f"  compare     {evaluate}")
+            lines.insert(0, f"  compare     {command} evaluate {self.to_compare()}")
         if self.objective.has_turns:
             lines.insert(0, f"  chat        {command} chat {path}")
         if self.config.adapter.kind != "full":
@@ -339,16 +337,9 @@ class Run:
         return "\n".join(lines)
 
     def to_compare(self) -> str:
-        """Return the rows to evaluate on, and how to read them, for a command line."""
-        wanted = self.config.data
-        if not wanted.eval_fraction:
-            return "HELD_OUT_ROWS"
-        options = [str(self.directory.path / HELD_OUT)]
-        if own_code.is_own(wanted.format):
-            options += ["--format", wanted.format]
-        if wanted.columns:
-            options += ["--columns", json.dumps(wanted.columns, ensure_ascii=False)]
-        return shlex.join(options)
+        """Return the run, and where it held out no rows, a place for rows, for a command line."""
+        run, data = shlex.quote(str(self.directory.path)), self.config.data
+        return run if data.eval_fraction or data.eval else f"{run} --data HELD_OUT_ROWS"
 
     def _metrics(self) -> Metrics:
         config, directory, topology = self.config, self.directory, self.topology

@@ -104,17 +104,10 @@ def test_half_a_character_in_a_column_that_is_not_read_is_kept(workshop):
 
 @pytest.mark.parametrize(
     ("changes", "options"),
-    [
-        ({"data__eval_fraction": 0.2}, "{run}/held_out.jsonl"),
-        ({}, "HELD_OUT_ROWS"),
-        (
-            {"data__eval_fraction": 0.2, "data__columns": {"answer": "Reply, short"}},
-            '{run}/held_out.jsonl --columns \'{{"answer": "Reply, short"}}\'',
-        ),
-    ],
-    ids=["held out", "none", "columns"],
+    [({"data__eval_fraction": 0.2}, "{run}"), ({}, "{run} --data HELD_OUT_ROWS")],
+    ids=["held out", "none"],
 )
-def test_the_next_command_names_the_rows_and_how_to_read_them(workshop, changes, options):
+def test_the_next_command_names_rows_where_the_run_held_out_none(workshop, changes, options):
     config, _ = configs.parse(["--config", str(workshop.write(workshop.config(**changes)))])
     run = SimpleNamespace(config=config, directory=RunDirectory(config))
     assert Run.to_compare(run) == options.format(run=workshop.run_dir())

@@ -48,7 +48,7 @@ def test_a_complete_run_names_the_commands_that_come_next(workshop, capsys):
     commands = {line.split()[0]: re.split(r"python -m finetune ", line)[1] for line in after}
     assert commands == {
         "chat": f"chat {run}",
-        "compare": f"evaluate --base {base} --tuned {run} --data HELD_OUT_ROWS",
+        "compare": f"evaluate {run} --data HELD_OUT_ROWS",
         "draw": f"curves {run}",
         "merge": f"merge {run} --output {run}/merged",
     }
