@@ -2,10 +2,11 @@
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import Workshop, pretrained, read_jsonl, write_jsonl
+from conftest import Workshop, launch, launcher, pretrained, read_jsonl, write_jsonl
 
 from finetune.__main__ import main
 from finetune.evaluation import held_out, trained_rows
@@ -224,3 +225,16 @@ def test_processes_without_a_common_folder_are_refused(run, monkeypatch, capsys)
     assert "2 processes share their answers in a folder; name one with --report" in (
         capsys.readouterr().err
     )
+
+
+@pytest.mark.proof
+def test_two_processes_of_a_launcher_answer_a_share_each(run, tmp_path):
+    rows = [{"question": f"{n} of many", "answer": f"{n}"} for n in range(70)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    asked = ["evaluate", str(run), "--data", str(path), "--report", str(tmp_path / "report")]
+    options = [*asked, "--max-new-tokens", "2", "--examples", "0"]
+    result = launch([*launcher("ddp", 2, ["-m"]), "finetune", *options])
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("verdict: ") == 1
+    lines = read_jsonl(tmp_path / "report" / "answers.jsonl")
+    assert Counter(line["model"] for line in lines) == {"base": 70, "tuned": 70}

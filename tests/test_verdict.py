@@ -1,4 +1,6 @@
-"""The verdict of an evaluation, and a run directory that knows what to compare."""
+"""The verdict of an evaluation, its table, and the groups of its rows."""
+
+from dataclasses import replace
 
 import pytest
 
@@ -111,3 +113,13 @@ def test_groups_are_clusters_and_a_missing_group_is_named():
     assert held_out.grouped(prompts) == [0, 0, 0, 0]
     with pytest.raises(DataError, match=r"--group: rows:9 has no column user; it has \['id'\]"):
         held_out.grouped([*prompts, prompt(9, id=1)], "user")
+
+
+def test_answers_that_failed_and_that_were_cut_are_counted():
+    found = results(exact=shares(3, 0, 1))
+    base, tuned = (list(given) for given in found.answers.values())
+    base[0] = replace(base[0], finish_reason="failed")
+    tuned[1:] = [replace(each, finish_reason="length") for each in tuned[1:]]
+    shown = table.text(replace(found, answers={"base": base, "tuned": tuned}), 0, 8)
+    assert "failed                 1       0   answers that did not come" in shown
+    assert "cut                    0       2   answers not ended after 8 tokens" in shown

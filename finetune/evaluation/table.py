@@ -1,6 +1,6 @@
 """The table of an evaluation, and its first rows in full, as text."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 
 from finetune.evaluation.results import BASE, TUNED, Results
@@ -32,13 +32,22 @@ def _table(results: Results, max_new_tokens: int) -> Iterator[str]:
         yield line + (f"   {_gain(results, score)}" if compares else "")
     yield from _gaps(results, left)
     yield from _against_others(results)
-    cut = {name: sum(a.is_cut for a in answers) for name, answers in results.answers.items()}
-    if any(cut.values()):
-        counts = "".join(f"{number:>{_width(name)}}" for name, number in cut.items())
+    given = results.answers.items()
+    what = "answers that did not come: a server refused them"
+    if line := _counts({name: sum(a.finish_reason == "failed" for a in of) for name, of in given}):
+        yield f"{'failed':<{left}}{line}   {what}"
+    if line := _counts({name: sum(a.is_cut for a in of) for name, of in given}):
         yield (
-            f"{'cut':<{left}}{counts}   answers not ended after {max_new_tokens} tokens, and "
+            f"{'cut':<{left}}{line}   answers not ended after {max_new_tokens} tokens, and "
             "scored as they are; raise --max-new-tokens"
         )
+
+
+def _counts(by_model: Mapping[str, int]) -> str:
+    """Return the numbers in the columns of their models; empty if all are 0."""
+    if not any(by_model.values()):
+        return ""
+    return "".join(f"{number:>{_width(name)}}" for name, number in by_model.items())
 
 
 def _width(name: str) -> int:

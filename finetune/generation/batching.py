@@ -1,7 +1,7 @@
 """Answers by transformers' continuous batching: requests join and leave the batch at each token.
 
-A request that has ended makes room for the next at once, and nothing is padded: on a CPU 6 to 10
-times the tokens a second of `generate`, with the same tokens in float32.
+A request that has ended makes room for the next at once, and nothing is padded, with the same
+tokens as `generate` in float32 (benchmarks/LOG.md has times).
 """
 
 import math
@@ -20,6 +20,7 @@ STEP_TOKENS = 512  # of prompts, at most, that join a step on a CPU
 # A step on a CPU reads the cache of all requests for each of them: its work grows with the square.
 # The quickstart's model answered 256 prompts in 7.9 s of one core at 64, 5.6 at 32, 6.5 at 16.
 MOST_ON_CPU = 32
+GPU_MEMORY = 0.5  # of what is free, for the cache
 WAIT_SECONDS = 1.0
 SERVED = ("sdpa", "eager")
 
@@ -70,7 +71,7 @@ def complete(
                 if model.device.type == "cuda":
                     manager.warmup()
                 manager.start()
-            except (AttributeError, ValueError, TypeError, KeyError, NotImplementedError) as exc:
+            except (AttributeError, ValueError, TypeError, KeyError, RuntimeError) as exc:
                 raise NotServed(f"{type(exc).__name__}: {exc}") from exc
             while left:
                 found = manager.get_result(timeout=WAIT_SECONDS)
@@ -96,14 +97,19 @@ def _sizes(
 ) -> ContinuousBatchingConfig:
     """Return how much is cached and batched: on a CPU what the requests need, not 90% of memory."""
     at_once = min(at_once, len(prompts))
+    # The attention of the model stays: flash kernels would be fetched, and round otherwise.
     if device.type == "cuda":
-        return ContinuousBatchingConfig(max_requests_per_batch=at_once, seed=0)
+        return ContinuousBatchingConfig(
+            max_requests_per_batch=at_once, seed=0, max_memory_percent=GPU_MEMORY,
+            auto_switch_to_flash=False,
+        )  # fmt: skip
     at_once = min(at_once, MOST_ON_CPU)
     longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits))
     blocks = at_once * math.ceil(longest / PAGE)
     return ContinuousBatchingConfig(
         page_size=PAGE, num_blocks=blocks + 1, max_requests_per_batch=at_once, seed=0,
         max_batch_tokens=max(STEP_TOKENS, at_once, PAGE), allow_block_sharing=False,
+        auto_switch_to_flash=False,
     )  # fmt: skip
 
 
