@@ -7,13 +7,14 @@ import json
 
 import pytest
 from browser import browse, require_narrow
-from conftest import read_jsonl
-from test_judges import Rule, completions
+from conftest import pretrained, read_jsonl, tiny_llama
+from test_judges import CHATML, Rule, completions
 
 from finetune import page
 from finetune.__main__ import main
 from finetune.errors import ConfigError, DataError, UserError
 from finetune.evaluation import judging, ratings, votes, voting
+from finetune.evaluation.judges.weights import FILE
 from finetune.evaluation.results import Results
 from finetune.evaluation.scores import of
 from finetune.evaluation.vote_command import report
@@ -309,3 +310,54 @@ def test_wrong_labels_are_named_before_any_model_answers(judged, tmp_path, line,
     (tmp_path / "labels.jsonl").write_text(line)
     with pytest.raises(DataError, match=what):
         judged("--labels", tmp_path / "labels.jsonl")
+
+
+@pytest.mark.proof
+def test_evaluate_with_a_model_as_judge_from_end_to_end(workshop, tmp_path, capsys):
+    base = workshop.train("base", train__max_steps=1) / "model"
+    tuned = workshop.train(
+        "tuned", **pretrained(base), train__max_steps=3, data__eval_fraction=0.3,
+        optimizer__lr=0.05,
+    )  # fmt: skip
+    grader, comparer = (judge_between(*both, tmp_path / both) for both in ("15", "AB"))
+    rubric = tmp_path / "rubric.yaml"
+    rubric.write_text("name: r\ncriterion: c\nscores: {1: bad, 5: good}\nsteps: [Read.]\n")
+    asked = ["evaluate", str(tuned), "--judge", str(grader), "--rubric", str(rubric),
+             "--max-new-tokens", "8", "--examples", "0"]  # fmt: skip
+    page = tmp_path / "votes.html"
+    assert main([*asked, "--votes-page", str(page)]) == 0
+    out = capsys.readouterr().out
+    assert "judge r: 0.0% of the probability lies outside the scores" in out
+    assert f"{page}: " in out
+    folder = tuned / "evaluation"
+    kept = read_jsonl(folder / FILE)
+    assert {*kept[0]["probabilities"]} == {"1", "5"}
+    results = json.loads((folder / "results.json").read_text())
+    assert results["settings"]["rubric"] == [str(rubric)]
+    assert main(asked) == 0
+    assert read_jsonl(folder / FILE) == kept, "nothing is asked twice"
+    capsys.readouterr()
+    asked[3] = str(comparer)
+    assert main([*asked, "--pairwise"]) == 0
+    assert "comparisons flip with the order" in capsys.readouterr().out
+    assert main(["votes", str(folder / judging.VOTES)]) == 0
+    assert "rating" in capsys.readouterr().out
+
+
+def judge_between(one, other, folder):
+    """Save a model that puts all its probability on two tokens."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    from finetune.models.load import bytes_tokenizer
+
+    tokenizer = bytes_tokenizer()
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=4_096))
+    head, row = model.lm_head.weight.data.zero_(), 50 * torch.randn(32)
+    head[tokenizer.convert_tokens_to_ids(one)] = row
+    head[tokenizer.convert_tokens_to_ids(other)] = -row
+    model.save_pretrained(folder)
+    return folder
