@@ -144,7 +144,7 @@ const seen = [count()];
 document.getElementById("next").click(); seen.push(count());
 const set = (name, value) => { form.elements[name].value = value;
   form.dispatchEvent(new Event("input")); seen.push(count()); };
-set("outcome", "wrong"); set("slice", "0"); set("text", "number 57"); set("text", "nowhere");
+set("outcome", "wrong"); set("slice", "0"); set("text", "number 54"); set("text", "nowhere");
 form.reset(); update(); seen.push(count());
 document.querySelector('.pick[data-kind="error"]').click(); seen.push(count());
 set("text", "what is 57");
