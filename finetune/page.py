@@ -177,10 +177,7 @@ def legend(names: Iterable[str]) -> str:
 
 
 def lines(series: Mapping[str, Points], label: str, size: tuple[int, int] = (420, 210)) -> str:
-    """Return a plot of one line for each name, with values at its edges; a lone point is a dot.
-
-    The last number of the x axis is written below it, as a step.
-    """
+    """Return a plot of a line for each name, with the ends of both axes; a lone point is a dot."""
     points = [point for each in series.values() for point in each]
     if not points:
         return f"<p class=soft>{text(label)}: no values</p>"
@@ -192,8 +189,7 @@ def lines(series: Mapping[str, Points], label: str, size: tuple[int, int] = (420
     parts = [
         f'<text x="0" y="12">{text(label)}</text>',
         f'<line class="axis" x1="0" x2="{width}" y1="{bottom}" y2="{bottom}"/>',
-        f'<text x="{width}" y="{top - 2}" text-anchor="end">{y_high:,.4g}</text>',
-        f'<text x="{width}" y="{bottom - 4}" text-anchor="end">{y_low:,.4g}</text>',
+        f'<text x="{width}" y="12" text-anchor="end">{y_low:,.4g} to {y_high:,.4g}</text>',
         f'<text x="0" y="{height - 6}">{x_low:,.6g}</text>',
         f'<text x="{width}" y="{height - 6}" text-anchor="end">{x_high:,.6g}</text>',
     ]

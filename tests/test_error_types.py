@@ -1,6 +1,9 @@
 """Wrong answers have the types that their rules name, and right ones of other kinds have not."""
 
+from collections import Counter
+
 import pytest
+from conftest import read_jsonl
 from made_results import Asked, results
 
 from finetune.evaluation import error_types
@@ -108,3 +111,13 @@ def test_words_that_were_trained_on_are_spelt_right():
 )
 def test_edits_are_letters_to_change(one, other, count):
     assert edits(one, other) == edits(other, one) == count
+
+
+@pytest.mark.proof
+def test_right_answers_of_real_rows_have_no_type(real_data):
+    """But for two rows that ask the same and have other answers."""
+    given = read_jsonl(real_data / "dolly/dolly_hhrlhf_small.jsonl")
+    rows = [Asked(row["prompt"], row["response"], row["response"]) for row in given]
+    found = error_types.of_results(results(rows), "tuned", range(len(rows)))
+    counts = Counter(name for names in found.values() for name in names)
+    assert counts == {"other": 998, "inconsistency": 2}
