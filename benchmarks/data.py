@@ -262,7 +262,7 @@ def tokenising(folder: Path, count: int) -> tuple[float, float, str]:
     sys.path.insert(0, str(ROOT))
     import datasets
 
-    from finetune.data import chat_templates, tokens
+    from finetune.data import chat_templates, tokenised
 
     rows = folder / f"conversations-{count}.jsonl"
     if not rows.exists():
@@ -277,7 +277,7 @@ def tokenising(folder: Path, count: int) -> tuple[float, float, str]:
         "chat", "messages", tokenizer.chat_template, tokenizer.special_tokens_map,
         tokenizer.get_added_vocab(), None,
     )  # fmt: skip
-    options = tokens.Options("auto", {}, "line", None, "completion", 2_048, "error")
+    options = tokenised.Options("auto", {}, "line", None, "completion", 2_048, "error")
 
     def mapped(row: dict[str, Any]) -> dict[str, Any]:
         prompt = tokenizer.apply_chat_template(
@@ -295,7 +295,7 @@ def tokenising(folder: Path, count: int) -> tuple[float, float, str]:
     ours, theirs = [], []
     for _ in range(3):
         start = time.perf_counter()
-        made = tokens.tokenise([str(rows)], template, tokenizer, options)
+        made = tokenised.tokenise([str(rows)], template, tokenizer, options)
         ours.append(time.perf_counter() - start)
         start = time.perf_counter()
         table = datasets.load_dataset("json", data_files=str(rows), split="train")

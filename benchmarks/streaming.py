@@ -47,7 +47,14 @@ def main() -> None:
 
 def measure(folder: Path, count: int) -> None:
     """Print the line of one number of rows."""
-    from finetune.data import chat_templates, layout, shards, source_files, stream, tokens
+    from finetune.data import (
+        chat_templates,
+        layout,
+        shards,
+        source_files,
+        stream,
+        tokenised,
+    )
     from finetune.data.batches import Batches
     from finetune.models.load import bytes_tokenizer
 
@@ -58,7 +65,7 @@ def measure(folder: Path, count: int) -> None:
             file.writelines(f'{{"text": "row {number}"}}\n' for number in range(count))
     tokenizer, begun = bytes_tokenizer(), time.perf_counter()
     template = chat_templates.load("auto", "text", None, tokenizer.special_tokens_map, {})
-    options = tokens.Options("text", {}, "line", None, "all", 64, "error")
+    options = tokenised.Options("text", {}, "line", None, "all", 64, "error")
     recipe, laid_out = shards.prepare(shards.Recipe(
         shards.root(cache), source_files.sources(str(path), None).train, template, tokenizer,
         options, layout.Plan(False, 64, 0, 0.0), cache,

@@ -25,6 +25,7 @@ from finetune.data import (
     source_files,
     stream,
     templates,
+    tokenised,
     tokens,
 )
 from finetune.data.chat_templates import load as load_template
@@ -78,7 +79,7 @@ class Data:
     format: str
     num_rows: int
     """All training rows; data.max_rows may select fewer."""
-    options: tokens.Options
+    options: tokenised.Options
     """What decides the tokens besides rows, tokenizer and template."""
     columns: str
     """Which columns are read, and from which names; empty for a format of the user's own."""
@@ -132,7 +133,7 @@ def prepare(
     families.set_labels(model_config, train.examples.labels)
     template = replace(template, learn_opening=train.examples.learn_opening)
     if objective.has_turns:
-        example = tokens.first_that_fits(sources.train, template, options)
+        example = tokenised.first_that_fits(sources.train, template, options)
         template = replace(template, example=example)
     _rehearse_export(config, topology, tokenizer, model_config, template)
     train_batches, eval_batches = _batched(
@@ -194,8 +195,8 @@ def _in_format(config: Config) -> config_fields.Data:
 
 def _options(
     config: Config, wanted: config_fields.Data, objective: Objective, model_config: Any
-) -> tokens.Options:
-    return tokens.Options(
+) -> tokenised.Options:
+    return tokenised.Options(
         wanted.format, wanted.columns, wanted.text_unit, wanted.system_prompt,
         objective.supervises(wanted.loss_on), wanted.max_length, wanted.truncation,
         _positions(model_config), wanted.repair_turns, _skipping(wanted),
@@ -206,7 +207,7 @@ def _options(
     )  # fmt: skip
 
 
-def _for_shards(options: tokens.Options, sources: Sources, format: str) -> tokens.Options:
+def _for_shards(options: tokenised.Options, sources: Sources, format: str) -> tokenised.Options:
     """Return the options with the format and the fields that the first row has."""
     if not options.is_own:
         return replace(options, format=format)
@@ -323,7 +324,7 @@ def _template(
 
 def _sequences(
     config: Config, sources: Sources, template: templates.Template, tokenizer: Any,
-    options: tokens.Options, view: View,
+    options: tokenised.Options, view: View,
 ) -> tuple[Any, Any, int, int]:  # fmt: skip
     """Return (training sequences, those of evaluation or None, how many are in both, all rows)."""
     wanted, seed = config.data, config.run.seed
@@ -347,7 +348,7 @@ def _sequences(
 
 def _streamed(
     config: Config, sources: Sources, template: templates.Template, tokenizer: Any,
-    options: tokens.Options, view: View, early: bool | None = None,
+    options: tokenised.Options, view: View, early: bool | None = None,
 ) -> tuple[Any, Any, int, int]:  # fmt: skip
     """Return the same of rows that stay on the disk.
 
@@ -387,7 +388,7 @@ def _streamed(
     return train, evals, known, train.examples.num_rows
 
 
-def _require_positions(wanted: config_fields.Data, options: tokens.Options) -> None:
+def _require_positions(wanted: config_fields.Data, options: tokenised.Options) -> None:
     """Raise ConfigError if a row that is not tokenised yet may be too long for the model."""
     if options.positions is not None and wanted.max_length > options.positions:
         raise ConfigError(
@@ -419,7 +420,7 @@ def _require_other_rows(evals: Any, known: int) -> None:
 
 def _evaluation(
     config: Config, sources: Sources, train: Any, template: templates.Template, tokenizer: Any,
-    options: tokens.Options, view: View,
+    options: tokenised.Options, view: View,
 ) -> Any:  # fmt: skip
     """Return the examples of data.eval, or None. Raise DataError if they do not fit `train`."""
     if not sources.eval:
@@ -527,7 +528,7 @@ def check_lengths(parts: Sequence[Any], config: Config, model_config: Any) -> No
             raise ConfigError(
                 f"data.max_length: {where} has {longest} tokens, but the model has only "
                 f"{positions} positions (max_position_embeddings); "
-                + tokens.fitting(longest, config.data.max_length, positions, num_documents)
+                + tokenised.fitting(longest, config.data.max_length, positions, num_documents)
             )
 
 

@@ -10,7 +10,7 @@ from faults.forked import forget, weights
 from invariants import families
 
 from finetune.data.frames import _of_tokens, frame_of, tokenise
-from finetune.data.tokens import Options
+from finetune.data.tokenised import Options
 from finetune.errors import UserError
 
 ROWS, TAGS = "sequence_classification", "token_classification"

@@ -129,9 +129,9 @@ def test_sources_come_in_the_shares_that_are_given(workshop, sources, capsys):
 
 
 def test_a_mix_is_the_same_each_time_and_has_whole_rows(workshop, sources, bytes_tokenizer):
-    from finetune.data import chat_templates, source_files, tokens
+    from finetune.data import chat_templates, source_files, tokenised
 
-    options = tokens.Options("auto", {}, "line", None, "completion", 100, "error")
+    options = tokenised.Options("auto", {}, "line", None, "completion", 100, "error")
     template = chat_templates.load(
         "plain", "question_answer", None, bytes_tokenizer.special_tokens_map, {}
     )

@@ -14,7 +14,7 @@ from finetune.data.batches import Batches
 from finetune.data.examples import Examples, Ragged
 from finetune.data.frames import tokenise
 from finetune.data.order import Sequences
-from finetune.data.tokens import Options
+from finetune.data.tokenised import Options
 from finetune.data.views import Masked, part_of
 from finetune.errors import UserError
 from finetune.models.families import MASKED

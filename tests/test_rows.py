@@ -43,10 +43,10 @@ def unread_columns(path: object, problems: Problems | None = None) -> Counter[st
 
 def tokenised(path: Path, tokenizer: Any, columns: dict[str, str], format: str = "auto") -> Any:
     """Take the same door as a run, which finds out the format where it is not given."""
-    from finetune.data import chat_templates, tokens
+    from finetune.data import chat_templates, tokenised
     from finetune.data.examples import prepare
 
-    options = tokens.Options(format, columns, "line", None, "completion", 100, "error")
+    options = tokenised.Options(format, columns, "line", None, "completion", 100, "error")
     template = chat_templates.load("plain", format, None, tokenizer.special_tokens_map, {})
     sources = source_files.sources(str(path), None).train
     return prepare(sources, template, tokenizer, options, str(path.parent / "cache"))

@@ -16,7 +16,7 @@ from finetune.data.batches import Batches
 from finetune.data.examples import prepare
 from finetune.data.frames import tokenise
 from finetune.data.order import Sequences
-from finetune.data.tokens import Options
+from finetune.data.tokenised import Options
 from finetune.data.views import Infilling, Pairs, Spans
 from finetune.errors import UserError
 from finetune.models.families import SEQ2SEQ

@@ -634,9 +634,9 @@ def test_a_build_that_was_killed_finds_its_shards_in_the_store(stored, monkeypat
     lost = sorted(stored.store.glob("*/*.000003"))[0]
     shutil.rmtree(lost)
     made = []
-    part = shards.tokens.tokenise_part
+    part = shards.tokenised.tokenise_part
     monkeypatch.setattr(
-        shards.tokens, "tokenise_part", lambda *a, **k: made.append(1) or part(*a, **k)
+        shards.tokenised, "tokenise_part", lambda *a, **k: made.append(1) or part(*a, **k)
     )
     stored.make()
     assert len(made) == 1

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 
 from finetune import files
 from finetune.config import Model
-from finetune.data import chat_templates, rows, source_files, templates, tokens
+from finetune.data import chat_templates, rows, source_files, templates, tokenised, tokens
 from finetune.data import examples as stored
 from finetune.data.built_in_templates import BUILT_IN, TOKENS
 from finetune.data.control_tokens import uses_bos
@@ -148,8 +148,10 @@ def chat_for(tokenizer: Any, source: str) -> templates.Template:
     return load_template(tokenizer, "chat", "messages", source)
 
 
-def options(**changes: Any) -> tokens.Options:
-    return replace(tokens.Options("auto", {}, "line", None, "completion", 1000, "error"), **changes)
+def options(**changes: Any) -> tokenised.Options:
+    return replace(
+        tokenised.Options("auto", {}, "line", None, "completion", 1000, "error"), **changes
+    )
 
 
 class Tokenizing:
@@ -784,7 +786,7 @@ def test_disagreeing_windows_are_lengthened(monkeypatch):
 
 
 def test_no_more_characters_are_tokenised_at_once_than_memory_holds(tokenizing, monkeypatch):
-    monkeypatch.setattr(tokens, "CHARACTERS_AT_ONCE", 100)
+    monkeypatch.setattr(tokenised, "CHARACTERS_AT_ONCE", 100)
     recorder = Recorder(bytes_tokenizer())
     values = [{"question": "q" * 30, "answer": "a"}] * 50
     assert len(tokenizing.prepare(values, recorder, "question_answer")) == 50
@@ -970,7 +972,7 @@ def test_an_example_knows_file_and_line_after_drops_splits_and_blank_lines(
 
 
 def test_rows_keep_their_order_at_any_batch_size(tokenizing, monkeypatch):
-    monkeypatch.setattr(tokens, "ROWS_AT_ONCE", 10)
+    monkeypatch.setattr(tokenised, "ROWS_AT_ONCE", 10)
     examples = tokenizing.texts(*map(str, range(27)))
     assert len(examples) == 27
     for number in range(27):
@@ -1081,7 +1083,7 @@ def test_no_length_is_advised_where_rows_are_too_long_to_be_tokenised(tokenizing
 
 def test_a_file_that_changes_while_it_is_read_is_refused(tokenizing, monkeypatch):
     """Its rows would be kept under the hash of other rows, for every run to come."""
-    whole = tokens.tokenise
+    whole = tokenised.tokenise
 
     def tokenise(sources, *rest):
         made = whole(sources, *rest)
@@ -1089,7 +1091,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tokenizing, monkeypatch
             file.write('{"question": "new", "answer": "row"}\n')
         return made
 
-    monkeypatch.setattr(tokens, "tokenise", tokenise)
+    monkeypatch.setattr(tokenised, "tokenise", tokenise)
     with pytest.raises(DataError, match="changed while being read"):
         tokenizing.prepare(BASE)
     monkeypatch.undo()
@@ -1411,7 +1413,7 @@ def test_a_full_disk_is_reported():
 def test_rows_with_thoughts_make_empty_thoughts_supervised(tokenizing, monkeypatch):
     from test_templates import THINKS_LAST
 
-    monkeypatch.setattr(tokens, "ROWS_AT_ONCE", 10)
+    monkeypatch.setattr(tokenised, "ROWS_AT_ONCE", 10)
     tokenizer = bytes_tokenizer()
     own = chat_for(tokenizer, THINKS_LAST)
     examples = tokenizing.prepare([QA] * 10, tokenizer, own)

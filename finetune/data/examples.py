@@ -24,10 +24,10 @@ import numpy as np
 from tqdm import tqdm
 
 from finetune import failures, files
-from finetune.data import frames, source_files, tokens
+from finetune.data import frames, source_files, tokenised, tokens
 from finetune.data.places import Place, printable
 from finetune.data.templates import Template
-from finetune.data.tokens import Options
+from finetune.data.tokenised import Options
 from finetune.data.views import NEXT_TOKEN, View
 from finetune.errors import DataError, Outage
 
@@ -305,7 +305,7 @@ def _make(
         if options.framed:
             made = frames.tokenise(list(sources), tokenizer, options)
         else:
-            made = tokens.tokenise(list(sources), template, tokenizer, options)
+            made = tokenised.tokenise(list(sources), template, tokenizer, options)
         require_unchanged(sources)
         store(folder, made, cache_dir)
 
@@ -491,7 +491,7 @@ def num_trained_on(evals: Examples, train: Examples) -> int:
 
 
 def store(
-    folder: Path, made: tokens.Tokenised, cache_dir: str, notes: Mapping[str, Any] | None = None
+    folder: Path, made: tokenised.Tokenised, cache_dir: str, notes: Mapping[str, Any] | None = None
 ) -> None:
     """Write the examples of rows into a folder of the cache, and `notes` into its META."""
     arrays = {

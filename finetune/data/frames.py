@@ -1,7 +1,7 @@
 """Tokenise rows for encoders and encoder-decoders, with the tokenizer's own frame around a text.
 
 BERT's frame is [CLS] ... [SEP], T5's ends with </s>. Causal models take templates, a BOS and an EOS
-instead: `tokens.tokenise`.
+instead: `tokenised.tokenise`.
 """
 
 from collections import Counter
@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from finetune.data import tokens
+from finetune.data import tokenised, tokens
 from finetune.data.control_tokens import ControlTokens
 from finetune.data.conversations import Conversation, Label, Message, Sample, turn_by_turn
 from finetune.data.places import Place, list_columns, short, some
 from finetune.data.problems import Problems
-from finetune.data.tokens import TOO_LONG, Options, Tokenised
+from finetune.data.tokenised import TOO_LONG, Options, Tokenised
 from finetune.errors import DataError, ModelError
 
 
@@ -64,8 +64,8 @@ def tokenise(sources: Sequence[str], tokenizer: Any, options: Options) -> Tokeni
     """Tokenise all rows of all sources. Raise DataError that names file and line."""
     tokenising = _Tokenising(sources, tokenizer, options)
     made = tokenising.run(quiet=False)
-    tokens.raise_if_any(made.problems, made.lengths, options, made.most_documents)
-    tokens._require_any(made, sources, options)
+    tokenised.raise_if_any(made.problems, made.lengths, options, made.most_documents)
+    tokenised.require_any(made, sources, options)
     if tokenising.labels.numbers:
         made.counts["labels"] = tokenising.labels.settle(made, some(list(sources)))
     return made
@@ -97,7 +97,7 @@ class _Tokenising:
     def run(self, quiet: bool) -> Tokenised:
         unread = Counter[str]()
         bar = tqdm(desc="tokenising", unit=" rows", disable=quiet or None, leave=False)
-        for batch in tokens._batches(self.options.samples(self.sources, self.problems, unread)):
+        for batch in tokenised.batched(self.options.samples(self.sources, self.problems, unread)):
             self._add(batch)
             bar.update(len(batch))
         bar.close()
@@ -181,7 +181,7 @@ class _Tokenising:
         if size > most and self.options.truncation == "drop":
             return None
         if size > most and self.options.truncation == "error":
-            over = tokens._over(place, f"{size} tokens", self.options, size, 1)
+            over = tokenised.over_length(place, f"{size} tokens", self.options, size, 1)
             self.problems.note(over, TOO_LONG, ends=True)
             return None
         room = most - len(frame)
@@ -198,7 +198,7 @@ class _Tokenising:
         parts = [slice(0, len(ids))]
         if size > options.max_length:
             if options.truncation == "error":
-                over = tokens._over(place, f"{size} tokens", options, size, 1)
+                over = tokenised.over_length(place, f"{size} tokens", options, size, 1)
                 self.problems.note(over, TOO_LONG, ends=True)
             parts = self._cut(len(ids), options.max_length - len(self.frame))
             counts["num_dropped"] += options.truncation == "drop"

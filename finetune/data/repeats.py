@@ -11,7 +11,7 @@ from finetune.data.conversations import Sample
 from finetune.data.examples import Examples
 from finetune.data.overlap import Overlap, Text
 from finetune.data.problems import Problems
-from finetune.data.tokens import Options
+from finetune.data.tokenised import Options
 
 # Rows of training that are compared with evaluation rows: reading and comparing takes 0.2 ms each.
 MOST_COMPARED = 100_000

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from finetune import files, own_code, workers
 from finetune.data import examples as entries
-from finetune.data import frames, layout, readers, rows, shard_store, tokens
+from finetune.data import frames, layout, readers, rows, shard_store, tokenised, tokens
 from finetune.data.conversations import Sample
 from finetune.data.examples import Examples
 from finetune.data.layout import Laid, Layout
@@ -29,7 +29,7 @@ from finetune.data.places import Row, short
 from finetune.data.problems import Problems
 from finetune.data.shard_store import ShardStore
 from finetune.data.templates import Template
-from finetune.data.tokens import TOO_LONG, Options
+from finetune.data.tokenised import TOO_LONG, Options
 from finetune.data.views import NEXT_TOKEN, View
 from finetune.errors import ConfigError, DataError, Outage
 
@@ -198,7 +198,7 @@ class Maker:
         if options.framed:
             made = frames.tokenise_part(self.sources, tokenizer, options, quiet=True)
         else:
-            made = tokens.tokenise_part(self.sources, template, tokenizer, options, quiet=True)
+            made = tokenised.tokenise_part(self.sources, template, tokenizer, options, quiet=True)
         begins = bool(made.counts.get("learn_opening")) and not template.learn_opening
         if made.problems.must_end or begins:
             return self._without(
@@ -463,7 +463,7 @@ class Builder:
         """Raise UserError for rows that are wrong, alone or together."""
         lengths = np.concatenate(self.lengths or [np.zeros(0, np.int64)])
         options = self.recipe.options
-        tokens.raise_if_any(self.problems, lengths.tolist(), options, self.most_documents)
+        tokenised.raise_if_any(self.problems, lengths.tolist(), options, self.most_documents)
         columns = options.columns
         unseen = [set(line["unseen"]) for line in known.lines]
         if missing := sorted(set.intersection(*unseen) if unseen else set()):
@@ -480,7 +480,7 @@ class Builder:
             )
         sums = {name: sum(line["counts"][name] for line in known.lines) for name in COUNTED}
         if not any(line[part]["examples"] for line in known.lines for part in layout.PARTS):
-            raise tokens.none_left(sums, list(self.recipe.sources), options)
+            raise tokenised.none_left(sums, list(self.recipe.sources), options)
 
 
 def prepare(

@@ -13,7 +13,7 @@ from finetune.data.batches import Batches
 from finetune.data.examples import prepare
 from finetune.data.order import Sequences
 from finetune.data.source_files import sources
-from finetune.data.tokens import Options
+from finetune.data.tokenised import Options
 from finetune.objectives.sft import Sft
 
 # float32 sums in another order: 5 to 20 steps of a tiny model stay within a few ulps of each other.
