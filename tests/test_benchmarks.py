@@ -101,8 +101,9 @@ def test_layers_read_a_context_once_and_the_head_only_what_is_asked(benchmark, b
     ]
     assert len(read) == 1
     assert max(lengths) * len(lengths) == read[0]
-    labels = sum(len(choice.encode()) + 1 for item in benchmark.items for choice in item.choices)
-    assert projected[-1][0] == labels  # the first call sees all states, and is passed over
+    # The last token of a question stands for the first of each choice.
+    states = sum(1 + sum(len(c.encode()) for c in item.choices) for item in benchmark.items)
+    assert projected[-1][0] == states  # the first call sees all states, and is passed over
 
 
 KINDS = [

@@ -1,5 +1,6 @@
 """`pip install .` brings everything, and it is found from any folder."""
 
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -52,6 +53,15 @@ def test_every_optional_package_has_its_extra():
     names = [*FILES["requirements.txt"][1:], "math", "harness"]
     named = {Requirement(line).name: extra for extra in names for line in extras_of[extra]}
     assert named == extras.EXTRA
+
+
+@pytest.mark.parametrize("package", extras.EXTRA)
+def test_a_package_that_is_installed_is_found(package):
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip(f"{package} is not installed")
+    extras.require(package, "this test")
 
 
 @pytest.mark.parametrize(

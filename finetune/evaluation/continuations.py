@@ -15,7 +15,7 @@ from tqdm import tqdm
 from finetune import failures
 from finetune.data.batches import Batch
 from finetune.errors import ModelError
-from finetune.models import families, head
+from finetune.models import cross_entropy, families, head
 from finetune.models.policy import Policy
 
 Ids = tuple[int, ...]
@@ -23,6 +23,9 @@ Ids = tuple[int, ...]
 AT_ONCE = {"cpu": 2048}
 """Tokens of a batch; elsewhere AT_ONCE_ON_GPU."""
 AT_ONCE_ON_GPU = 16_384
+NEARLY = 0.85  # of the longest tree: shorter ones join only a quarter of a batch
+CHUNK_BYTES = {"cpu": 16 * 2**20}
+"""Logits at once in float32: few enough for memory that the allocator has at hand."""
 DEFAULT_LENGTH = 2048  # of a model that does not say how many positions it has
 UNSET_LENGTH = 10**9  # tokenizers that know no limit name a larger one
 # Mean distance of log-probabilities, per token, up to which two ways to compute them agree.
@@ -187,7 +190,7 @@ class Continuations:
     ) -> list[Found]:
         """Return the log-probability of each continuation, in the order of `requests`.
 
-        `greedy`: also whether each of its tokens is the likeliest, which takes another projection.
+        `greedy`: also whether each of its tokens is the likeliest.
         `title`: of the bar that a terminal shows.
         """
         results = [Found(0.0, False)] * len(requests)
@@ -248,21 +251,38 @@ class Continuations:
         """Yield trees of nearly equal length that fill a batch."""
         most, start = AT_ONCE.get(self.device.type, AT_ONCE_ON_GPU), 0
         while start < len(trees):
-            size = max(1, most // trees[start].length)
-            yield trees[start : start + size]
-            start += size
+            width = trees[start].length
+            few, end = max(1, most // width // 4), start + max(1, most // width)
+            group = trees[start:end]
+            group = [
+                tree for number, tree in enumerate(group)
+                if number < few or tree.length >= NEARLY * width
+            ]  # fmt: skip
+            yield group
+            start += len(group)
 
     def _scored(self, trees: list[Tree], greedy: bool) -> list[Found]:
         """Return what is found of each branch, tree by tree."""
-        batch = _batch(trees, self.base).to(self.device)
-        answers = self.policy(batch, {"logprobs", *(["predictions"] if greedy else [])})
-        assert answers.logprobs is not None
-        sums = self.policy.per_document(answers.logprobs, batch).tolist()
-        all_greedy = [False] * len(sums)
-        if answers.predictions is not None:
-            wrong = (answers.predictions != batch.labels).float()
-            all_greedy = (self.policy.per_document(wrong, batch) == 0).tolist()
-        return [Found(*each) for each in zip(sums, all_greedy)]
+        laid = _lay(trees, self.base)
+        batch = laid.batch.to(self.device)
+        distribution = self.policy(batch, {"distribution"}).distribution
+        assert distribution is not None
+        labels, documents = laid.labels.to(self.device), laid.documents.to(self.device)
+        places = laid.places.to(self.device)
+        vocab_size = self.base.config.get_text_config().vocab_size
+        sums, misses = (torch.zeros(laid.num_branches, device=self.device) for _ in range(2))
+        most = CHUNK_BYTES.get(self.device.type, cross_entropy.CHUNK_BYTES)
+        for part in cross_entropy.chunks(len(distribution.states), vocab_size * 4, most):
+            log_CV = distribution.logits(distribution.states[part]).float().log_softmax(-1)
+            # Labels are in the order of their places.
+            bounds = torch.tensor([part.start, part.stop])
+            own = slice(*torch.searchsorted(laid.places, bounds).tolist())
+            rows, of = places[own] - part.start, documents[own]
+            sums.index_add_(0, of, log_CV[rows, labels[own]])
+            if greedy:
+                misses.index_add_(0, of, (log_CV.argmax(-1)[rows] != labels[own]).float())
+        is_greedy = (misses == 0).tolist() if greedy else [False] * len(sums)
+        return [Found(*each) for each in zip(sums.tolist(), is_greedy)]
 
 
 def _window(config: Any) -> float:
@@ -272,38 +292,61 @@ def _window(config: Any) -> float:
     return min(getattr(text, name, None) or float("inf") for name in names)
 
 
-def _batch(trees: list[Tree], base: Any) -> Batch:
-    """Lay each tree into a row, padded on the right; each branch is a document."""
+class Laid(NamedTuple):
+    """Trees as a batch, which asks for S states, and L labels that these predict.
+
+    places: int64 [L], rising: which of the states predicts a label. documents: int64 [L], the
+    branch of each label.
+    """
+
+    batch: Batch
+    labels: torch.Tensor
+    places: torch.Tensor
+    documents: torch.Tensor
+    num_branches: int
+
+
+def _lay(trees: list[Tree], base: Any) -> Laid:
+    """Lay each tree into a row, padded on the right.
+
+    The last token of a context predicts the first of each branch, so it is asked for once.
+    """
     width = max(tree.length for tree in trees)
     shape = (len(trees), width)
     ids, position_ids = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
     branch_of = torch.full(shape, -1)  # 0 is the context, -1 padding
-    labels, places, documents = list[int](), list[int](), list[int]()
-    number = 0
+    states, labels, places, documents = list[int](), list[int](), list[int](), list[int]()
+    first = 0  # branch of the row
     for row, tree in enumerate(trees):
         size = len(tree.context)
         tokens, positions, owners = list(tree.context), list(range(size)), [0] * size
-        for order, branch in enumerate(tree.branches, 1):
-            start = row * width + len(tokens)
-            labels += branch
-            places += [row * width + size - 1, *range(start, start + len(branch) - 1)]
-            documents += [number] * len(branch)
+        labels += [branch[0] for branch in tree.branches]
+        places += [len(states)] * len(tree.branches)
+        documents += range(first, first + len(tree.branches))
+        states.append(row * width + size - 1)
+        for order, branch in enumerate(tree.branches):
+            begin, rest = row * width + len(tokens), len(branch) - 1
+            labels += branch[1:]
+            places += range(len(states), len(states) + rest)
+            documents += [first + order] * rest
+            states += range(begin, begin + rest)
             tokens += branch[:-1]
-            positions += range(size, size + len(branch) - 1)
-            owners += [order] * (len(branch) - 1)
-            number += 1
+            positions += range(size, size + rest)
+            owners += [order + 1] * rest
+        first += len(tree.branches)
         used = slice(0, len(tokens))
         ids[row, used], position_ids[row, used] = torch.tensor(tokens), torch.tensor(positions)
         branch_of[row, used] = torch.tensor(owners)
     inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     if any(len(tree.branches) > 1 for tree in trees):
         inputs |= {"position_ids": position_ids, "attention_mask": _mask(branch_of, base)}
-    lengths = tuple(len(branch) for tree in trees for branch in tree.branches)
     none = torch.zeros(0, dtype=torch.int64)
-    return Batch(
-        inputs, torch.tensor(labels), torch.tensor(places), torch.tensor(documents), none, none,
-        lengths, {"tokens": len(labels), "documents": number}, num_documents=number,
+    asked = torch.tensor(states)
+    batch = Batch(
+        inputs, torch.zeros_like(asked), asked, none, none, none,
+        tuple(tree.length for tree in trees), {"tokens": len(states), "documents": 0},
     )  # fmt: skip
+    return Laid(batch, torch.tensor(labels), torch.tensor(places), torch.tensor(documents), first)
 
 
 def _mask(branch_of: torch.Tensor, base: Any) -> torch.Tensor:
