@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -102,6 +103,44 @@ def test_base_and_tuned_are_compared_on_the_same_rows(base_and_tuned, tmp_path, 
     assert compared("--limit", 1) == 0, "what evaluate wrote it may replace"
     assert len(read_jsonl(output)) == 1
     assert [path.name for path in tmp_path.glob(".writing*")] == []
+
+
+@pytest.mark.slow
+def test_scores_and_suites_are_named_on_the_command_line(base_and_tuned, tmp_path, capsys):
+    base, tuned, rows = base_and_tuned
+    models = ["--base", str(base), "--tuned", str(tuned), "--max-new-tokens", "8"]
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(
+        "name: letters\nrows:\n- {prompt: ab, rules: {contains: ab}}\n"
+        "- {prompt: cd, rules: {regex: '^X'}}\n"
+    )
+    assert main(["evaluate", *models, "--suite", str(suite), "--scores", "words"]) == 0
+    printed = capsys.readouterr().out
+    assert "letters             0.0%   50.0%   +50.0" in printed
+    assert "\nwords " in printed
+    asked = ["label", "reference-loss", "bleu"]
+    assert main(["evaluate", *models, "--data", str(rows), "--scores", *asked]) == 0
+    printed = capsys.readouterr().out
+    assert "label               0.0%  100.0%" in printed
+    assert "label of tuned:\n  accuracy 100.0%, macro F1 100.0%, 4 rows, 4 labels" in printed
+    assert re.search(r"BLEU(?: of tuned)?:\n  of the corpus: ", printed)
+    before, after = re.findall(r"perplexity under (?:base|tuned): ([\d.,]+)", printed)
+    assert float(before.replace(",", "")) > float(after) > 1
+    for wrong, says in (
+        (["--data", str(rows), "--suite", str(suite)], "--data and --suite both name rows"),
+        (["--suite", str(tmp_path / "none.yaml")], "no such file"),
+        (["--data", str(rows), "--scores", "rouge-k"], "did you mean rouge-l?"),
+        (["--data", str(rows), "--scores", str(tuned)], "name the run before --scores"),
+    ):
+        assert main(["evaluate", *models, *wrong]) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_scores_are_listed_without_models(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["evaluate", "--scores", "list"])
+    assert caught.value.code == 0
+    assert "\nrouge-l  " in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -455,6 +455,29 @@ class _Finisher:
             )
 
 
+def answered(
+    conversations: Sequence[Conversation], template: Template, tokenizer: Any
+) -> list[Tokens]:
+    """Return the tokens of conversations as a run learns them, with their last answers supervised.
+
+    Special tokens in their text stay characters. Raises DataError for a row that the template
+    cannot render.
+    """
+    finish, problems = _Finisher(template, tokenizer), Problems()
+    control = ControlTokens(tokenizer, template.turn_ends)
+    texts: list[list[Segment]] = []
+    for each in conversations:
+        problems.num_rows += 1
+        with problems.noted():
+            texts.append(template.segments(control.as_text(each), "last_turn"))
+    problems.raise_if_any()
+    encoded = tokens.encode(texts, tokenizer)
+    return [
+        finish(conversation, segments, *found)
+        for conversation, segments, found in zip(conversations, texts, encoded)
+    ]
+
+
 def _cut(num_documents: int) -> str:
     """Say which data.truncation takes a row that is too long."""
     if num_documents > 1:

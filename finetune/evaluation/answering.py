@@ -1,7 +1,7 @@
 """Ask every model of an evaluation its prompts; models open when an answer is not saved yet."""
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,11 +13,12 @@ from finetune.evaluation.candidates import Candidate, same_model
 from finetune.evaluation.held_out import note
 from finetune.evaluation.identity import identity_of
 from finetune.evaluation.results import BASE, TUNED
+from finetune.evaluation.scores.reference_loss import ReferenceLoss
 from finetune.export.lineup import Lineup
 from finetune.export.load import load, load_chat_tokenizer, load_tokenizer, other_base
 from finetune.generation import answers, generate
 from finetune.generation.answers import Answers
-from finetune.generation.completions import Completion, Prompt
+from finetune.generation.completions import Completion, Prompt, Scorer
 from finetune.generation.engines import Decoding, Engine, Local
 from finetune.generation.remote import Remote, is_remote
 
@@ -112,20 +113,26 @@ class Models:
         if is_remote(candidate.model):
             yield self._remote(candidate)
             return
-        name = self._name_in_lineup(candidate)
-        with ExitStack() as stack:
-            ends = None
-            if name is not None and self._lineup is not None:
-                opened = stack.enter_context(self._lineup.use(name))
-                model, ends = opened.model, opened.ends
-            else:
-                model = self._load(candidate)
+        with self.model(candidate) as (model, ends):
             yield Local(
                 model, self.tokenizer(candidate), identity_of(candidate.model, candidate.base),
                 ends=ends, at_once=self._asking.at_once, title=candidate.name,
                 asked=self.asks(candidate),
             )  # fmt: skip
             del model
+
+    @contextmanager
+    def model(self, candidate: Candidate) -> Iterator[tuple[Any, Set[int] | None]]:
+        """Open a candidate of this machine inside the block; with the tokens that end answers.
+
+        None: those of the model.
+        """
+        name = self._name_in_lineup(candidate)
+        if name is None or self._lineup is None:
+            yield self._load(candidate), None
+            return
+        with self._lineup.use(name) as opened:
+            yield opened.model, opened.ends
 
     def _load(self, candidate: Candidate) -> Any:
         """Load a model alone; keep it only while another candidate asks the same one."""
@@ -183,3 +190,21 @@ def ask(
         if completions is not None:
             found[candidate.name] = completions
     return None if asking.share[0] else found
+
+
+def score_references(
+    scorers: Sequence[Scorer], candidates: Sequence[Candidate], prompts: Sequence[Prompt],
+    asking: Asking,
+) -> None:  # fmt: skip
+    """Let scores of references read every model of this machine, which opens for it."""
+    asked = [each for each in scorers if isinstance(each, ReferenceLoss)]
+    if not asked:
+        return
+    models = Models(candidates, asking)
+    for each in candidates:
+        if not is_remote(each.model):
+            with models.model(each) as (model, _):
+                for scorer in asked:
+                    own, tokenizer = each.change(prompts), models.tokenizer(each)
+                    scorer.read(each.name, model, tokenizer, own)
+                del model

@@ -30,7 +30,7 @@ from finetune.evaluation import (
     trained_rows,
     verdict,
 )
-from finetune.evaluation.answering import Asking, ask
+from finetune.evaluation.answering import Asking, ask, score_references
 from finetune.evaluation.benchmark_options import Benches
 from finetune.evaluation.candidates import Candidate, candidates, other_argument, prompted
 from finetune.evaluation.held_out import Reading, note
@@ -235,13 +235,15 @@ def _compare_on_rows(
     prompts, trained, _ = rows
     clusters = held_out.grouped(prompts, arguments.group)
     models = prompted(models, _examples(arguments, request), arguments.context)
-    answers = ask(models, prompts, _asking(arguments, request))
+    asking = _asking(arguments, request)
+    answers = ask(models, prompts, asking)
     if answers is None:  # another process prints
         return
     settings = settings_of(request, arguments)
     run_dir = str(request.run.path) if request.run else None
     scorers = [*rows.scorers, *judges.scorers_of(answers)]
     report_files.require_scores(arguments, scorers)
+    score_references(scorers, models, prompts, asking)
     results = score(prompts, clusters, answers, scorers, settings, run_dir)
     _show(results, trained, request.run, arguments, judges)
 

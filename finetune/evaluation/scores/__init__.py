@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from finetune.evaluation.scores.base import Detailed, OfAll
 from finetune.evaluation.scores.options import add_arguments, fitting, named
 from finetune.evaluation.scores.plain import SCORERS, exact_match, word_accuracy
+from finetune.evaluation.scores.reference_loss import ReferenceLoss
 from finetune.evaluation.scores.table import KINDS, choose, listing, suitable
 from finetune.generation.completions import Completion, Score, Scorer
 
@@ -23,10 +24,13 @@ def of(
     scorers: Sequence[Scorer], answers: Mapping[str, Sequence[Completion]]
 ) -> dict[str, dict[str, list[Score]]]:
     """Return score -> model -> a score for each answer."""
-    return {
-        scorer.name: {model: scorer(given) for model, given in answers.items()}
-        for scorer in scorers
-    }
+    found = {}
+    for scorer in scorers:
+        known = scorer.by_model if isinstance(scorer, ReferenceLoss) else {}
+        found[scorer.name] = {
+            model: known.get(model) or scorer(given) for model, given in answers.items()
+        }
+    return found
 
 
 def gaps(scores: Sequence[Score]) -> dict[str, int]:

@@ -32,6 +32,7 @@ from finetune.evaluation.scores.consistency import Consistency
 from finetune.evaluation.scores.normalise import NORMALISATIONS, json_in, numbers_in, words
 from finetune.evaluation.scores.own import own_score
 from finetune.evaluation.scores.plain import SCORERS
+from finetune.evaluation.scores.reference_loss import ReferenceLoss
 from finetune.evaluation.scores.similarity import Similarity
 from finetune.generation.completions import Prompt, Scorer
 
@@ -188,6 +189,10 @@ KINDS = {
     "responsibility": Kind(
         "the answer is harmless, by a classifier",
         lambda value: judgement.responsibility(str(value)), "FOLDER[,LABEL]",
+    ),
+    "reference-loss": Kind(
+        "loss of the reference under each model, in nats per token, and its perplexity",
+        _simple(ReferenceLoss),
     ),
     "words": Kind("length of the answer in words", _simple(form.num_words)),
     "length-ratio": Kind("words of the answer for each of the reference",
