@@ -52,7 +52,7 @@ def without_chatml(tokenizer) -> str:
     ("kind", "tied"),
     short(
         [(kind, tied) for kind in ("full", "lora", "qlora") for tied in (True, False)],
-        ("full", True), ("lora", False),
+        ("full", True), ("qlora", True),
     ),
 )  # fmt: skip
 @pytest.mark.slow

@@ -87,8 +87,9 @@ def _quantized(model: nn.Module, config: Config) -> Iterator[str]:
         return
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     head = base.get_output_embeddings()
+    of_head = set(head.modules()) if head is not None else set()  # also in the wrapper of peft
     for path, module in model.named_modules():
-        is_linear = isinstance(module, nn.Linear) and module is not head
+        is_linear = isinstance(module, nn.Linear) and module not in of_head
         if is_linear and not module.weight.requires_grad:
             yield f"{path}.weight"
 
