@@ -217,13 +217,15 @@ def test_saved_answers_are_read_without_rows_or_models(tmp_path):
         "tuned": ["tuned 6", "tuned 4"],
     }
     assert [each.prompt for each in found["base"]] == PROMPTS[1:3]
-    for text, says in (
-        ("", "no row has an answer"),
-        ("[1, 2]\n\xff\n{}\n", "no row has an answer"),
-    ):
+    for text in ("", "[1, 2]\n\xff\n{}\n"):
         path.write_bytes(text.encode("latin1"))
-        with pytest.raises(DataError, match=says):
+        with pytest.raises(DataError, match="holds no answers"):
             answers.read(str(path))
+    saved = Answers(path)
+    for model, row in (("base", PROMPTS[0]), ("tuned", PROMPTS[1])):
+        saved.add(model, model, "x", Completion(row, "a"))
+    with pytest.raises(DataError, match="no row has an answer of every model"):
+        answers.read(str(path))
     with pytest.raises(DataError, match="cannot be read"):
         answers.read(str(tmp_path))
 

@@ -167,6 +167,11 @@ def read(path: str) -> dict[str, list[Completion]]:
             found.setdefault(values["model"], {})[row] = _completion(values, prompt)
     except OSError as exc:
         raise DataError(f"--answers: {printable(path)}: cannot be read: {exc.strerror}") from exc
+    if not found:
+        raise DataError(
+            f"--answers: {printable(path)}: holds no answers; give an answers.jsonl that evaluate "
+            "wrote"
+        )
     rows = [
         row for row in next(iter(found.values()), {}) if all(row in of for of in found.values())
     ]
