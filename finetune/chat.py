@@ -27,6 +27,7 @@ COMMANDS = {
     "/base": "answer by the base",
     "/tuned": "answer by the tuned model",
     "/model NAME": "answer by the model of this name; without a name, list them",
+    "/drop NAME": "delete a model of --also from memory",
     "/system TEXT": "set the system message, without a text remove it; begins a new conversation",
     "/retry": "answer the last message again, perhaps by another model",
     "/probs": "show the probability of each token after an answer, or stop showing it",
@@ -163,7 +164,7 @@ class Chat:
         word, _, rest = line.partition(" ")
         known: dict[str, Callable[[str], None]] = {
             "/base": lambda rest: self._switch(BASE), "/tuned": lambda rest: self._switch(TUNED),
-            "/model": self._switch, "/system": self._set_system, "/retry": self._retry,
+            "/model": self._switch, "/drop": self._drop, "/system": self._set_system, "/retry": self._retry,
             "/probs": self._toggle_probabilities, "/help": self._help,
         }  # fmt: skip
         if word not in known:
@@ -183,6 +184,11 @@ class Chat:
         self.models.open(name)
         self.name = name
         _log(f"now {name}: {self.models.paths[name]}")
+
+    def _drop(self, name: str) -> None:
+        self.models.drop(name)
+        self.name = TUNED if self.name == name else self.name
+        _log(f"{name} is dropped; now {self.name}")
 
     def _set_system(self, text: str) -> None:
         start = [Message("system", text)] if text else []

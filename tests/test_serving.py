@@ -97,6 +97,24 @@ def test_models_of_a_lineup_answer_as_they_do_alone(runs, monkeypatch):
 
 
 @pytest.mark.proof
+def test_a_dropped_adapter_is_gone_and_the_others_answer_as_before(runs):
+    models = Lineup(str(runs / "lora/model"), [str(runs / "other/model"), str(runs / "full/model")])
+    before = {name: answered(models, name).text for name in models.names}
+    peft_model = models.open("tuned").model
+    for name in ("other", "full"):
+        models.drop(name)
+    assert list(peft_model.peft_config) == ["default"]
+    assert not [name for name, _ in peft_model.named_parameters() if ".other." in name]
+    assert models.names == ["tuned", "base"]
+    assert {name: answered(models, name).text for name in models.names} == {
+        name: before[name] for name in ("tuned", "base")
+    }
+    for name in ("base", "tuned", "other"):
+        with pytest.raises(ModelError):
+            models.drop(name)
+
+
+@pytest.mark.proof
 def test_the_base_of_a_run_of_full_weights_is_known_from_its_config(runs):
     models = Lineup(str(runs / "full/model"))
     assert models.names == ["tuned", "base"]

@@ -101,6 +101,20 @@ class Lineup:
         with opened.model.disable_adapter() if name == BASE else nullcontext():
             yield opened
 
+    def drop(self, name: str) -> None:
+        """Delete a further model from memory and from the lineup; others answer as before.
+
+        Raises ModelError for "base" and "tuned".
+        """
+        if self.require(name) in (BASE, TUNED):
+            raise ModelError(f"{name} stays: only models of --also can be dropped")
+        opened = self._opened.pop(name, None)
+        if opened is not None and name in self._beside:
+            opened.model.set_adapter("default")
+            opened.model.delete_adapter(name)
+        self._beside.discard(name)
+        del self.paths[name]
+
     def tokenizer(self, name: str) -> Any:
         """Return the tokenizer of a model, with the chat template of "tuned" for the base."""
         if name == TUNED or name in self._beside:
