@@ -164,7 +164,8 @@ class Chat:
         word, _, rest = line.partition(" ")
         known: dict[str, Callable[[str], None]] = {
             "/base": lambda rest: self._switch(BASE), "/tuned": lambda rest: self._switch(TUNED),
-            "/model": self._switch, "/drop": self._drop, "/system": self._set_system, "/retry": self._retry,
+            "/model": self._switch, "/drop": self._drop, "/system": self._set_system,
+            "/retry": self._retry,
             "/probs": self._toggle_probabilities, "/help": self._help,
         }  # fmt: skip
         if word not in known:
