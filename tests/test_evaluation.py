@@ -19,12 +19,6 @@ from finetune.evaluation import held_out, scores
 from finetune.generation import generate
 
 
-def test_exact_match_ignores_white_space_at_the_ends_only():
-    assert scores.exact_match(" a b\n", "a b") == 1
-    assert scores.exact_match("a  b", "a b") == 0
-    assert scores.exact_match("A b", "a b") == 0
-
-
 @pytest.mark.parametrize(
     ("answer", "wanted", "score"),
     [

@@ -37,6 +37,7 @@ RIGHT, WRONG = 1, 0
     [
         ("exact-match", " Paris\n", "Paris", RIGHT),
         ("exact-match", "paris", "Paris", WRONG),
+        ("exact-match", "a  b", "a b", WRONG),
         ("exact match=case", "paris", "Paris", RIGHT),
         ("exact_match=case", "paris.", "Paris", WRONG),
         ("exact-match=punctuation", "“Paris”, or so!", "Paris or so", RIGHT),
@@ -173,12 +174,23 @@ def test_bleu_and_chrf_are_those_of_sacrebleu():
     for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
         [scorer] = scores.choose([name])
         corpus = metric.corpus_score(list(answers), [list(references)]).score
-        assert isinstance(scorer, scores.OfAll)
         assert scorer.of_all(given) == pytest.approx(corpus / 100)
         assert scorer.of_all(given[2:]) is None
         one = BLEU(effective_order=True) if name == "bleu" else metric
         values = [one.sentence_score(a, [r]).score / 100 for a, r in texts]
         assert [each.value for each in scorer(given)] == [*map(pytest.approx, values), None]
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "wanted"),
+    [
+        ("It is $\\frac{1}{2}$", "0.5", RIGHT), ("so 42", "#### 42", RIGHT), ("no", "3", WRONG),
+        ("$\\{1,2\\}$", "$\\{2,1\\}$", RIGHT), ("a", "only words", None),
+    ],
+)  # fmt: skip
+def test_answers_are_equal_as_mathematics(answer, reference, wanted):
+    pytest.importorskip("math_verify")
+    assert value("math", answer, reference) == wanted
 
 
 def test_repetition_counts_runs_of_four_words():

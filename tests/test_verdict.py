@@ -9,7 +9,7 @@ from finetune.data.places import Place
 from finetune.errors import DataError
 from finetune.evaluation import held_out, table, verdict
 from finetune.evaluation.results import Results
-from finetune.evaluation.scores.plain import ByReference
+from finetune.evaluation.scores.base import OfAnswer
 from finetune.generation.completions import Completion, Prompt, Score
 
 
@@ -26,7 +26,7 @@ def results(clusters=None, **scores):
         for name, both in scores.items()
     }
     scorers = {
-        name: ByReference(name, "", lambda *_: 0.0, name != "errors", name != "length")
+        name: OfAnswer(name, "", lambda _: 0.0, name != "errors", name != "length")
         for name in scores
     }
     return Results(prompts, clusters or list(range(count)), answers, given, scorers)

@@ -7,16 +7,16 @@ found["ROUGE-L"]["base"]  # a Score for each answer
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from finetune.evaluation.scores.base import Detailed, OfAll
+from finetune.evaluation.scores.base import Detailed
 from finetune.evaluation.scores.options import add_arguments, fitting, named
-from finetune.evaluation.scores.plain import SCORERS, exact_match, word_accuracy
+from finetune.evaluation.scores.overlap import word_accuracy
 from finetune.evaluation.scores.reference_loss import ReferenceLoss
 from finetune.evaluation.scores.table import KINDS, choose, listing, suitable
 from finetune.generation.completions import Completion, Score, Scorer
 
 __all__ = [
-    "KINDS", "SCORERS", "Detailed", "OfAll", "add_arguments", "choose", "details", "exact_match",
-    "fitting", "gaps", "listing", "named", "of", "suitable", "word_accuracy",
+    "KINDS", "Detailed", "add_arguments", "choose", "details", "fitting", "gaps", "listing",
+    "named", "of", "suitable", "word_accuracy",
 ]  # fmt: skip
 
 

@@ -61,15 +61,6 @@ def gap_of(completion: Completion, needs_reference: bool) -> Score | None:
 
 
 @runtime_checkable
-class OfAll(Protocol):
-    """A scorer whose value of all answers is not the mean of theirs, such as corpus BLEU."""
-
-    def of_all(self, completions: Sequence[Completion]) -> float | None:
-        """Return the value of all answers together; None if there is none."""
-        ...
-
-
-@runtime_checkable
 class Detailed(Protocol):
     """A scorer that has more to show than one number."""
 

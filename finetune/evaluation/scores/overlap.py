@@ -70,6 +70,16 @@ def edit_distance(one: Sequence[Any], other: Sequence[Any]) -> int:
     return int(row[-1])
 
 
+def word_accuracy(answer: str, wanted: str) -> float:
+    """Return the share of the wanted words that stand at the same place of the answer.
+
+    Additional words of the answer count as wrong.
+    """
+    given, words = answer.split(), wanted.split()
+    right = sum(a == b for a, b in zip(given, words))
+    return right / max(len(given), len(words), 1)
+
+
 class OfCorpus:
     """BLEU or chrF of sacrebleu: of each answer, and of all together, not as their mean."""
 

@@ -27,11 +27,11 @@ from finetune.evaluation.scores import (
     moderated,
     overlap,
 )
+from finetune.evaluation.scores.base import of_reference
 from finetune.evaluation.scores.code_tests import DEFAULT_COLUMN, CodeTests
 from finetune.evaluation.scores.consistency import Consistency
 from finetune.evaluation.scores.normalise import NORMALISATIONS, json_in, numbers_in, words
 from finetune.evaluation.scores.own import own_score
-from finetune.evaluation.scores.plain import SCORERS
 from finetune.evaluation.scores.reference_loss import ReferenceLoss
 from finetune.evaluation.scores.similarity import Similarity
 from finetune.generation.completions import Prompt, Scorer
@@ -136,7 +136,11 @@ KINDS = {
         f"the answer is the reference; ignoring what you list: {_LISTED}", _exact_match, "[LIST]"
     ),
     "word-accuracy": Kind(
-        "words of the reference at their places", lambda _: SCORERS["word accuracy"]
+        "words of the reference at their places",
+        lambda _: of_reference(
+            "word accuracy", "share of the reference's words at their places",
+            overlap.word_accuracy,
+        ),
     ),
     "contains": Kind("the answer holds the reference, or TEXT", matching.contains, "[TEXT]"),
     "regex": Kind("PATTERN matches somewhere in the answer", _regex, "PATTERN"),
