@@ -556,6 +556,7 @@ def test_a_metric_that_is_not_finite_is_no_divergence(workshop, own):
     assert read_jsonl(run / "eval.jsonl")[0]["eval_loss"] is not None
 
 
+@pytest.mark.slow
 def test_an_evaluation_prepares_over_the_rows_of_a_step_however_it_is_cut_up(workshop, own):
     """As KTO's z: what is prepared enters each loss, so another step would be another loss."""
     kind = own(

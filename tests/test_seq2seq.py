@@ -248,7 +248,7 @@ def test_answers_of_more_tokens_than_positions_are_refused(workshop, streaming):
 
 
 WRONG = {
-    "a causal model": ("seq2seq", {"model__config": TINY_LLAMA}, "take objective.kind: sft or clm"),
+    "a causal model": ("seq2seq", {"model__config": TINY_LLAMA}, "take objective.kind: sft"),
     "for sft": ("seq2seq", {"objective__kind": "sft"}, "take objective.kind: seq2seq, span_corr"),
     "an encoder": ("seq2seq", {"model__config": families.BERT}, "take objective.kind: mlm, seque"),
     "new tokens": (
