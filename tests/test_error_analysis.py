@@ -101,12 +101,15 @@ def test_an_interval_of_a_mean_is_wilsons_or_students():
 # ------------------------------------------------------------------------------------ what is wrong
 
 
-def test_the_first_share_decides_and_a_graded_one_where_answers_are_long():
-    made = with_hole()
-    assert analysis.decides_of(made) == Decides(score="exact match", below=0.5)
+def test_the_first_strict_share_decides_and_a_graded_one_where_answers_are_long():
+    assert analysis.decides_of(with_hole()) == Decides(score="exact match", below=0.5)
     long = [Asked("a", "w " * 20, "w " * 19), Asked("b", "v " * 20, "v " * 19)]
     given = {"F1": {"base": [0.1, 0.2], "tuned": [0.9, 0.3]}}
     graded = results(long, scores=given)
+    short = [Asked("a", "w", "w"), Asked("b", "v", "v")]
+    made = results(short, scores=given)
+    turned = replace(made, scorers=dict(reversed(made.scorers.items())))
+    assert analysis.decides_of(turned) == Decides(score="exact match", below=0.5)
     assert analysis.decides_of(graded) == Decides(score="F1", below=0.5)
     assert [row.failed for row in analysed(graded).rows] == [False, True]
     assert analysis.decides_of(graded, ("exact match", 1.0)).score == "exact match"

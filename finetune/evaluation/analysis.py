@@ -97,8 +97,8 @@ def tuned_of(results: Results) -> str:
 def decides_of(results: Results, given: tuple[str | None, float] | None = None) -> Decides | None:
     """Return what makes an answer wrong: a score below one half.
 
-    Of the scores that are shares, where more is better, the first; where right answers are long,
-    the first with values between 0 and 1. given: (score or None, below) of the command line. Raises
+    Of the scores that are shares, where more is better, the first that is 0 or 1; where right
+    answers are long, the first with values between. given: (score or None, below) of the command line. Raises
     UserError for a score that cannot decide.
     """
     named, below = given or (None, HALF)
@@ -119,7 +119,8 @@ def decides_of(results: Results, given: tuple[str | None, float] | None = None) 
     graded = [name for name in shares if _is_graded(results, name)]
     lengths = [len(words(each.reference)) for each in results.prompts if each.reference]
     is_long = bool(lengths) and median(lengths) > LONG_ANSWER
-    chosen = [*(graded if is_long else []), *shares]
+    strict = [name for name in shares if name not in graded]
+    chosen = [*(graded if is_long else strict), *shares]
     return Decides(score=chosen[0], below=below) if chosen else None
 
 

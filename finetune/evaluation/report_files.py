@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--report", type=_path, default=None, metavar="FOLDER", help=what)
     what = (
         "an answer is wrong if this score is below VALUE; default: one half, of the first score "
-        "from 0 to 1, or where right answers are long, of the first that is graded"
+        "that is 0 or 1, or where right answers are long, of the first with values between"
     )
     add("--wrong-below", type=fail_under.limit, metavar="[SCORE=]VALUE", help=what)
     what = "results.json of an earlier round: say what was fixed, was not, and is newly wrong"
