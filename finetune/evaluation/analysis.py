@@ -98,8 +98,8 @@ def decides_of(results: Results, given: tuple[str | None, float] | None = None) 
     """Return what makes an answer wrong: a score below one half.
 
     Of the scores that are shares, where more is better, the first that is 0 or 1; where right
-    answers are long, the first with values between. given: (score or None, below) of the command line. Raises
-    UserError for a score that cannot decide.
+    answers are long, the first with values between. given: (score or None, below) of the command
+    line. Raises UserError for a score that cannot decide.
     """
     named, below = given or (None, HALF)
     tuned = tuned_of(results)
