@@ -352,12 +352,13 @@ def _lay(trees: list[Tree], base: Any) -> Laid:
 def _mask(branch_of: torch.Tensor, base: Any) -> torch.Tensor:
     """Return which tokens each sees, [B, 1, T, T]: those before it of its branch and the context.
 
-    bool for SDPA, which so takes it in any precision; elsewhere a term of the scores.
+    A term of the scores. For SDPA in 16 bits bool, which fits queries of any precision; in float32
+    each layer would turn it into such a term.
     """
     query, key = branch_of[:, :, None], branch_of[:, None]
     seen = ((key == 0) | (key == query)).tril_()[:, None]
-    if base.config._attn_implementation == "sdpa":
-        return seen
     dtype = base.get_input_embeddings().weight.dtype
+    if base.config._attn_implementation == "sdpa" and dtype != torch.float32:
+        return seen
     lowest = torch.finfo(dtype).min
     return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, lowest)
