@@ -287,6 +287,7 @@ def pushed(folder, name="me/mine", is_public=False):
         assert hub_server.TOKEN not in "".join(notes)
 
 
+@pytest.mark.proof
 def test_a_push_is_private_and_whole(the_hub, model_folder):
     url, notes = pushed(model_folder)
     assert (url, notes) == (f"{the_hub.url}/me/mine", [])

@@ -361,6 +361,7 @@ def post(server, values, path="/v1/chat/completions", **headers):
 HI = {"model": "tuned", "messages": [{"role": "user", "content": "hello"}]}
 
 
+@pytest.mark.slow
 def test_the_projects_own_client_asks_it(by_rule):
     for prompt in ("hello", [{"role": "user", "content": "hello"}]):
         with Client(Server(f"{by_rule.url}/v1", "base")) as client:
