@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig, TextStreamer
+from transformers import GenerationConfig
 
 from finetune.data import chat_templates, templates
 from finetune.data.control_tokens import ControlTokens
@@ -56,7 +56,7 @@ class Answer:
 def answers(
     model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int,
     temperature: float = 0.0, title: str = "generating", together: bool = False,
-    log: Callable[[str], None] = log, streamer: TextStreamer | None = None,
+    log: Callable[[str], None] = log,
 ) -> list[Answer]:  # fmt: skip
     """Return the model's answer to each prompt, without the token that ended it.
 
@@ -65,16 +65,15 @@ def answers(
     end, and `log` gets a note.
 
     `temperature`: 0 is greedy. `together`: processes that share the weights call this at once, and
-    none may stop before the others, as each pass gathers weights from all. `streamer`: of
-    transformers; gets the tokens of a single prompt as they come.
+    none may stop before the others, as each pass gathers weights from all.
     """
     ids, context = encoded(model, tokenizer, prompts, max_new_tokens, log)
     results = [Answer("", True)] * len(ids)
     pad, ends = pad_of(tokenizer), ends_of(model)
-    with progress(title, len(ids), log, quiet=streamer is not None) as note:
+    with progress(title, len(ids), log) as note:
         for batch in padded(
             model, ids, context=context, pad=pad, ends=ends, max_new_tokens=max_new_tokens,
-            batch_size=batch_size, temperature=temperature, together=together, streamer=streamer,
+            batch_size=batch_size, temperature=temperature, together=together,
         ):  # fmt: skip
             for i, row in batch:
                 results[i] = Answer(decode(tokenizer, row), ends.isdisjoint(row))
@@ -106,7 +105,6 @@ def encoded(
 def padded(
     model: Any, encoded: Sequence[list[int]], *, context: int, pad: int, ends: Set[int],
     max_new_tokens: int, batch_size: int, temperature: float = 0.0, together: bool = False,
-    streamer: TextStreamer | None = None,
 ) -> Iterator[list[tuple[int, list[int]]]]:  # fmt: skip
     """Yield batches of (number of the prompt, its tokens), the shortest prompts first.
 
@@ -123,26 +121,24 @@ def padded(
         longest = 1 if is_pair else inputs["input_ids"].shape[1]
         limit = min(max_new_tokens, context - longest)
         with torch.no_grad():
-            out = model.generate(
-                **inputs, max_new_tokens=limit, synced_gpus=together, streamer=streamer
-            )
+            out = model.generate(**inputs, max_new_tokens=limit, synced_gpus=together)
         yield list(zip(chosen, out[:, longest:].tolist(), strict=True))
 
 
 @contextmanager
 def progress(
-    title: str, total: int, log: Callable[[str], None] = log, quiet: bool = False
+    title: str, total: int, log: Callable[[str], None] = log
 ) -> Iterator[Callable[[int], None]]:
     """Give a function that counts answers: on a bar, or without a terminal in lines."""
-    disable = True if quiet else None  # None: show the bar on a terminal only
-    bar = tqdm(total=total, desc=title, unit=" answers", disable=disable, leave=False)
+    # None: show the bar on a terminal only.
+    bar = tqdm(total=total, desc=title, unit=" answers", disable=None, leave=False)
     done, last_line = 0, time.monotonic()
 
     def note(count: int = 1) -> None:
         nonlocal done, last_line
         done += count
         bar.update(count)
-        if bar.disable and not quiet and time.monotonic() - last_line > LINE_SECONDS:
+        if bar.disable and time.monotonic() - last_line > LINE_SECONDS:
             log(f"{title}: {done:,} of {total:,} answers")
             last_line = time.monotonic()
 
