@@ -89,12 +89,11 @@ def test_a_micro_batch_without_recomputation_is_looked_for_first(monkeypatch):
     short(
         [
             (lambda: peak(0, size=2) / (1 - choice.ROOM) + 1e6, "auto", (2, False)),
-            ROOM := (lambda: peak(0, size=2) + 1e6, "auto", (2, 2)),
+            (lambda: peak(0, size=2) + 1e6, "auto", (2, 2)),
             (lambda: peak(0) + 1e6, "auto", (1, 2)),
             (lambda: peak(2) + 1e6, "auto", (1, 2)),
             GIVEN := (lambda: peak(1) / (1 - choice.ROOM) + 1e6, 1, (1, 1)),
         ],
-        ROOM,
         GIVEN,
     ),
     ids=["all kept", "some recomputed for room", "smaller", "smallest", "given"],

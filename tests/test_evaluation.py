@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import Workshop, pairs, read_jsonl, write_jsonl
+from conftest import Workshop, pairs, read_jsonl, short, write_jsonl
 from safetensors.torch import save_file
 
 from finetune import files
@@ -205,7 +205,7 @@ def test_special_tokens_of_a_row_are_asked_as_text(bytes_tokenizer, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["lora", "qlora"])
+@pytest.mark.parametrize("kind", short(["lora", "qlora"], "lora"))
 def test_an_adapter_of_another_base_is_reported(
     workshop, base_and_tuned, model, tmp_path, capsys, kind
 ):

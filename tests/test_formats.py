@@ -553,7 +553,7 @@ def test_every_broken_line_is_reported(tmp_path):
 
 
 def test_new_settings_at_their_defaults_leave_the_keys_of_older_caches():
-    from finetune.data.tokens import Options
+    from finetune.data.tokenised import Options
 
     options = Options("auto", {}, "line", None, "completion", 100, "error", 64, False, Skipping())
     assert list(options.deciding()) == [

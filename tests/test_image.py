@@ -153,7 +153,7 @@ TEMPTATIONS = (
 )  # fmt: skip
 NEEDED = (
     r"train\.py|LICENSE|requirements(-cuda)?\.txt|(finetune|data_scripts)/.*\.py|"
-    r"finetune/preparation/\w+\.jinja|"
+    r"finetune/preparation/\w+\.jinja|finetune/evaluation/judges/\w+\.yaml|"
     r"(configs|accelerate_configs)/\w+\.yaml|ds_configs/\w+\.json"
 )
 

@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 import yaml
-from conftest import ROOT, pretrained, read_jsonl, short
+from conftest import ROOT, pretrained, read_jsonl
 from faults.forked import fork
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -816,7 +816,8 @@ def at_once(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_cold", short([False, True], False), ids=["forked", "make gpu"])
+@pytest.mark.proof
+@pytest.mark.parametrize("is_cold", [False, True], ids=["forked", "make gpu"])
 def test_a_rehearsal_without_a_gpu_runs_interrupts_resumes_and_compares(
     tmp_path, at_once, capsys, is_cold
 ):

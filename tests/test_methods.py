@@ -79,6 +79,9 @@ WIDE = {
     "qlora, FP4",
     "qlora, DoRA",
     "lora, rsLoRA",
+    "lora, EVA",
+    "qlora, LoftQ",
+    "lora, DoRA",
     "lora, random",
     "lora, biases",
     "lora, norms",  # trained beside a base in 16 bits below

@@ -21,6 +21,8 @@ DFT = """
 from finetune.objectives import Objective, Term
 from pydantic import BaseModel, Field
 
+pytestmark = pytest.mark.slow
+
 
 class Dft(Objective):
     class Settings(BaseModel):

@@ -436,7 +436,7 @@ DEEP = {
 
 @pytest.mark.parametrize(
     "case",
-    short([*DEEP], "some recomputed", "two kinds of layers"),
+    short([*DEEP], "two kinds of layers"),
 )
 def test_layers_that_are_left_out_count_to_the_byte(case):
     architecture, adapter, train = DEEP[case]

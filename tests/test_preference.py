@@ -25,6 +25,8 @@ from finetune.objectives import OBJECTIVES
 from finetune.objectives.base import total
 from finetune.objectives.preference import DIVERGENCES, LOSSES, FallingTogether
 
+pytestmark = pytest.mark.slow
+
 KINDS = ("dpo", "orpo", "simpo", "cpo")
 
 

@@ -220,7 +220,7 @@ def test_a_save_longer_than_the_hang_limit_is_waited_for(workshop, monkeypatch):
     assert [line["step"] for line in read_jsonl(workshop.run_dir() / "saves.jsonl")] == [3, 5]
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("asynchronous", short([True, False], True))
 def test_waiting_times_of_training_are_measured(workshop, monkeypatch, asynchronous):
     from finetune.engine.checkpoint import folder
 

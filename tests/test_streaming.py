@@ -922,6 +922,7 @@ def test_a_step_that_is_there_waits_for_no_later_one(halting, monkeypatch):
     waiting.join(30)
 
 
+@pytest.mark.proof
 def test_a_step_may_wait_for_shards_as_long_as_some_are_made(halting, monkeypatch):
     """Each shard takes less than train.hang_minutes, all of them more; then the builder hangs."""
     early, window, _ = halting

@@ -100,7 +100,7 @@ LAUNCHES = {
         2,
         {
             "ddp": ["Unlikelihood"],
-            WHOLE: ["Scored", "dpo"],
+            WHOLE: ["Scored"],
             "zero3": ["seq2seq"],
         },
     ),
