@@ -17,11 +17,11 @@ from finetune.data.batches import Batch
 from finetune.errors import ConfigError, RunDirectoryError
 from finetune.objectives import Own
 
+pytestmark = pytest.mark.slow
+
 DFT = """
 from finetune.objectives import Objective, Term
 from pydantic import BaseModel, Field
-
-pytestmark = pytest.mark.slow
 
 
 class Dft(Objective):
