@@ -160,7 +160,7 @@ def watch(asked: dict[str, Any], is_root: bool) -> dict[str, Any]:
             os.closerange(failed_end + 1, 64)
             confine(asked, is_root)
             os.execve(
-                asked["python"], ["python", "-I", "-c", DRIVER], {"HOME": "/work", "PATH": ""}
+                asked["python"], ["python", "-I", "-c", DRIVER], {"HOME": "/program", "PATH": ""}
             )
         except BaseException as exc:
             os.write(failed_end, str(exc).encode()[:500])
@@ -249,14 +249,14 @@ def enter(asked: dict[str, Any], is_root: bool) -> None:
     for name in DEVICES:
         os.close(os.open(f"{root}/dev/{name}", os.O_CREAT | os.O_WRONLY))
         bind(f"/dev/{name}", f"{root}/dev/{name}", RDONLY | NOSUID)
-    for folder in ("/work", "/tmp", "/dev/shm"):
+    for folder in ("/program", "/tmp", "/dev/shm"):
         os.makedirs(root + folder, exist_ok=True)
         os.chmod(root + folder, 0o777)
     os.chdir(root)
     pivot_root = MACHINES[platform.machine()][2]
     syscall("pivot_root", pivot_root, b".", b".")
     call("the old root", "umount2", b".", MNT_DETACH)
-    os.chdir("/work")
+    os.chdir("/program")
 
 
 def bind(source: str, target: str, attributes: int) -> None:

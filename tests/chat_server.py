@@ -157,8 +157,8 @@ def reply(body: dict[str, Any], text: str, usage: dict[str, int] | None) -> dict
 
 
 @contextlib.contextmanager
-def running(**options: Any) -> Iterator[ChatServer]:
-    server = ChatServer(**options)
+def serving(server: Any) -> Iterator[Any]:
+    """Serve in a thread; yield the server."""
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
@@ -167,3 +167,7 @@ def running(**options: Any) -> Iterator[ChatServer]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def running(**options: Any) -> contextlib.AbstractContextManager[ChatServer]:
+    return serving(ChatServer(**options))

@@ -5,12 +5,12 @@ import contextlib
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from chat_server import serving
 
 TOKEN = "hf_" + "aSecretThatNoLogMayShow"
 LARGE = (".safetensors", ".gguf", ".json")  # .json too: small files then go both ways
@@ -170,18 +170,13 @@ def running(patch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     import huggingface_hub
     from huggingface_hub import constants
 
-    server = HubServer()
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    patch.setattr(constants, "ENDPOINT", server.url)
     patch.setattr(constants, "HF_HUB_OFFLINE", False)
     patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     patch.setenv("HF_TOKEN", TOKEN)
-    huggingface_hub.close_session()
-    try:
-        yield server
-    finally:
+    with serving(HubServer()) as server:
+        patch.setattr(constants, "ENDPOINT", server.url)
         huggingface_hub.close_session()
-        server.shutdown()
-        server.server_close()
-        thread.join()
+        try:
+            yield server
+        finally:
+            huggingface_hub.close_session()

@@ -11,7 +11,7 @@ from conftest import TINY_LLAMA, losses, pretrained, read_jsonl, write_jsonl
 from invariants import families
 
 from finetune import config as configs
-from finetune.config import fields
+from finetune.config import objective_fields as fields
 from finetune.data.batches import Batches
 from finetune.data.examples import Examples, Ragged
 from finetune.data.order import Sequences

@@ -46,12 +46,12 @@ def refused(function, *arguments):
         return True
     return False
 assert refused(open, outside), "reads a file"
-os.symlink(outside, "/work/link")
-assert refused(open, "/work/link"), "reads through a link"
-assert refused(open, "/work/link", "w"), "writes through a link"
-os.symlink("..", "/work/up")
-assert sorted(os.listdir("/work/up/..")) == sorted(os.listdir("/")), "goes up"
-assert refused(os.link, "/usr/bin/env", "/work/hard"), "links a file"
+os.symlink(outside, "/program/link")
+assert refused(open, "/program/link"), "reads through a link"
+assert refused(open, "/program/link", "w"), "writes through a link"
+os.symlink("..", "/program/up")
+assert sorted(os.listdir("/program/up/..")) == sorted(os.listdir("/")), "goes up"
+assert refused(os.link, "/usr/bin/env", "/program/hard"), "links a file"
 for folder in ("/usr", sys.base_prefix):
     assert refused(open, folder + "/new", "w"), "writes to the system"
 assert not os.path.exists("/proc") and not os.path.exists("/etc/passwd")
@@ -59,10 +59,10 @@ for family in (socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK, socket.AF_VSO
     assert refused(socket.socket, family), "opens a socket"
 socket.socketpair()
 assert refused(os.setuid, 0) or os.getuid() == 0
-assert refused(os.chroot, "/work") and refused(os.mknod, "/work/node", 0o60600, 0x800)
+assert refused(os.chroot, "/program") and refused(os.mknod, "/program/node", 0o60600, 0x800)
 assert refused(os.memfd_create, "x"), "memory that no limit counts"
 libc = ctypes.CDLL(None, use_errno=True)
-for call in ((b"none", b"/work", b"tmpfs", 0, None),):
+for call in ((b"none", b"/program", b"tmpfs", 0, None),):
     assert libc.mount(*call) == -1, "mounts"
 assert libc.unshare(0x10000000) == -1, "makes a namespace"
 assert libc.ptrace(16, 1, 0, 0) == -1

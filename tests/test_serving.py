@@ -1,7 +1,6 @@
 """Models side by side, answers token by token, chat in the terminal and over HTTP."""
 
 import argparse
-import contextlib
 import html
 import io
 import json
@@ -12,6 +11,7 @@ import httpx2
 import pytest
 import torch
 from browser import browse_url
+from chat_server import serving
 from conftest import Workshop, pretrained, read_jsonl, write_jsonl
 
 from finetune import chat
@@ -301,18 +301,9 @@ def test_a_further_model_that_does_not_exist_is_exit_2(runs, capsys):
 # ---------------------------------------------------------------------------------- the server
 
 
-@contextlib.contextmanager
 def served(service, handler=serve.Handler, owner=None):
     """Serve in a thread; yield the server."""
-    server = http.bind("127.0.0.1", 0, handler, owner or serve.Api(service, 9))
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    return serving(http.bind("127.0.0.1", 0, handler, owner or serve.Api(service, 9)))
 
 
 class ByRule:

@@ -1,7 +1,7 @@
 """The run config: typed, strict and documented. YAML file + command line -> one Config. No torch.
 
-Every field has its default in `fields` and nowhere else. The text under it is its documentation,
-its `--help` and its description in the JSON schema.
+Every field has its default in `fields` or `objective_fields` and nowhere else. The text under it is
+its documentation, its `--help` and its description in the JSON schema.
 """
 
 from finetune.config import base, paths
@@ -10,26 +10,28 @@ from finetune.config.fields import (
     PADDED_ATTENTION,
     Adapter,
     Config,
-    Cpo,
-    CrossEntropy,
     Data,
-    Dpo,
     Full,
     Lora,
-    MaskedLm,
     Model,
     Optimizer,
-    Orpo,
     QLora,
     Schedule,
+    accumulation_steps,
+    usual_lr,
+)
+from finetune.config.objective_fields import (
+    Cpo,
+    CrossEntropy,
+    Dpo,
+    MaskedLm,
+    Orpo,
     Seq2Seq,
     SequenceClassification,
     Simpo,
     SpanCorruption,
     TextInfilling,
     TokenClassification,
-    accumulation_steps,
-    usual_lr,
 )
 from finetune.config.own import OwnObjective, code_identity, own_codes
 from finetune.config.reader import (

@@ -1,12 +1,21 @@
 """Sections of the config; the `kind` of some decides which settings they have. No torch."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, ValidationError, WrapValidator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    ValidationError,
+    WrapValidator,
+)
 from pydantic_core import CoreSchema, InitErrorDetails
 
 from finetune import own_code
+
+PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Section(BaseModel):

@@ -16,7 +16,8 @@ from finetune.config.choices import (
     REFERENCE,
     objective_kind,
 )
-from finetune.config.fields import COLUMNS, PADDED_ATTENTION, Config, Dpo, Full, Lora, QLora
+from finetune.config.fields import COLUMNS, PADDED_ATTENTION, Config, Full, Lora, QLora
+from finetune.config.objective_fields import Dpo
 from finetune.config.own import OwnObjective
 
 PLACES = (

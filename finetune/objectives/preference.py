@@ -48,6 +48,10 @@ class Pairs:
         """Return the chosen answer's value beside each document, [D]."""
         return self._of_example(self.only_chosen(values))
 
+    def lead(self, values: Tensor) -> Tensor:
+        """Return how far the chosen answer's value is above each document's, [D]."""
+        return self.chosen(values) - values
+
     def only_chosen(self, values: Tensor) -> Tensor:
         return torch.where(self.is_chosen, values, 0.0)
 
@@ -161,6 +165,28 @@ class FallingTogether:
         )
 
 
+@dataclass(frozen=True)
+class Likelihoods:
+    """What the policy says of the answers of a batch.
+
+    logprobs [S]. sums [D] of them over each document; lengths [D]: their number, at least 1.
+    """
+
+    policy: Policy
+    batch: Batch
+    pairs: Pairs
+    logprobs: Tensor
+    sums: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def of(cls, policy: Policy, batch: Batch) -> "Likelihoods":
+        logprobs = policy(batch, {"logprobs"}).logprobs
+        assert logprobs is not None
+        sums, lengths = policy.per_document(logprobs, batch), _lengths(policy, batch)
+        return cls(policy, batch, Pairs(batch), logprobs, sums, lengths.clamp(min=1))
+
+
 class Preference(Objective):
     """Base of what compares answers."""
 
@@ -178,11 +204,9 @@ class Preference(Objective):
     def loss(
         self, policy: Policy, batch: Batch, settings: Any, prepared: Mapping[str, Tensor]
     ) -> list[Term]:
-        logprobs, pairs = policy(batch, {"logprobs"}).logprobs, Pairs(batch)
-        assert logprobs is not None
-        sums = policy.per_document(logprobs, batch)
-        lengths = _lengths(policy, batch).clamp(min=1)
-        loss, margin = self.compared(policy, batch, settings, pairs, logprobs, sums, lengths)
+        answers = Likelihoods.of(policy, batch)
+        pairs, sums = answers.pairs, answers.sums
+        loss, margin = self.compared(answers, settings)
         ahead = (margin > 0).float()
         nll = -pairs.only_chosen(sums).sum()
         return [
@@ -197,14 +221,8 @@ class Preference(Objective):
     def sft_weight(self, settings: Any) -> float:
         return float(settings.sft_weight)
 
-    def compared(
-        self, policy: Policy, batch: Batch, settings: Any, pairs: Pairs, logprobs: Tensor,
-        sums: Tensor, lengths: Tensor,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Return (loss [D], margin [D]) of each document beside its chosen one.
-
-        logprobs [S]; sums [D] of them; lengths [D], their numbers.
-        """
+    def compared(self, answers: Likelihoods, settings: Any) -> tuple[Tensor, Tensor]:
+        """Return (loss [D], margin [D]) of each document beside its chosen one."""
         raise NotImplementedError
 
 
@@ -222,20 +240,17 @@ class Dpo(Preference):
     def view(self, settings: Any, encoding: Encoding) -> View:
         return NEXT_TOKEN if settings.ld_alpha is None else Compared()
 
-    def compared(
-        self, policy: Policy, batch: Batch, settings: Any, pairs: Pairs, logprobs: Tensor,
-        sums: Tensor, lengths: Tensor,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        moved, row = logprobs - batch.token_columns[REFERENCE], LOSSES[settings.loss]
+    def compared(self, answers: Likelihoods, settings: Any) -> tuple[Tensor, Tensor]:
+        columns, row = answers.batch.token_columns, LOSSES[settings.loss]
+        moved = answers.logprobs - columns[REFERENCE]
         if settings.ld_alpha is not None:
-            moved = moved * (1 - (1 - settings.ld_alpha) * batch.token_columns["tail"])
-        ratio = policy.per_document(moved, batch)
-        measure = DIVERGENCES[settings.divergence]
-        score = measure(ratio, settings.divergence_alpha)
+            moved = moved * (1 - (1 - settings.ld_alpha) * columns["tail"])
+        ratio = answers.policy.per_document(moved, answers.batch)
+        score = DIVERGENCES[settings.divergence](ratio, settings.divergence_alpha)
         if row.per_token:
-            score = score / lengths
-        loss = row.of(pairs.chosen(score), score, settings)
-        return loss, settings.beta * (pairs.chosen(ratio) - ratio)
+            score = score / answers.lengths
+        loss = row.of(answers.pairs.chosen(score), score, settings)
+        return loss, settings.beta * answers.pairs.lead(ratio)
 
 
 class Cpo(Preference):
@@ -243,11 +258,8 @@ class Cpo(Preference):
 
     Settings: type[BaseModel] = config.Cpo
 
-    def compared(
-        self, policy: Policy, batch: Batch, settings: Any, pairs: Pairs, logprobs: Tensor,
-        sums: Tensor, lengths: Tensor,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        margin = settings.beta * (pairs.chosen(sums) - sums)
+    def compared(self, answers: Likelihoods, settings: Any) -> tuple[Tensor, Tensor]:
+        margin = settings.beta * answers.pairs.lead(answers.sums)
         return -logsigmoid(margin), margin
 
 
@@ -256,12 +268,8 @@ class Simpo(Preference):
 
     Settings: type[BaseModel] = config.Simpo
 
-    def compared(
-        self, policy: Policy, batch: Batch, settings: Any, pairs: Pairs, logprobs: Tensor,
-        sums: Tensor, lengths: Tensor,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        means = sums / lengths
-        margin = settings.beta * (pairs.chosen(means) - means)
+    def compared(self, answers: Likelihoods, settings: Any) -> tuple[Tensor, Tensor]:
+        margin = settings.beta * answers.pairs.lead(answers.sums / answers.lengths)
         return -logsigmoid(margin - settings.gamma), margin
 
 
@@ -273,12 +281,8 @@ class Orpo(Preference):
     def sft_weight(self, settings: Any) -> float:
         return 1.0
 
-    def compared(
-        self, policy: Policy, batch: Batch, settings: Any, pairs: Pairs, logprobs: Tensor,
-        sums: Tensor, lengths: Tensor,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        log_odds = _log_odds(sums / lengths)
-        margin = pairs.chosen(log_odds) - log_odds
+    def compared(self, answers: Likelihoods, settings: Any) -> tuple[Tensor, Tensor]:
+        margin = answers.pairs.lead(_log_odds(answers.sums / answers.lengths))
         return -settings.beta * logsigmoid(margin), margin
 
 

@@ -5,22 +5,17 @@ in the order of the requests, and the request number n is made when the replies 
 are known, whichever comes first from the server: so requests depend on replies alone, not on time.
 """
 
-import fcntl
 import hashlib
 import json
-import os
-import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from finetune import failures
-from finetune.data.places import printable, short
 from finetune.endpoint import Budget, Refused, Reply, Request
-from finetune.errors import DataError, DirectoryInUse, UserError
+from finetune.lines_file import LinesFile
 
 Tag = TypeVar("Tag")
 Asked = tuple[Tag, Request]
@@ -55,52 +50,15 @@ class Answers:
     """
 
     def __init__(self, path: Path, note: Callable[[str], None]) -> None:
-        self._path, self._note = path, note
-        self._places: dict[str, int] = {}
-        self._lock = threading.Lock()
-        try:
-            self._file: BinaryIO = path.open("a+b")
-        except OSError as exc:
-            failures.reraise(exc, f"{printable(str(path))}: cannot be written now")
-            what = f"{printable(str(path))}: cannot be written: {exc.strerror}"
-            raise UserError(f"{what}; choose another place") from exc
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as exc:
-            self._file.close()
-            what = f"{printable(str(path))}: another process writes it"
-            raise DirectoryInUse(f"{what}; wait for it, or choose another --output") from exc
-        try:
-            self._read()
-        except DataError:
-            self._file.close()
-            raise
-
-    def _read(self) -> None:
-        """Note where each reply stands; cut off a last line that a kill left unfinished."""
-        self._file.seek(0)
-        start = 0
-        for number, line in enumerate(self._file, 1):
-            if not line.endswith(b"\n"):
-                self._note(f"{printable(str(self._path))}: the last line was not finished; it goes")
-                self._file.truncate(start)
-                break
-            try:
-                values = json.loads(line)
-                _reply(values)
-                self._places[values["key"]] = start
-            except (ValueError, TypeError, KeyError, RecursionError) as exc:
-                shown = short(line.decode("utf-8", "replace"))
-                what = f"{printable(str(self._path))}:{number}: holds no answer of this program"
-                raise DataError(f"{what}: {shown}; move the file away") from exc
-            start += len(line)
+        self._file = LinesFile(
+            path, "answer of this program", "another place", note, "another --output"
+        )
+        lines = self._file.read(lambda values: (values["key"], _reply(values)))
+        self._places = {key: place for place, (key, _) in lines}
 
     def known(self, key: str) -> Reply | None:
-        with self._lock:
-            if key not in self._places:
-                return None
-            self._file.seek(self._places[key])
-            return _reply(json.loads(self._file.readline()))
+        place = self._places.get(key)
+        return None if place is None else _reply(self._file.at(place))
 
     def append(self, key: str, request: Request, reply: Reply) -> None:
         values = asdict(reply)
@@ -109,19 +67,12 @@ class Answers:
             "key": key, "prompt_hash": prompt_hash(request), "prompt": request.prompt,
             "reply": values,
         }  # fmt: skip
-        data = json.dumps(line).encode() + b"\n"
-        with self._lock, failures.writing(self._path):
-            self._places[key] = self._file.seek(0, os.SEEK_END)
-            self._file.write(data)
-            self._file.flush()
-            os.fsync(self._file.fileno())
+        self._places[key] = self._file.append(line)
 
     def __enter__(self) -> "Answers":
         return self
 
     def __exit__(self, *exc: Any) -> None:
-        if not self._places:
-            self._path.unlink(missing_ok=True)
         self._file.close()
 
 

@@ -2,18 +2,15 @@
 a server returns. Each is asked once: what a judge has said is kept in a file by its content.
 """
 
-import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
-from finetune import failures
-from finetune.data.places import printable, short
-from finetune.errors import DataError, DirectoryInUse, UserError
+from finetune.data.places import short
+from finetune.lines_file import LinesFile
 
 FILE = "judge_answers.jsonl"
 MOST_OUTSIDE = 0.1
@@ -105,48 +102,11 @@ class Kept:
     def __init__(self, judge: Judge, folder: Path, log: Callable[[str], None]) -> None:
         self.name, self.identity = judge.name, judge.identity
         self.num_asked = 0
-        self._asked, self._path, self._log = judge, folder / FILE, log
-        self._known: dict[str, Weights] = {}
-        self._file = self._open()
-        try:
-            self._read()
-        except DataError:
-            self._file.close()
-            raise
-
-    def _open(self) -> BinaryIO:
-        shown = printable(str(self._path))
-        try:
-            file = self._path.open("a+b")
-        except OSError as exc:
-            failures.reraise(exc, f"{shown}: cannot be written now")
-            what = f"{shown}: cannot be written: {exc.strerror}"
-            raise UserError(f"{what}; choose another folder") from exc
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as exc:
-            file.close()
-            what = f"{shown}: another process writes it"
-            raise DirectoryInUse(f"{what}; wait for it, or choose another folder") from exc
-        return file
-
-    def _read(self) -> None:
-        """Read what is known; cut off a last line that a kill left unfinished."""
-        self._file.seek(0)
-        start, shown = 0, printable(str(self._path))
-        for number, line in enumerate(self._file, 1):
-            if not line.endswith(b"\n"):
-                self._log(f"note: {shown}: the last line was not finished; it goes")
-                self._file.truncate(start)
-                break
-            try:
-                key, weights = _weights(json.loads(line))
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
-                what = f"{shown}:{number}: holds no answer of a judge"
-                row = short(line.decode("utf-8", "replace"))
-                raise DataError(f"{what}: {row}; move the file away") from exc
-            self._known[key] = weights
-            start += len(line)
+        self._asked = judge
+        self._file = LinesFile(
+            folder / FILE, "answer of a judge", "another folder", lambda text: log(f"note: {text}")
+        )
+        self._known = dict(each for _, each in self._file.read(_weights))
 
     def weigh(self, questions: Sequence[Question]) -> list[Weights]:
         """Return the weights of each question, and ask only those that are new."""
@@ -176,17 +136,12 @@ class Kept:
         self._known[key] = weights
         line = {"key": key, "judge": self.name, "probabilities": dict(weights.probabilities),
                 "outside": weights.outside, "likeliest": weights.likeliest}  # fmt: skip
-        with failures.writing(self._path):
-            self._file.seek(0, os.SEEK_END)
-            self._file.write(json.dumps(line).encode() + b"\n")
-            self._file.flush()
+        self._file.append(line)
 
     def __enter__(self) -> "Kept":
         return self
 
     def __exit__(self, *exc: Any) -> None:
-        if not self._known:
-            self._path.unlink(missing_ok=True)
         self._file.close()
 
 

@@ -1,0 +1,158 @@
+"""The settings of each objective, a class for each `objective.kind`."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from finetune.config.kinds import Kind, PositiveNumber, Section
+
+
+class CrossEntropy(Section):
+    """Settings of a cross-entropy."""
+
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Fraction of each label to spread over the vocabulary; evaluation does not use it."""
+
+
+class MaskedLm(CrossEntropy, Kind):
+    """Masked language modelling, for encoders."""
+
+    kind: Literal["mlm"]
+    """Train encoders on the tokens that masks hide, drawn anew in each epoch."""
+    mlm_probability: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Fraction of each document's tokens to predict, to the nearest whole number, at least one.
+    80% of them become the mask token, 10% another token, and 10% stay (Devlin et al., 2019).
+    """
+
+
+class SequenceClassification(CrossEntropy, Kind):
+    """A label for each row."""
+
+    kind: Literal["sequence_classification"]
+    """Train encoders on the label of each row."""
+    labels: list[str] | None = None
+    """Names of the labels, in the order of their numbers.
+    null: those of the model if it is such a classifier, else those of the rows, sorted.
+    """
+
+
+class TokenClassification(CrossEntropy, Kind):
+    """A label for each word."""
+
+    kind: Literal["token_classification"]
+    """Train encoders on the label of each word, at its first token."""
+    labels: list[str] | None = None
+    """Names of the labels, in the order of their numbers.
+    null: those of the model if it is such a classifier, else those of the rows, sorted.
+    """
+
+
+class Seq2Seq(CrossEntropy, Kind):
+    """Answers of an encoder-decoder to prompts."""
+
+    kind: Literal["seq2seq"]
+    """Train encoder-decoders on answers; the encoder reads the prompt."""
+    source_prefix: str = ""
+    """Text before every prompt, such as "summarize: " for T5."""
+
+
+class SpanCorruption(CrossEntropy, Kind):
+    """Filling of spans by an encoder-decoder, as T5 is pretrained."""
+
+    kind: Literal["span_corruption"]
+    """Train encoder-decoders on spans that sentinel tokens replace, drawn anew in each epoch."""
+    noise_density: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Fraction of each document's tokens to hide, to the nearest whole number."""
+    mean_noise_span_length: Annotated[float, Field(ge=1)] = 3.0
+    """Mean number of tokens in a hidden span (Raffel et al., 2020)."""
+
+
+class TextInfilling(CrossEntropy, Kind):
+    """Restoring of text by an encoder-decoder, as BART is pretrained."""
+
+    kind: Literal["text_infilling"]
+    """Train encoder-decoders to restore text whose spans one mask each replaces, drawn anew."""
+    mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """Fraction of each document's tokens to hide, to the nearest whole number."""
+    poisson_lambda: Annotated[float, Field(ge=0.5)] = 3.0
+    """Mean number of tokens in a hidden span; one of none inserts a mask (Lewis et al., 2020)."""
+
+
+class Clm(CrossEntropy, Kind):
+    """Causal language modelling."""
+
+    kind: Literal["clm"]
+    """Train on every token of every row."""
+
+
+class Sft(CrossEntropy, Kind):
+    """Supervised fine-tuning."""
+
+    kind: Literal["sft"] = "sft"
+    """Train on answers, given their prompts."""
+
+
+class Preference(Section):
+    """Settings of all objectives that compare a chosen answer with rejected ones."""
+
+    sft_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the cross-entropy of the chosen answer's tokens, which keeps it likely."""
+
+
+class Dpo(Preference, Kind):
+    """Direct preference optimisation, and its relatives."""
+
+    kind: Literal["dpo"]
+    """Train on chosen and rejected answers, beside the model as it was before the first step."""
+    loss: Literal[
+        "sigmoid", "hinge", "ipo", "robust", "sigmoid_norm", "exo_pair", "nca_pair", "bco_pair",
+        "sppo_hard", "apo_zero", "apo_down", "discopop",
+    ] = "sigmoid"  # fmt: skip
+    """Loss of a pair (docs/preference.md has the formulas)."""
+    beta: PositiveNumber = 0.1
+    """Factor of what is compared; beside a reference, a smaller one lets answers move further."""
+    swap_probability: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Probability that the answers of a pair are swapped, in robust and exo_pair."""
+    divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = (
+        "reverse_kl"
+    )
+    """Divergence from the reference that the margin is measured by (Wang et al., 2023)."""
+    divergence_alpha: PositiveNumber = 0.5
+    """Order of alpha_divergence; 1 is reverse_kl."""
+    discopop_tau: PositiveNumber = 0.05
+    """Temperature of the blend in discopop."""
+    ld_alpha: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Weight of the tokens beyond the length that both answers have (Liu et al., 2024).
+    null: 1, all tokens count.
+    """
+
+
+class Cpo(Preference, Kind):
+    """Contrastive preference optimisation."""
+
+    kind: Literal["cpo"]
+    """Train on chosen and rejected answers, without a reference (Xu et al., 2024)."""
+    beta: PositiveNumber = 0.1
+    """Factor of what is compared; beside a reference, a smaller one lets answers move further."""
+    sft_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the cross-entropy of the chosen answer's tokens, which keeps it likely."""
+
+
+class Simpo(Preference, Kind):
+    """Simple preference optimisation."""
+
+    kind: Literal["simpo"]
+    """Train on chosen and rejected answers by their log-probability per token, no reference."""
+    beta: PositiveNumber = 2.0
+    """Factor of what is compared; beside a reference, a smaller one lets answers move further."""
+    gamma: Annotated[float, Field(ge=0)] = 1.0
+    """How far the chosen answer should lead, after the factor."""
+
+
+class Orpo(Kind):
+    """Odds ratio preference optimisation."""
+
+    kind: Literal["orpo"]
+    """Train a base model on chosen answers, and away from rejected ones (Hong et al., 2024)."""
+    beta: PositiveNumber = 0.1
+    """Factor of what is compared; beside a reference, a smaller one lets answers move further."""
