@@ -269,22 +269,28 @@ def test_in_float16_the_gradient_of_the_head_is_summed_in_float32():
 # Log-probabilities and entropies
 
 
-def of_all_logits(model, inputs, labels, positions):
-    log_SV = torch.log_softmax(model(**inputs).logits.flatten(0, 1)[positions].float(), -1)
+def of_all_logits(model, inputs, labels, positions, temperature=1.0):
+    logits = model(**inputs).logits.flatten(0, 1)[positions].float()
+    log_SV = torch.log_softmax(logits / temperature, -1)
     return log_SV.gather(1, labels[:, None])[:, 0], -(log_SV.exp() * log_SV).sum(-1)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "temperature", "holds"),
+    [*((name, 1.0, False) for name in MODELS), ("gemma2", 0.7, False), ("gemma2", 0.7, True)],
+)
 def test_log_probabilities_and_entropies_are_those_of_all_logits_and_so_are_their_gradients(
-    chunks_of_a_few, name
+    chunks_of_a_few, name, temperature, holds
 ):
+    """The temperature divides what the model makes of its logits, here capped ones."""
     model = make(name)
     given = batch()
     factors = torch.randn(len(given[1]), generator=torch.Generator().manual_seed(2))
-    logprobs, entropy = of_all_logits(model, *given)
+    logprobs, entropy = of_all_logits(model, *given, temperature)
     wanted = gradients(model, (logprobs * factors).sum() + 0.1 * (entropy * factors).sum())
     head.install(model)
-    answers = asked(model, *given, want=("logprobs", "entropy"))
+    model.holds_all_logits = holds
+    answers = asked(model, *given, want=("logprobs", "entropy"), temperature=temperature)
     torch.testing.assert_close(answers["logprobs"], logprobs, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(answers["entropy"], entropy, rtol=1e-5, atol=1e-5)
     found = gradients(

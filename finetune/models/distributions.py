@@ -53,15 +53,16 @@ class Distribution:
 
 def logprobs_in_chunks(
     project: Project, hidden: torch.Tensor, labels: torch.Tensor, vocab_size: int,
-    finish: LogitTransform, with_entropy: bool,
+    finish: LogitTransform, with_entropy: bool, temperature: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return log-probabilities and entropies (or nothing) of hidden [S, H], labels int64 [S].
 
-    Float32 [S], in nats.
+    Float32 [S], in nats; `temperature` divides the logits.
     """
 
     def of(states_CH: torch.Tensor, labels_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return logprobs_and_entropy(finish(project(states_CH).float()), labels_C, with_entropy)
+        logits_CV = finish(project(states_CH).float())
+        return logprobs_and_entropy(logits_CV, labels_C, with_entropy, temperature)
 
     parts = cross_entropy.chunks(len(hidden), vocab_size * 4, cross_entropy.CHUNK_BYTES)
     logprobs, entropies = zip(

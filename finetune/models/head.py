@@ -45,6 +45,7 @@ class Question:
     over the vocabulary (Szegedy et al., 2016). block_bytes: bytes of logits that nll holds in
     float32 at once; None: what suits the device. ends int64 [D]: where in the flattened hidden
     states documents end, for scores; -1: elsewhere. reference and beta: of the divergence.
+    temperature: what divides the logits of logprobs and entropy.
     """
 
     labels: torch.Tensor
@@ -56,6 +57,7 @@ class Question:
     ends: torch.Tensor | None = None
     reference: Distribution | None = None
     beta: float = 0.0
+    temperature: float = 1.0
 
 
 OF_TOKENS = frozenset({"nll", "logprobs", "entropy", "divergence"})
@@ -129,7 +131,9 @@ def _of_logits(logits: torch.Tensor, question: Question) -> Answers:
         smoothing = question.label_smoothing
         answers["nll"] = cross_entropy_sum(logits, labels, question.weights, smoothing)
     if question.want & {"logprobs", "entropy"}:
-        found = logprobs_and_entropy(logits, labels, "entropy" in question.want)
+        found = logprobs_and_entropy(
+            logits, labels, "entropy" in question.want, question.temperature
+        )
         answers |= _named(found, question)
     if question.reference is not None:
         others = question.reference.logits(question.reference.states)
@@ -155,8 +159,9 @@ def _of_states(
         )  # fmt: skip
     if question.want & {"logprobs", "entropy"}:
         found = logprobs_in_chunks(
-            project, hidden, question.labels, vocab_size, finish, "entropy" in question.want
-        )
+            project, hidden, question.labels, vocab_size, finish, "entropy" in question.want,
+            question.temperature,
+        )  # fmt: skip
         answers |= _named(found, question)
     if question.reference is not None:
         answers["divergence"] = divergence_in_chunks(

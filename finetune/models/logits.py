@@ -44,13 +44,17 @@ def cross_entropy_sum(
 
 
 def logprobs_and_entropy(
-    logits_SV: torch.Tensor, labels_S: torch.Tensor, with_entropy: bool
+    logits_SV: torch.Tensor, labels_S: torch.Tensor, with_entropy: bool, temperature: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return log-probabilities of labels and entropies of distributions, float32 [S], nats.
 
-    For logits that are all there. Without `with_entropy` the second is empty.
+    For logits that are all there; `temperature` divides them. Without `with_entropy` the second is
+    empty.
     """
-    log_SV = torch.log_softmax(logits_SV.float(), -1)
+    logits_SV = logits_SV.float()
+    if temperature != 1.0:
+        logits_SV = logits_SV / temperature
+    log_SV = torch.log_softmax(logits_SV, -1)
     logprobs = log_SV.gather(1, labels_S[:, None])[:, 0]
     return logprobs, -(log_SV.exp() * log_SV).sum(-1) if with_entropy else logprobs.new_zeros(0)
 

@@ -46,19 +46,19 @@ class Policy:
 
     def __call__(
         self, batch: Batch, want: Iterable[str], *, label_smoothing: float = 0.0,
-        reference: Distribution | None = None, beta: float = 0.0,
+        reference: Distribution | None = None, beta: float = 0.0, temperature: float = 1.0,
     ) -> Answers:  # fmt: skip
         """Run one forward pass. `want`: fields of `Answers`; `label_smoothing` is nll's.
 
-        `reference`, `beta`: of the divergence. Ask at once for all that you need of a batch:
-        processes that share the weights gather them once a pass. Raises ValueError for what the
-        policy cannot answer.
+        `reference`, `beta`: of the divergence. `temperature` divides the logits of logprobs and
+        entropy, as in sampling. Ask at once for all that you need of a batch: processes that share
+        the weights gather them once a pass. Raises ValueError for what the policy cannot answer.
         """
         wanted = self.known(want)
         require_reference(wanted, batch, reference, beta)
         question = Question(
             batch.labels, batch.positions, wanted, batch.weights, label_smoothing,
-            ends=batch.ends, reference=reference, beta=beta,
+            ends=batch.ends, reference=reference, beta=beta, temperature=temperature,
         )  # fmt: skip
         found = self.model(**batch.inputs, question=question)
         if "scores" in found:

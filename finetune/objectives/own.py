@@ -312,7 +312,7 @@ class _Rehearsal(Policy):
 
     def __call__(
         self, batch: Batch, want: Any, *, label_smoothing: float = 0.0,
-        reference: Distribution | None = None, beta: float = 0.0,
+        reference: Distribution | None = None, beta: float = 0.0, temperature: float = 1.0,
     ) -> Answers:  # fmt: skip
         wanted = self.known(want)
         self.asked.append(sorted(wanted))
@@ -327,7 +327,8 @@ class _Rehearsal(Policy):
             self._drawn(*shape) for shape in ((tokens, VOCABULARY), (tokens,), (documents,))
         )
         self.calls += 1
-        logprobs, entropy = logprobs_and_entropy(logits, torch.zeros_like(batch.labels), True)
+        labels = torch.zeros_like(batch.labels)
+        logprobs, entropy = logprobs_and_entropy(logits, labels, True, temperature)
         weighted = logprobs if batch.weights is None else batch.weights * logprobs
         answers: dict[str, Any] = {
             "nll": -weighted.sum(), "logprobs": logprobs, "entropy": entropy, "values": values,
