@@ -32,6 +32,8 @@ from finetune.models import recompute, scalar_heads
 
 
 class Fsdp2(Sharing):
+    shards_frozen = True
+
     def __init__(
         self, parallel: ParallelConfig, device: torch.device, dtype: torch.dtype | None,
         on_main: OnMain,
@@ -48,6 +50,15 @@ class Fsdp2(Sharing):
     def prepare(
         self, model: nn.Module, make_optimizer: MakeOptimizer, **_: Any
     ) -> tuple[nn.Module, Any]:
+        """Shard it, and make the optimizer of the shards."""
+        self._distribute(model)
+        return model, make_optimizer(model)
+
+    def share_frozen(self, model: nn.Module) -> nn.Module:
+        self._distribute(model)
+        return model
+
+    def _distribute(self, model: nn.Module) -> None:
         """Shard the empty model, then broadcast one weight at a time from the main process."""
         self._store_as_floats(model)
         weights = {name: p.detach() for name, p in model.named_parameters()}
@@ -64,7 +75,6 @@ class Fsdp2(Sharing):
         if self.dtype is not None:
             root.forward = _in_precision(root.forward, self.device, self.dtype)
         self._verify(model, root)
-        return model, make_optimizer(model)
 
     def _shard(self, model: nn.Module, root: Any) -> None:
         """Shard layers, head, embedding and the rest, each gathered as a unit.

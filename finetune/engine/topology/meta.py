@@ -43,6 +43,22 @@ def put_buffers(model: nn.Module, buffers: dict[str, torch.Tensor], device: torc
         model.get_submodule(path)._buffers[leaf] = buffer.to(device, copy=True)
 
 
+def send(model: nn.Module, on_main: Any, device: torch.device) -> None:
+    """Move a model to a device, with weights and buffers of the main process. Collective.
+
+    Tied weights stay tied. `on_main`: as in sharing.py.
+    """
+    buffers = on_main(lambda: buffers_of(model))
+    if is_empty(model):
+        move(model, device)
+    else:
+        model.to(device)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            torch.distributed.broadcast(parameter.data.view(-1).view(torch.uint8), src=0)
+    put_buffers(model, buffers, device)
+
+
 def outline(model: nn.Module) -> list[Any]:
     """Return what all processes must agree on before weights are sent."""
     return [

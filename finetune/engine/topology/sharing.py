@@ -23,6 +23,8 @@ class Sharing(ABC):
     """Base of the ways to share a model. Every method is collective unless it says otherwise."""
 
     on_main: OnMain
+    shards_frozen = False
+    """Whether `share_frozen` gives each process a part of a model, not a copy."""
 
     @abstractmethod
     def prepare(
@@ -34,6 +36,14 @@ class Sharing(ABC):
         Afterwards every process has the weights of the main process; the others may give a model
         without weights. Call `make_optimizer` when parameters are where they will be. Raises
         ConfigError if the model is not shared as the topology file asks.
+        """
+
+    @abstractmethod
+    def share_frozen(self, model: nn.Module) -> nn.Module:
+        """Move a model that never trains to the device, and share it as this topology can.
+
+        Afterwards every process has the weights of the main process; the others may give a model
+        without weights. Its passes compute as those of the model that trains.
         """
 
     def unwrap(self, model: Any) -> Any:

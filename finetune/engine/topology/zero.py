@@ -60,9 +60,7 @@ class Zero(Sharing):
         only when it arrives. By default the engine would put the whole model on the device first.
         """
         buffers = self.on_main(lambda: meta.buffers_of(model))
-        for parameter in model.parameters():  # `zero.Init` shards them in their present dtype
-            if self.dtype is not None and parameter.is_floating_point():
-                parameter.data = parameter.data.to(self.dtype)
+        self._in_arithmetic(model)  # `zero.Init` shards weights in their present dtype
         if meta.is_empty(model):
             meta.move(model, "cpu")
         config = {
@@ -88,6 +86,21 @@ class Zero(Sharing):
         meta.put_buffers(model, buffers, self.device)
         self._verify(accumulation_steps, max_norm)
         return self.engine, optimizer
+
+    def share_frozen(self, model: nn.Module) -> nn.Module:
+        """Give each process a copy, in the dtype in which DeepSpeed computes.
+
+        An engine counts passes and shards one model: a second engine without an optimizer would
+        have to be whole when the first one's backward pass computes logits again.
+        """
+        self._in_arithmetic(model)
+        meta.send(model, self.on_main, self.device)
+        return model
+
+    def _in_arithmetic(self, model: nn.Module) -> None:
+        for parameter in model.parameters():
+            if self.dtype is not None and parameter.is_floating_point():
+                parameter.data = parameter.data.to(self.dtype)
 
     def _verify(self, accumulation_steps: int, max_norm: float) -> None:
         """Raise ConfigError unless the engine has the settings that were asked for."""

@@ -1,0 +1,83 @@
+"""A companion answers like its model, without gradient, dropout or trained weights."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import forget_process_state, pretrained
+
+from finetune import config as configs
+from finetune.data.batches import _lay_end_to_end
+from finetune.data.views import Document
+from finetune.engine import companion
+from finetune.engine.topology import Topology
+from finetune.errors import ModelError
+from finetune.models import load
+
+pytestmark = pytest.mark.slow
+
+
+def a_batch():
+    """Two documents end to end; the last tokens of each are supervised."""
+    documents = []
+    for number, length in enumerate((9, 14)):
+        ids, positions = np.arange(length) * (number + 3) % 256, np.arange(3, length - 1)
+        documents.append(Document(ids, ids[positions + 1], positions, number, {}))
+    return _lay_end_to_end(documents, 0)
+
+
+def loaded(workshop, name="companion", precision="fp32", **settings):
+    config, _ = configs.parse(["--config", str(workshop.write(workshop.config(name, **settings)))])
+    forget_process_state()
+    topology = Topology(precision)
+    about = load.load_config(config.model)
+    tokenizer = load.load_tokenizer(config.model)
+    about = load.complete(about, config.model, tokenizer)
+    return companion.load(
+        config, topology, model_config=about, tokenizer=tokenizer, attention="documents"
+    )
+
+
+def plain(model, batch):
+    """Log-probabilities of the labels by the model's own forward, a document at a time."""
+    found, begin = [], 0
+    for length in batch.lengths:
+        ids = batch.inputs["input_ids"][:, begin : begin + length]
+        logits = model(input_ids=ids).logits[0].float().log_softmax(-1)
+        own = batch.positions[(batch.positions >= begin) & (batch.positions < begin + length)]
+        found += [logits[each - begin, ids[0, each + 1 - begin]] for each in own.tolist()]
+        begin += length
+    return torch.stack(found).detach()
+
+
+def test_a_companion_answers_like_its_model(workshop):
+    from transformers import AutoModelForCausalLM
+
+    model = workshop.train("teacher", model__init="random") / "model"
+    batch = a_batch()
+    found = loaded(workshop, **pretrained(model), train__neftune_alpha=5.0)
+    answers = found(batch, {"logprobs", "distribution"})
+    own = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    torch.testing.assert_close(answers.logprobs, plain(own, batch), rtol=1e-5, atol=1e-5)
+    assert not answers.logprobs.requires_grad
+    assert not any(p.requires_grad for p in found.policy.model.parameters())
+    assert found.why_all_logits is None
+    kept = answers.distribution
+    logits = kept.logits(kept.states).log_softmax(-1)
+    of_labels = logits.gather(1, batch.labels[:, None])[:, 0]
+    torch.testing.assert_close(of_labels, answers.logprobs)
+
+
+def test_its_fingerprint_is_that_of_its_weights(workshop):
+    one, same, other = (loaded(workshop, run__seed=seed) for seed in (0, 0, 1))
+    assert one.sha256 == same.sha256 != other.sha256
+
+
+def test_a_companion_with_broken_weights_is_refused(workshop):
+    from safetensors.torch import load_file, save_file
+
+    model = workshop.train("teacher") / "model"
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="NaN"):
+        loaded(workshop, **pretrained(model))
