@@ -29,6 +29,7 @@ from finetune.data import (
     tokens,
 )
 from finetune.data.chat_templates import load as load_template
+from finetune.data.mismatched import mismatched
 from finetune.data.places import list_columns
 from finetune.data.problems import Skipping
 from finetune.data.source_files import Sources
@@ -144,9 +145,14 @@ def prepare(
     check_lengths(parts, config, model_config)
     check_warmup(config, num_steps)
     topology.on_every(lambda: _rehearse_objective(config, objective, train_batches))
-    if objective_kind(config.objective.kind).compares:
-        for part in filter(None, (train, evals)):
-            pairs.require(part.examples)
+    kind = objective_kind(config.objective.kind)
+    for each in filter(None, (train_batches, eval_batches)):
+        if kind.rates:
+            pairs.require(each.in_memory.examples, kind.compares)
+        if objective.mismatches(config.objective):
+            given = each.in_memory.examples
+            beside = mismatched(given, wanted.max_length, config.run.seed)
+            each.mismatched = each.with_examples(beside)
     identity = {
         **_identity(train_batches, eval_batches, tokenizer, template), "model": architecture,
         **code_identity(config),
@@ -187,8 +193,9 @@ def _known_labels(config: Config, model_config: Any) -> tuple[str, ...]:
 
 def _in_format(config: Config) -> config_fields.Data:
     """Return the settings of the data with the format of an objective that reads only one."""
-    wanted, formats = config.data, objective_kind(config.objective.kind).formats
-    if wanted.format != "auto" or len(formats) != 1:
+    wanted, kind = config.data, objective_kind(config.objective.kind)
+    formats = kind.formats
+    if wanted.format != "auto" or not (kind.rates or len(formats) == 1):
         return wanted
     return wanted.model_copy(update={"format": formats[0]})
 

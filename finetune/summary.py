@@ -79,6 +79,8 @@ def notes(config: Config, data: Data, model: ModelFacts, check_only: bool = Fals
             "data.window_gb, train.max_steps: training starts with the rows counted here; the "
             "others are tokenised meanwhile"
         )
+    columns = data.train.sequences.examples.first_ones().columns
+    found += chosen(config.objective).notes(config.objective, columns)
     found += [*data.sources.notes, *_surprises(config, data), *_template_notes(config, data)]
     found += [*_stops_without_effect(config, data), *_data_without_effect(config, data)]
     if not check_only:

@@ -230,7 +230,7 @@ def test_losses_and_gradients_equal_trls(tmp_path, kind, values):
     )  # fmt: skip
     rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
     trainer = trl.DPOTrainer(
-        _as_trl_wants(model), _as_trl_wants(frozen), args=arguments, train_dataset=rows,
+        as_trl_wants(model), as_trl_wants(frozen), args=arguments, train_dataset=rows,
         processing_class=bytes_tokenizer(),
     )  # fmt: skip
     trainer.model.zero_grad()
@@ -279,7 +279,7 @@ def test_objectives_without_a_reference_equal_trls(kind, values):
     assert nll.weight == {"cpo": 1.0, "simpo": 0.0, "orpo": 1.0}[kind]
 
 
-def _as_trl_wants(model):
+def as_trl_wants(model):
     """The same weights in a model that no forward of ours wraps."""
     from transformers import AutoModelForCausalLM
 

@@ -24,6 +24,7 @@ from finetune.config.objective_fields import (
     Cpo,
     CrossEntropy,
     Dpo,
+    Kto,
     MaskedLm,
     Orpo,
     Seq2Seq,
@@ -49,7 +50,7 @@ from finetune.config.yaml_text import from_yaml, read_yaml
 
 __all__ = [
     "OWN_CODE", "PADDED_ATTENTION", "PUT_BACK", "Adapter", "Check", "Config", "Cpo",
-    "CrossEntropy", "Data", "Dpo", "Full", "Lora", "MaskedLm", "Model", "Optimizer", "Orpo",
+    "CrossEntropy", "Data", "Dpo", "Full", "Kto", "Lora", "MaskedLm", "Model", "Optimizer", "Orpo",
     "OwnObjective", "QLora", "Schedule", "Seq2Seq", "SequenceClassification", "Simpo",
     "SpanCorruption", "TextInfilling", "TokenClassification",
     "accumulation_steps", "base", "code_identity", "conflicts", "differences", "flatten",

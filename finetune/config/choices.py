@@ -12,6 +12,8 @@ LossOn = Literal["completion", "each_turn", "last_turn", "all"]
 """Which turns of a conversation to train on."""
 
 
+RATED = ("preference", "unpaired", "choices")
+"""Formats of answers that are rated."""
 PREFERENCES = ("preference",)
 REFERENCE = "reference"
 """What an objective needs that compares with the weights before the first step."""
@@ -34,6 +36,11 @@ class ObjectiveKind:
     def compares(self) -> bool:
         """Whether it compares a chosen answer with rejected ones."""
         return self.formats == PREFERENCES
+
+    @property
+    def rates(self) -> bool:
+        """Whether it learns from answers that are rated: compared, or good or bad."""
+        return bool(self.formats) and set(self.formats) <= set(RATED)
 
     @property
     def is_framed(self) -> bool:
@@ -69,6 +76,9 @@ OBJECTIVES: Mapping[str, ObjectiveKind] = {
     "orpo": ObjectiveKind(formats=PREFERENCES, learns=PREFERS, lr=(5e-6, 5e-5)),
     "simpo": ObjectiveKind(formats=PREFERENCES, learns=PREFERS, lr=PREFERENCE_LR),
     "cpo": ObjectiveKind(formats=PREFERENCES, learns=PREFERS, lr=PREFERENCE_LR),
+    "kto": ObjectiveKind(
+        formats=("unpaired", "preference"), learns="which answers are good", lr=PREFERENCE_LR
+    ),
 }
 
 

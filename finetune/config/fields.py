@@ -20,6 +20,7 @@ from finetune.config.objective_fields import (
     Clm,
     Cpo,
     Dpo,
+    Kto,
     MaskedLm,
     Orpo,
     Seq2Seq,
@@ -451,11 +452,11 @@ class Config(Section):
     objective: Annotated[
         SerializeAsAny[
             Clm | MaskedLm | SequenceClassification | TokenClassification | Seq2Seq
-            | SpanCorruption | TextInfilling | Dpo | Orpo | Simpo | Cpo | Sft | OwnObjective
+            | SpanCorruption | TextInfilling | Dpo | Orpo | Simpo | Cpo | Kto | Sft | OwnObjective
         ],
         by_kind(
             Sft, Clm, MaskedLm, SequenceClassification, TokenClassification, Seq2Seq,
-            SpanCorruption, TextInfilling, Dpo, Orpo, Simpo, Cpo, own=own_objective,
+            SpanCorruption, TextInfilling, Dpo, Orpo, Simpo, Cpo, Kto, own=own_objective,
         ),
     ] = Sft()  # fmt: skip
     """The loss."""

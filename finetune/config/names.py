@@ -133,8 +133,9 @@ _ADVICE = {
         "overwrite_output_dir"
     ),
     "reward models are not yet supported; objective.kind is clm or sft": "reward_model",
-    "preference tuning (DPO, KTO) is not yet supported; objective.kind is clm or sft": (
-        "beta ref_model"
+    "it is a setting of objective.kind: dpo, kto, cpo, simpo or orpo, as objective.beta": "beta",
+    "the reference of objective.kind: dpo and kto is the model as it was before the first step": (
+        "ref_model"
     ),
     "preference tuning and reinforcement learning are not yet supported; objective.kind is clm or "
     "sft": "rl",
@@ -161,7 +162,6 @@ REMOVED: dict[str, tuple[object, str]] = {
 }
 
 _PREFERENCE = "{} is a loss of dpo here: objective.kind: dpo, objective.loss; or orpo, simpo, cpo"
-_KTO = "{} is not yet supported; use dpo on pairs, or sft on the good answers alone"
 _REWARD = "reward models are not yet supported; train the reward model elsewhere"
 _REINFORCE = (
     "reinforcement learning ({}) is not yet supported; sample answers, keep the good ones, and use "
@@ -178,7 +178,6 @@ _FLOAT16 = "weights in float16 are not supported; use bfloat16, or train.precisi
 _NOT_YET = {
     "objective.kind": {
         _PREFERENCE: "preference rlhf ipo bco apo robust hinge",
-        _KTO: "kto",
         _REWARD: "reward rm reward_model reward_modeling prm",
         _REINFORCE: "ppo grpo rloo reinforce rl gspo dapo policy_gradient",
         _DISTILL: "distill distillation gkd kd",

@@ -108,7 +108,7 @@ class Dpo(Preference, Kind):
         "sigmoid", "hinge", "ipo", "robust", "sigmoid_norm", "exo_pair", "nca_pair", "bco_pair",
         "sppo_hard", "apo_zero", "apo_down", "discopop",
     ] = "sigmoid"  # fmt: skip
-    """Loss of a pair (docs/preference.md has the formulas)."""
+    """Loss of a pair, or in kto of an answer (docs/preference.md has the formulas)."""
     beta: PositiveNumber = 0.1
     """Factor of what is compared; beside a reference, a smaller one lets answers move further."""
     swap_probability: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
@@ -147,6 +147,21 @@ class Simpo(Preference, Kind):
     """Factor of what is compared; beside a reference, a smaller one lets answers move further."""
     gamma: Annotated[float, Field(ge=0)] = 1.0
     """How far the chosen answer should lead, after the factor."""
+
+
+class Kto(Kind):
+    """Kahneman-Tversky optimisation."""
+
+    kind: Literal["kto"]
+    """Train on answers that are good or bad, each by itself, beside the model as it was before."""
+    loss: Literal["kto", "apo_zero_unpaired"] = "kto"
+    """Loss of a pair, or in kto of an answer (docs/preference.md has the formulas)."""
+    beta: PositiveNumber = 0.1
+    """Factor of what is compared; beside a reference, a smaller one lets answers move further."""
+    desirable_weight: PositiveNumber = 1.0
+    """Weight of good answers."""
+    undesirable_weight: PositiveNumber = 1.0
+    """Weight of bad answers."""
 
 
 class Orpo(Kind):

@@ -13,11 +13,12 @@ from finetune.config.choices import (
     OPTIMIZERS,
     PADDED_FAMILIES,
     QUANTIZATIONS,
+    RATED,
     REFERENCE,
     objective_kind,
 )
 from finetune.config.fields import COLUMNS, PADDED_ATTENTION, Config, Full, Lora, QLora
-from finetune.config.objective_fields import Dpo
+from finetune.config.objective_fields import Dpo, Kto
 from finetune.config.own import OwnObjective
 
 PLACES = (
@@ -27,8 +28,6 @@ PLACES = (
 # Defaults that ask for nothing, so that writing them out does no harm.
 NOTHING: tuple[object, ...] = (None, False, 0, [], {}, "none", "auto", "default")
 # Settings that the adapter in adapter.path decides.
-# Formats of rated answers.
-RATED = ("preference", "unpaired", "choices")
 # Losses of dpo that think some pairs swapped, and those that do not take the margin of a pair.
 NOISY = ("robust", "exo_pair")
 BY_ANSWER = ("nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down")
@@ -106,7 +105,7 @@ def _objective_conflicts(config: Config) -> Iterator[str]:
     if objective_kind(objective.kind).is_framed:
         yield from _conflicts_of_rows(config)
         return
-    if objective_kind(objective.kind).compares:
+    if objective_kind(objective.kind).rates:
         yield from _preference_conflicts(config)
         return
     if trains_on_all:
@@ -127,16 +126,27 @@ def _objective_conflicts(config: Config) -> Iterator[str]:
 
 
 def _preference_conflicts(config: Config) -> Iterator[str]:
-    """List settings that do not fit an objective that compares answers."""
+    """List settings that do not fit an objective of rated answers."""
     data, objective = config.data, config.objective
-    if data.format not in ("auto", "preference") and not own_code.is_own(data.format):
+    row = objective_kind(objective.kind)
+    if data.format not in ("auto", *row.formats) and not own_code.is_own(data.format):
+        does = "compares" if row.compares else "judges"
         yield (
-            f"data.format: {data.format}, but objective.kind: {objective.kind} compares answers "
-            "and reads preference; set it to auto"
+            f"data.format: {data.format}, but objective.kind: {objective.kind} {does} answers "
+            f"and reads {' or '.join(row.formats)}; set it to auto"
         )
     if data.truncation == "split":
-        yield "data.truncation: split would part answers from their prompts; use drop or right"
-    if data.loss_on != "completion":
+        yield "data.truncation: split would part answers from their prompts; use drop"
+    if isinstance(objective, Kto) and data.truncation in ("right", "left"):
+        yield (
+            f"data.truncation: {data.truncation} would cut what a label judges as a whole; use drop"
+        )
+    if isinstance(objective, Kto) and data.loss_on in ("each_turn", "all"):
+        yield (
+            f"data.loss_on: {data.loss_on}: a label judges answers; take completion, or last_turn "
+            "for the last answer alone"
+        )
+    if row.compares and data.loss_on != "completion":
         yield (
             f"data.loss_on: would be ignored: objective.kind: {objective.kind} compares the turns "
             "in which the answers differ; remove it"

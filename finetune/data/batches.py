@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from finetune.data.columns import Columns
+from finetune.data.examples import Examples
 from finetune.data.order import Sequences
 from finetune.data.stream import GrowingOrder, StreamedSequences
 from finetune.data.views import Document
@@ -56,6 +57,8 @@ class Batch:
     """int64 [D]: in a group, the documents that count here; example and columns are theirs."""
     num_documents: int = 0
     """Of the whole sequences, without fillers: what `document` counts up to."""
+    mismatched: "Batch | None" = None
+    """The prompts of these documents, each with the answer of another (`data.mismatched`)."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "columns", Columns(self.columns))
@@ -91,10 +94,11 @@ class Batch:
         ids, places = (stretch(self.inputs[name]) for name in ("input_ids", "position_ids"))
         inputs = {**_end_to_end(ids, places, lengths), "sequence_group": group}
         weights = None if self.weights is None else self.weights[mine]
+        mismatched = self.mismatched and self.mismatched.part(index, count, group)
         return Batch(
             inputs, self.labels[mine], self.positions[mine] - where.start, self.document[mine],
             example, ends, lengths, counts, weights, columns, of_tokens, group, owned,
-            self.num_documents,
+            self.num_documents, mismatched,
         )  # fmt: skip
 
     def to(self, device: torch.device) -> "Batch":
@@ -115,6 +119,8 @@ class Batch:
         def apply(value: Any) -> Any:
             if isinstance(value, dict):
                 return {name: apply(each) for name, each in value.items()}
+            if isinstance(value, Batch):
+                return value._each(change)
             if not isinstance(value, torch.Tensor):
                 return value
             if id(value) not in changed:
@@ -138,6 +144,7 @@ class Batches:
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.rank, self.num_processes = rank, num_processes
         self.padded, self.pad_id = padded, pad_id
+        self.mismatched: Batches | None = None
         self._order: tuple[int, np.ndarray | WindowedOrder | GrowingOrder] | None = None
 
     @property
@@ -145,6 +152,13 @@ class Batches:
         """Return the sequences where all their lengths are in memory: without data.streaming."""
         assert isinstance(self.sequences, Sequences)
         return self.sequences
+
+    def with_examples(self, examples: Examples) -> "Batches":
+        """Return batches of other examples, as many and in the same order."""
+        other = copy.copy(self)
+        other.sequences = copy.copy(self.in_memory)
+        other.sequences.examples, other.mismatched = examples, None
+        return other
 
     @property
     def starts_early(self) -> bool:
@@ -249,7 +263,10 @@ class Batches:
         for name, kind in view.token_columns(known).items():
             parts = [np.zeros(0, kind), *(each.token_columns[name] for each in documents)]
             of_tokens[name] = torch.from_numpy(np.concatenate(parts))
-        return replace(batch, columns=columns, weights=weights, token_columns=of_tokens)
+        beside = self.mismatched._collated(sequences, epoch) if self.mismatched else None
+        return replace(
+            batch, columns=columns, weights=weights, token_columns=of_tokens, mismatched=beside
+        )
 
     def of_sequence(self, sequence: int) -> Batch:
         """Return one sequence alone, as it stands in its micro-batch."""

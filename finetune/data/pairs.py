@@ -1,6 +1,4 @@
-"""Answers to one prompt that an objective compares: what has to hold of their tokens."""
-
-from collections.abc import Iterator
+"""Rated answers, compared with each other or judged alone: what has to hold of their tokens."""
 
 import numpy as np
 
@@ -8,19 +6,19 @@ from finetune.data.examples import Examples
 from finetune.data.problems import Problems
 
 LABEL = "label"
-"""The column that is 1 for the chosen answer of an example and 0 for the others."""
+"""The column that is 1 for chosen, or good, answers and 0 for the others."""
 
 
-def require(examples: Examples) -> None:
-    """Raise DataError, with file and line, for answers that cannot be compared as tokens.
+def require(examples: Examples, are_compared: bool) -> None:
+    """Raise DataError, with file and line, for answers whose tokens cannot be learned from.
 
-    The prompt has to be the same tokens before each answer, and the answers have to differ.
+    Compared answers have to follow the same tokens of a prompt, and to differ.
     """
     problems = Problems()
     if examples.weights is not None:
         problems.note(
-            f"{examples.sources[0]}: messages have a weight, which a comparison of answers would "
-            "ignore; remove it"
+            f"{examples.sources[0]}: messages have a weight, which an objective of rated answers "
+            "would ignore; remove it"
         )
     if LABEL not in examples.columns:
         problems.note(
@@ -30,32 +28,36 @@ def require(examples: Examples) -> None:
     problems.raise_if_any()
     for example in range(len(examples)):
         problems.num_rows += 1
-        for what in _wrong(examples, example):
+        if what := _wrong(examples, example, are_compared):
             problems.note(f"{examples.place(example)}: {what}")
     problems.raise_if_any()
 
 
-def _wrong(examples: Examples, example: int) -> Iterator[str]:
-    """Yield what is wrong with an example."""
+def _wrong(examples: Examples, example: int, are_compared: bool) -> str:
+    """Return what is wrong with an example, or nothing."""
     parts = [examples.input.span(number) for number in examples.documents(example)]
-    ids = [examples.input.ids[part] for part in parts]
     supervised = [examples.supervised[part] for part in parts]
     labels = examples.columns[LABEL][examples.documents(example)]
-    if labels.sum() != 1:
-        yield f"has {int(labels.sum())} chosen answers; give one"
-        return
-    begins = [int(each.argmax()) if each.any() else len(each) for each in supervised]
+    if not np.isin(labels, (0, 1)).all():
+        return f"has the labels {labels.tolist()}; give 1 for a good answer and 0 for another"
+    if are_compared and labels.sum() != 1:
+        return f"has {int(labels.sum())} chosen answers; give one"
     if not all(each[1:].any() for each in supervised):
-        yield "an answer has no tokens; fill it or remove the row"
-        return
+        return "an answer has no tokens; fill it or remove the row"
+    ids = [examples.input.ids[part] for part in parts]
+    return _difference(ids, supervised, int(labels.argmax())) if are_compared else ""
+
+
+def _difference(ids: list[np.ndarray], supervised: list[np.ndarray], chosen: int) -> str:
+    """Return what is wrong with answers to one prompt, or nothing."""
+    begins = [int(each.argmax()) for each in supervised]
     prompts = [each[:begin] for each, begin in zip(ids, begins)]
     if not all(np.array_equal(prompts[0], prompt) for prompt in prompts[1:]):
-        yield (
+        return (
             "the template writes the prompt in another way before the rejected answer than before "
             "the chosen one, so their log-probabilities cannot be compared; use another template"
         )
-        return
-    chosen = int(labels.argmax())
-    for number, answer in enumerate(ids):
-        if number != chosen and np.array_equal(answer, ids[chosen]):
-            yield "the chosen and a rejected answer are the same tokens; remove the row"
+    others = (answer for number, answer in enumerate(ids) if number != chosen)
+    if any(np.array_equal(answer, ids[chosen]) for answer in others):
+        return "the chosen and a rejected answer are the same tokens; remove the row"
+    return ""

@@ -19,6 +19,7 @@ from finetune.errors import DataError
 
 ASKED = ("messages", "prompt", "question", "instruction")
 LABELS = ("label", "kto_tag")
+PAIRS = {"chosen", "rejected"}, {"preferred_output", "non_preferred_output"}
 GOLD = ("gold", "answerKey", "answer", "label", "answer_index")
 CHOICES = ("choices", "options", "endings")
 YES = {"true", "1", "1.0", "yes", "desirable", "good", "chosen", "up"}
@@ -198,8 +199,11 @@ def _compared(
 
 
 def _unpaired(row: Row, columns: Mapping[str, str]) -> Found:
-    """Read one answer that is good or bad (KTO)."""
-    name = _require_name(row, columns, "label", LABELS)
+    """Read one answer that is good or bad (KTO), or a pair, which has one of each."""
+    name = _name(row, columns, "label", LABELS)
+    if name is None and any(pair <= row.values.keys() for pair in PAIRS):
+        return _preference(row, columns)
+    name = name or _require_name(row, columns, "label", LABELS)
     value = row.values.get(name)
     word = str(value).strip().lower()
     if word not in YES | NO:

@@ -6,7 +6,6 @@ is a file of the run directory, and its hash is part of what a resuming run has 
 starts from an adapter compares with that adapter, as these are its weights.
 """
 
-import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -40,9 +39,12 @@ class Reference:
         """`num_steps`: of the run; rows that it never reaches get no number. `of`: what it is
         computed from, by name.
         """
-        self._parts = [train, *([evals] if evals else [])]
-        self._steps = [range(min(num_steps, train.steps_per_epoch))]
-        self._steps += [range(each.steps_per_epoch) for each in self._parts[1:]]
+        self._parts, self._steps = list[Batches](), list[range]()
+        for part in filter(None, (train, evals)):
+            steps = min(num_steps, part.steps_per_epoch) if part is train else part.steps_per_epoch
+            for each in filter(None, (part, part.mismatched)):
+                self._parts.append(each)
+                self._steps.append(range(steps))
         self._of = files.json_sha256({**of, "steps": [len(steps) for steps in self._steps]})
         self.values = np.zeros(0, np.float32)
         """Of all tokens of both, one after the other; NaN where nothing is supervised."""
@@ -90,7 +92,8 @@ class Reference:
         begin = 0
         for part in self._parts:
             end = begin + len(part.in_memory.examples.input.ids)
-            part.sequences = _with_column(part, REFERENCE, self.values[begin:end])
+            examples = _with_column(part, REFERENCE, self.values[begin:end])
+            part.sequences = part.with_examples(examples).sequences
             begin = end
 
 
@@ -102,11 +105,9 @@ def _damaged(path: Path) -> RunDirectoryError:
 
 
 def _with_column(batches: Batches, name: str, values: np.ndarray) -> Any:
-    """Return the sequences of batches with one more column of tokens."""
-    sequences = copy.copy(batches.in_memory)
-    columns = {**sequences.examples.token_columns, name: values}
-    sequences.examples = replace(sequences.examples, token_columns=columns)
-    return sequences
+    """Return the examples of batches with one more column of tokens."""
+    examples = batches.in_memory.examples
+    return replace(examples, token_columns={**examples.token_columns, name: values})
 
 
 def _of_part(
@@ -115,9 +116,8 @@ def _of_part(
 ) -> np.ndarray:  # fmt: skip
     """Return the log-probability of each token of the examples' arrays, float32 [tokens]."""
     size = len(batches.in_memory.examples.input.ids)
-    numbered = copy.copy(batches)
     numbers = np.arange(size, dtype=np.int32 if size < 2**31 else np.int64)
-    numbered.sequences = _with_column(batches, PLACE, numbers)
+    numbered = batches.with_examples(_with_column(batches, PLACE, numbers))
     sums, times = np.zeros(size, np.float32), np.zeros(size, np.uint16)
     was_training = policy.model.training
     policy.model.eval()

@@ -81,8 +81,8 @@ def _samples(
         repair_turns=reading.repair_turns,
     )  # fmt: skip
     samples = list(islice(stream, limit))
-    if format == "preference":
-        samples = [_chosen(each) for each in samples]
+    if format in ("preference", "unpaired"):
+        samples = [found for each in samples if (found := _chosen(each))]
     if reading.thinking == "drop":
         for number, sample in enumerate(samples):
             with problems.noted(sample.row):
@@ -92,8 +92,10 @@ def _samples(
     return samples
 
 
-def _chosen(sample: Sample) -> Sample:
-    """Return a row of several answers with the chosen one alone, as the right one."""
+def _chosen(sample: Sample) -> Sample | None:
+    """Return a row of rated answers with the good one alone, as the right one; None without it."""
+    if 1.0 not in sample.fields["label"]:
+        return None
     number = sample.fields["label"].index(1.0)
     return replace(sample, conversations=(sample.conversations[number],))
 

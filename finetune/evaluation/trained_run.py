@@ -90,7 +90,7 @@ class TrainedRun:
         """Return how its rows are read."""
         data, format = self.settings["data"], self.settings["data"].get("format", "auto")
         learns = objective_kind(self.settings.get("objective", {}).get("kind", "sft"))
-        if format == "auto" and learns.compares:
+        if format == "auto" and learns.rates:
             format = learns.formats[0]
         return Reading(
             format, dict(data.get("columns") or {}),

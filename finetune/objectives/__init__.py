@@ -6,6 +6,7 @@ from finetune.config import OwnObjective
 from finetune.objectives.base import Encoding, Objective, Term
 from finetune.objectives.classification import SequenceLabels, WordLabels
 from finetune.objectives.clm import Clm
+from finetune.objectives.kto import Kto
 from finetune.objectives.mlm import Mlm
 from finetune.objectives.own import Own
 from finetune.objectives.preference import Cpo, Dpo, Orpo, Simpo
@@ -13,8 +14,9 @@ from finetune.objectives.seq2seq import Answers, CorruptedSpans, Infilled
 from finetune.objectives.sft import Sft
 
 OBJECTIVES: dict[str, Objective] = {
-    "clm": Clm(), "cpo": Cpo(), "dpo": Dpo(), "mlm": Mlm(), "orpo": Orpo(), "seq2seq": Answers(),
-    "sequence_classification": SequenceLabels(), "sft": Sft(), "simpo": Simpo(),
+    "clm": Clm(), "cpo": Cpo(), "dpo": Dpo(), "kto": Kto(), "mlm": Mlm(), "orpo": Orpo(),
+    "seq2seq": Answers(), "sequence_classification": SequenceLabels(), "sft": Sft(),
+    "simpo": Simpo(),
     "span_corruption": CorruptedSpans(), "text_infilling": Infilled(),
     "token_classification": WordLabels(),
 }  # fmt: skip

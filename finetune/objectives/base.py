@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import BaseModel
 
@@ -74,6 +75,14 @@ class Objective:
         """Whether `prepare` computes anything."""
         return type(self).prepare is not Objective.prepare
 
+    def mismatches(self, settings: Any) -> bool:
+        """Return whether batches have `mismatched`, prompts with the answers of other rows."""
+        return False
+
+    def notes(self, settings: Any, columns: Mapping[str, np.ndarray]) -> list[str]:
+        """Return what may surprise about the training rows, from their columns [documents]."""
+        return []
+
     def supervises(self, loss_on: str) -> str:
         """Return which part of a row is supervised, in the words of data.loss_on."""
         return loss_on
@@ -128,5 +137,6 @@ def total(terms: Sequence[Term], divisors: Mapping[str, float | torch.Tensor]) -
 
 def with_blank_reference(batch: Batch) -> Batch:
     """Return a batch with zeros as its reference, for a trial before there is one."""
-    zeros = torch.zeros(len(batch.labels))
-    return replace(batch, token_columns={REFERENCE: zeros, **batch.token_columns})
+    columns = {REFERENCE: torch.zeros(len(batch.labels)), **batch.token_columns}
+    beside = batch.mismatched and with_blank_reference(batch.mismatched)
+    return replace(batch, token_columns=columns, mismatched=beside)

@@ -115,20 +115,30 @@ def preferences(count=40):
     return rows
 
 
+def judged(count=40):
+    """Single answers, good or bad, and every tenth row a pair of both."""
+    return [
+        pair if i % 10 == 0 else
+        {"prompt": pair["prompt"], "completion": pair["chosen"] + "?" * (i % 3), "label": i % 3 > 0}
+        for i, pair in enumerate(preferences(count))
+    ]  # fmt: skip
+
+
 ROWS = {
     "mlm": texts, "sequence_classification": reviews, "token_classification": entities,
     "seq2seq": orders, "span_corruption": texts, "text_infilling": texts,
-    "dpo": preferences, "simpo": preferences, "orpo": preferences,
+    "dpo": preferences, "simpo": preferences, "orpo": preferences, "kto": judged,
 }  # fmt: skip
 MODELS = {"seq2seq": T5, "span_corruption": T5, "text_infilling": BART}
 SETTINGS = {
     name: {"model__config": MODELS.get(name, BERT), "objective__kind": name} for name in ROWS
 }
-for name in ("dpo", "simpo", "orpo"):
+for name in ("dpo", "simpo", "orpo", "kto"):
     SETTINGS[name]["model__config"] = TINY_LLAMA
 # The tokens of longer answers count half, and those of chosen answers a second time.
 SETTINGS["dpo"] |= {"objective__ld_alpha": 0.5, "objective__sft_weight": 0.5}
-PACKED = ["mlm", "token_classification", "dpo", "simpo", "orpo"]
+SETTINGS["kto"] |= {"objective__beta": 0.5, "objective__undesirable_weight": 2.0}
+PACKED = ["mlm", "token_classification", "dpo", "simpo", "orpo", "kto"]
 
 
 def settings(workshop, name):

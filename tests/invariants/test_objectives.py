@@ -24,6 +24,7 @@ WAYS = {
 }
 TERMS = {
     "Unlikelihood": "unlikelihood", "Pairwise": "margin", "Scored": "value", "Near": "divergence",
+    "kto": "z",
 }  # fmt: skip
 
 
