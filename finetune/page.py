@@ -4,11 +4,13 @@ The page asks no network for anything, which its content security policy enforce
 reader's light or dark mode, and fits a narrow screen.
 """
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from finetune import failures, files
 from finetune.errors import UserError
@@ -23,6 +25,8 @@ CONTROLS: dict[int, str] = {
     0x7F: "\u2421",
     **{code: f"\\x{code:02x}" for code in range(0x80, 0xA0)},
 }
+# What JSON leaves as it is and a page must not hold; "<" could end a script before its time.
+ESCAPED = {code: f"\\u{code:04x}" for code in (ord("<"), *range(0x7F, 0xA0), *range(0xD800, 0xE000))}
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1e; --paper: #fff; --soft: #6b6b70; --line: #d8d8dc;
@@ -76,6 +80,11 @@ def text(content: object) -> str:
 def plain(content: str) -> str:
     """Return text without control characters, of which a terminal would obey some."""
     return content.translate(CONTROLS)
+
+
+def data(values: Any) -> str:
+    """Return values as JSON that a script on a page may hold."""
+    return json.dumps(values, ensure_ascii=False, separators=(",", ":")).translate(ESCAPED)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

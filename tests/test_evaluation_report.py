@@ -29,7 +29,7 @@ from finetune.evaluation import (
 from finetune.evaluation.results_file import read, write
 from finetune.evaluation.trained_run import TrainedRun
 
-HOSTILE = "</script><script>alert(1)</script> | `x` **b** \x1b[2J \x7f \ud800"
+HOSTILE = "</script><script>alert(1)</script> | `x` **b** \x1b[2J \x7f \x85 \ud800"
 
 
 def analysed(made, **more):
@@ -104,10 +104,10 @@ def test_rows_cannot_break_the_page_or_the_markdown():
     assert written.count("<script") == 2  # the data and the program
     assert "alert(1)" in written
     assert "</script><script>alert" not in written
-    assert "\x1b" not in written
+    assert not re.findall("[\x1b\x7f-\x9f]", written)
     data = re.search(r'id="data">(.*?)</script>', written, re.DOTALL)[1]
     answers = json.loads(data)["rows"][1]["answers"]
-    assert answers["base"]["text"] == HOSTILE.replace("\ud800", "\\ud800").replace("\x7f", "\u2421")
+    assert answers["base"]["text"] == HOSTILE.replace("\ud800", "\\ud800")
     text = report.markdown(found)
     assert "\x1b" not in text
     assert "&lt;script>" in text

@@ -1,6 +1,5 @@
 """The rows of a report on a page: filtered, sorted, paged, each answer compared word by word."""
 
-import json
 from typing import Any
 
 from finetune import page
@@ -17,9 +16,7 @@ def html(found: ResultsFile) -> str:
 
     The rows are data and the script makes text of them, so that none of it can be taken for HTML.
     """
-    data = json.dumps(_data(found), ensure_ascii=False, separators=(",", ":"))
-    data = page.plain(data).replace("<", "\\u003c")
-    return f'{FORM}<script type="application/json" id="data">{data}</script>'
+    return f'{FORM}<script type="application/json" id="data">{page.data(_data(found))}</script>'
 
 
 def button(kind: str, value: object, name: str) -> str:

@@ -60,9 +60,8 @@ def write(path: Path, answers: Mapping[str, Sequence[Completion]], option: str) 
 def html(shown: Sequence[Mapping[str, Any]], seed: int) -> str:
     content = json.dumps(shown)
     identity = hashlib.sha256(f"{seed} {content}".encode()).hexdigest()[:16]
-    data = json.dumps({"pairs": shown, "seed": seed, "identity": identity})
-    # "<" would end the script where a text holds "</script>".
-    script = f"const DATA = {data.replace('<', chr(92) + 'u003c')};\n{SCRIPT}"
+    data = page.data({"pairs": shown, "seed": seed, "identity": identity})
+    script = f"const DATA = {data};\n{SCRIPT}"
     return page.page(TITLE, BODY, STYLE, script)
 
 

@@ -1,6 +1,5 @@
 """The page of `finetune chat --web`: two answers side by side, and a vote."""
 
-import json
 from collections.abc import Sequence
 
 from finetune import page
@@ -191,7 +190,5 @@ def html(
         "models": list(models), "token": token, "file": file, "system": system, "longest": longest,
         "blind": is_blind,
     }  # fmt: skip
-    # In a script, only "</" and "<!--" could end the text before its time.
-    shown = json.dumps(setup).replace("<", "\\u003c")
-    script = f"const SETUP = {shown};\n{SCRIPT}"
+    script = f"const SETUP = {page.data(setup)};\n{SCRIPT}"
     return page.page(title, BODY, STYLE, script, policy=POLICY)
