@@ -5,6 +5,7 @@ import html
 import io
 import json
 import random
+import socket
 import threading
 
 import httpx2
@@ -378,6 +379,7 @@ def test_settings_of_a_request_reach_the_model(by_rule):
         "top_p": 0.5, "seed": 3, "stop": "x", "max_completion_tokens": 4, "logprobs": True,
         "top_logprobs": 2, "user": "me", "presence_penalty": 0, "tools": [], "n": None,
     }  # fmt: skip
+    asked["messages"][0] |= {"refusal": None, "annotations": []}
     assert post(by_rule, asked).status_code == 200
     assert by_rule.owner.service.asked == [
         ("base", "ab", Sampling(4, 0.0, 0.5, 3, ("x",), 2))
@@ -431,6 +433,8 @@ def test_a_stream_makes_the_same_answer_in_pieces(by_rule):
         ({**HI, "max_tokens": 0}, 400, "max_tokens: Input should be greater than"),
         ({**HI, "stop": [""]}, 400, "stop"), ({**HI, "seed": 2**64}, 400, "seed"),
         ({**HI, "top_logprobs": 21}, 400, "top_logprobs"),
+        ({**HI, "messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}]}, 400,
+         "messages.0.tool_calls: this server does not support it"),
     ],
 )  # fmt: skip
 def test_a_wrong_request_gets_an_error_as_openais(by_rule, values, status, words):
@@ -449,6 +453,10 @@ def test_other_paths_methods_and_large_bodies_are_refused(by_rule, monkeypatch):
     assert WEB.get(f"{by_rule.url}/etc/passwd").status_code == 404
     assert post(by_rule, HI, "/v2/chat").status_code == 404
     assert WEB.request("PUT", f"{by_rule.url}/v1/models").status_code == 501
+    with socket.create_connection(by_rule.server_address) as raw:  # what no client sends
+        head = f"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: {'9' * 5_000}\r\n\r\n"
+        raw.sendall(head.encode())
+        assert raw.recv(12) == b"HTTP/1.1 413"
     monkeypatch.setattr(http, "MOST_BYTES", 10)
     assert post(by_rule, HI).status_code == 413
 
@@ -458,6 +466,7 @@ def test_pages_of_other_sites_cannot_ask(by_rule):
     assert post(by_rule, HI, Host="evil.example").status_code == 403
     assert post(by_rule, HI, Origin="http://evil.example").status_code == 403
     assert post(by_rule, HI, Origin="null").status_code == 403
+    assert post(by_rule, HI, Origin="http://[").status_code == 403
     assert post(by_rule, HI, **{"Content-Type": "text/plain"}).status_code == 415
     assert by_rule.owner.service.asked == []
     assert post(by_rule, HI, Origin=by_rule.url).status_code == 200

@@ -24,6 +24,8 @@ class Part(BaseModel):
 
 
 class Turn(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part]
 
@@ -106,11 +108,10 @@ def parsed(kind: type[ChatRequest] | type[TextRequest], values: Mapping[str, Any
 
     A field that this server does not know passes if its value asks for nothing, as 0 or null does.
     """
-    known = {
-        name: value
-        for name, value in values.items()
-        if name in kind.model_fields or (name not in NOTES and value)
-    }
+    known = _asking(kind, values)
+    if isinstance(turns := known.get("messages"), list):
+        turns = [_asking(Turn, turn) if isinstance(turn, dict) else turn for turn in turns]
+        known["messages"] = turns
     known = {name: value for name, value in known.items() if value is not None}
     _require_characters(known)
     try:
@@ -120,6 +121,15 @@ def parsed(kind: type[ChatRequest] | type[TextRequest], values: Mapping[str, Any
     if isinstance(request, TextRequest) and not (request.prompts and all(request.prompts)):
         raise Rejected(400, "prompt: is empty; give some text", "prompt")
     return request
+
+
+def _asking(kind: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that ask for something."""
+    return {
+        name: value
+        for name, value in values.items()
+        if name in kind.model_fields or (name not in NOTES and value)
+    }
 
 
 def _rejection(exc: ValidationError) -> Rejected:
