@@ -5,7 +5,7 @@ import threading
 import chat_server
 import pytest
 import torch
-from conftest import read_jsonl, tiny_llama
+from conftest import read_jsonl, tiny_llama, write_jsonl
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from finetune import endpoint
@@ -202,6 +202,28 @@ def test_processes_share_the_prompts_and_the_first_has_all(tmp_path, monkeypatch
     assert engines[1].numbers == list(range(SHARD, 2 * SHARD))
     assert len(engines[0].numbers) == 2 * SHARD
     assert [each.text for each in found[0]] == [f"to {each.question}" for each in rows]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seconds", "1"), ("seconds", float("nan")), ("seed", True), ("token_ids", 5),
+        ("token_ids", ["a"]), ("row", ["rows.jsonl", "1", 0]), ("reference", 5), ("model", None),
+        ("prompt", [{"role": "user", "content": "a", "context": 5}]), ("fields", []),
+    ],
+)  # fmt: skip
+def test_an_edited_line_is_left_out_and_noted(tmp_path, name, value):
+    path, notes = tmp_path / "answers.jsonl", []
+    saved = Answers(path)
+    for number, each in enumerate(PROMPTS[:2]):
+        saved.add(str(number), "base", "x", Completion(each, "a"))
+    first, second = read_jsonl(path)
+    write_jsonl(path, [first | {name: value}, second])
+    [left] = answers.read(str(path), notes.append)["base"]
+    assert left.prompt == PROMPTS[1]
+    again = Answers(path, notes.append)
+    assert notes == 2 * [f"note: {path}:1 holds no answer, and is left out"]
+    assert again.get("0", PROMPTS[0]) is None
 
 
 def test_saved_answers_are_read_without_rows_or_models(tmp_path):

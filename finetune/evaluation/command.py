@@ -260,7 +260,7 @@ def _rescore(arguments: argparse.Namespace) -> None:
         output.require(Path(arguments.output), arguments.answers)
     report_files.require(arguments, None)
     asked = scores.named(arguments.scores)
-    answers = saved_answers.read(arguments.answers)
+    answers = saved_answers.read(arguments.answers, generate.log)
     prompts = [each.prompt for each in next(iter(answers.values()))][: arguments.limit]
     answers = {name: given[: arguments.limit] for name, given in answers.items()}
     clusters = held_out.grouped(prompts, arguments.group)

@@ -7,11 +7,13 @@ which model: an answer with the same key is not asked for again.
 
 import fcntl
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from finetune import failures
@@ -22,6 +24,11 @@ from finetune.generation.completions import Completion, Prompt
 from finetune.generation.engines import SHARD, Decoding, Engine
 
 REASONS = ("stop", "length", "failed")
+FIELDS: dict[str, type | UnionType] = {
+    "key": str, "model": str, "row": list, "prompt": list, "reference": str | None, "answer": str,
+    "seed": int | None, "seconds": int | float, "token_ids": list, "fields": dict,
+}  # fmt: skip
+TEXTS = ("role", "content")  # of a message of a prompt
 POLL_SECONDS = 0.5
 
 
@@ -154,14 +161,17 @@ def local_process() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def read(path: str) -> dict[str, list[Completion]]:
+def read(
+    path: str, log: Callable[[str], None] = lambda text: None
+) -> dict[str, list[Completion]]:
     """Return model -> the answers to the rows that all models of a file have answered.
 
-    The last answer of a model to a row counts. Raises DataError.
+    The last answer of a model to a row counts. `log` gets a note on lines without an answer. Raises
+    DataError.
     """
     found: dict[str, dict[tuple[str, str], Completion]] = {}
     try:
-        for values in _read_lines(Path(path)):
+        for values in _read_lines(Path(path), log):
             prompt = _prompt(values)
             row = (prompt.place, prompt.question)
             found.setdefault(values["model"], {})[row] = _completion(values, prompt)
@@ -180,11 +190,18 @@ def read(path: str) -> dict[str, list[Completion]]:
     return {model: [of[row] for row in rows] for model, of in found.items()}
 
 
-def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+def _read_lines(path: Path, log: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    wrong = []
     with path.open("rb") as file:
-        for line in file:
+        for number, line in enumerate(file, 1):
             if (values := _values(line)) is not None:
                 yield values
+            elif line.strip():
+                wrong.append(number)
+    if wrong:
+        place, more = f"{printable(str(path))}:{wrong[0]}", len(wrong) - 1
+        several = f" and {more:,} more lines hold no answer, and are left out"
+        log(f"note: {place}{several if more else ' holds no answer, and is left out'}")
 
 
 def _line(key: str, model: str, identity: str, completion: Completion) -> bytes:
@@ -211,14 +228,16 @@ def _values(line: bytes) -> dict[str, Any] | None:
     try:
         values = json.loads(line)
         is_whole = (
-            isinstance(values, dict)
-            and all(isinstance(values[name], str) for name in ("key", "model", "answer"))
+            all(isinstance(values[name], kind) for name, kind in FIELDS.items())
+            and type(values["seed"]) is not bool
             and values["finish_reason"] in REASONS
-            and isinstance(values["fields"], dict)
-            and all(isinstance(turn["content"], str) for turn in values["prompt"])
-            and len(values["row"]) == 3
+            and math.isfinite(values["seconds"])
+            and list(map(type, values["row"])) == [str, int, int]
+            and all(type(each) is int for each in values["token_ids"])
+            and all(isinstance(turn[name], str) for turn in values["prompt"] for name in TEXTS)
+            and all(isinstance(turn.get("context", ""), str) for turn in values["prompt"])
         )
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
     return values if is_whole else None
 
@@ -226,15 +245,15 @@ def _values(line: bytes) -> dict[str, Any] | None:
 def _prompt(values: Mapping[str, Any]) -> Prompt:
     source, line, row = values["row"]
     turns = [
-        Message(str(turn.get("role", "user")), turn["content"], context=turn.get("context", ""))
+        Message(turn["role"], turn["content"], context=turn.get("context", ""))
         for turn in values["prompt"]
     ]
-    place = Place(str(source), int(line), int(row))
-    return Prompt(Conversation(tuple(turns), place), values.get("reference"), values["fields"])
+    place = Place(source, line, row)
+    return Prompt(Conversation(tuple(turns), place), values["reference"], values["fields"])
 
 
 def _completion(values: Mapping[str, Any], prompt: Prompt) -> Completion:
     return Completion(
-        prompt, values["answer"], values["finish_reason"], tuple(values.get("token_ids") or ()),
-        values.get("seed"), float(values.get("seconds") or 0.0),
+        prompt, values["answer"], values["finish_reason"], tuple(values["token_ids"]),
+        values["seed"], float(values["seconds"]),
     )  # fmt: skip
