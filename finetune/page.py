@@ -26,7 +26,9 @@ CONTROLS: dict[int, str] = {
     **{code: f"\\x{code:02x}" for code in range(0x80, 0xA0)},
 }
 # What JSON leaves as it is and a page must not hold; "<" could end a script before its time.
-ESCAPED = {code: f"\\u{code:04x}" for code in (ord("<"), *range(0x7F, 0xA0), *range(0xD800, 0xE000))}
+ESCAPED = {
+    code: f"\\u{code:04x}" for code in (ord("<"), *range(0x7F, 0xA0), *range(0xD800, 0xE000))
+}
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1e; --paper: #fff; --soft: #6b6b70; --line: #d8d8dc;

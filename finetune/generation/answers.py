@@ -161,9 +161,7 @@ def local_process() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def read(
-    path: str, log: Callable[[str], None] = lambda text: None
-) -> dict[str, list[Completion]]:
+def read(path: str, log: Callable[[str], None] = lambda text: None) -> dict[str, list[Completion]]:
     """Return model -> the answers to the rows that all models of a file have answered.
 
     The last answer of a model to a row counts. `log` gets a note on lines without an answer. Raises
