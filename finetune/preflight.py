@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from finetune import extras, kernels, own_code
 from finetune.config import Config, base, code_identity
 from finetune.config import fields as config_fields
@@ -132,6 +134,8 @@ def prepare(
         else _sequences(config, sources, template, tokenizer, options, view)
     )
     families.set_labels(model_config, train.examples.labels)
+    if families.of(config) == families.SCORES:
+        _part_padding(model_config, tokenizer, [each.examples for each in (train, evals) if each])
     template = replace(template, learn_opening=train.examples.learn_opening)
     if objective.has_turns:
         example = tokenised.first_that_fits(sources.train, template, options)
@@ -221,6 +225,13 @@ def _for_shards(options: tokenised.Options, sources: Sources, format: str) -> to
     names, skips = list(sources.train), options.skipping.skips
     shape = rows.own_shape(names, options.text_unit, options.columns, options.format, skips)
     return replace(options, shape=shape)
+
+
+def _part_padding(model_config: Any, tokenizer: Any, parts: Sequence[Any]) -> None:
+    """Take a pad token that ends no document: the class of a reward model reads the one before."""
+    ends = {int(each) for p in parts for each in np.unique(p.input.ids[p.input.ends - 1])}
+    load.part_padding(tokenizer, ends)
+    model_config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
 
 def _columns(wanted: config_fields.Data, sources: Sources, format: str) -> str:

@@ -44,12 +44,22 @@ from finetune.export.publish import Writing
 from finetune.export.save import Base
 from finetune.export.verify import probe_logits
 from finetune.generation import generate
-from finetune.models import adapters, base_identity, float8, load, parameters, scalar_heads
+from finetune.models import (
+    adapters,
+    base_identity,
+    document_scores,
+    families,
+    float8,
+    load,
+    parameters,
+    scalar_heads,
+)
 from finetune.models.policy import Policy
 from finetune.objectives import Objective, chosen
 from finetune.preflight import Data
 from finetune.survival.preemption import StopFlag
 
+SCORED = 2  # documents, one pair, that an export scores
 EXPORT = "the export"  # where the run is after the last step
 LATER: Any = None  # the value of a field until `loop` has come so far
 
@@ -293,6 +303,7 @@ class Run:
             weights = adapters.in_base_dtype(model, weights)
         weights = scalar_heads.without(weights, model)
         logits = topology.on_every(lambda: probe_logits(model, topology.device))
+        scored = topology.on_every(self._scored)
         has_turns = self.objective.has_turns  # rows of plain text have no turns, so no template
         writing = Writing(
             self.directory.model, template if has_turns else None,
@@ -301,9 +312,18 @@ class Run:
         )  # fmt: skip
         topology.on_main(lambda: writing.save(
             model, weights, logits, self.data.tokenizer, precision=topology.precision,
-            device=topology.device, probe_dtype=topology.probe_dtype,
+            device=topology.device, probe_dtype=topology.probe_dtype, scored=scored,
         ))  # fmt: skip
         return writing
+
+    def _scored(self) -> document_scores.Scored | None:
+        """Score a few documents, to compare the export of a reward model with. Collective."""
+        if families.of(self.config) != families.SCORES:
+            return None
+        examples = self.data.train.in_memory.examples
+        documents = [examples.input.ids[examples.input.span(n)] for n in range(SCORED)]
+        model = self.topology.unwrap(self.state.model)
+        return document_scores.trained(model, documents, self.topology.device)
 
     def complete(self, export: Writing, step: int, reason: str, exported: int) -> None:
         """Verify and publish the model, here and in the store, and record that the run is complete.
@@ -330,7 +350,7 @@ class Run:
         lines = [f"  draw        {command} curves {path}"]
         if self.objective.has_turns and base is not None:
             lines.insert(0, f"  compare     {command} evaluate {self.to_compare()}")
-        if self.objective.has_turns:
+        if self.objective.has_turns and families.of(self.config) != families.SCORES:
             lines.insert(0, f"  chat        {command} chat {path}")
         if self.config.adapter.kind != "full":
             lines.append(f"  merge       {command} merge {path} --output {path}/merged")

@@ -470,7 +470,7 @@ def test_the_cache_avoids_an_unwritable_home(monkeypatch):
     ("key", "value", "advice"),
     [
         ("objective.kind", "ipo", "ipo is a loss of dpo here: objective.kind: dpo, objective.loss"),
-        ("objective.kind", "reward", "reward models are not yet supported"),
+        ("objective.kind", "rm", "rm is called reward here"),
         ("objective.kind", "grpo", "reinforcement learning (grpo) is not yet supported"),
         ("tracking.trackers", "mlflow", "MLflow is not yet supported; use tensorboard"),
         ("tracking.trackers", ["wandb", "mlflow"], "MLflow is not yet supported"),

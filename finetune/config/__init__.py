@@ -27,6 +27,7 @@ from finetune.config.objective_fields import (
     Kto,
     MaskedLm,
     Orpo,
+    Reward,
     Seq2Seq,
     SequenceClassification,
     Simpo,
@@ -51,7 +52,7 @@ from finetune.config.yaml_text import from_yaml, read_yaml
 __all__ = [
     "OWN_CODE", "PADDED_ATTENTION", "PUT_BACK", "Adapter", "Check", "Config", "Cpo",
     "CrossEntropy", "Data", "Dpo", "Full", "Kto", "Lora", "MaskedLm", "Model", "Optimizer", "Orpo",
-    "OwnObjective", "QLora", "Schedule", "Seq2Seq", "SequenceClassification", "Simpo",
+    "OwnObjective", "QLora", "Reward", "Schedule", "Seq2Seq", "SequenceClassification", "Simpo",
     "SpanCorruption", "TextInfilling", "TokenClassification",
     "accumulation_steps", "base", "code_identity", "conflicts", "differences", "flatten",
     "from_dict", "from_yaml", "json_schema", "note_repeats", "own_codes", "parse", "paths",

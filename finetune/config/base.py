@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from finetune import places
 from finetune.config import paths, quantized
 from finetune.config import values as allowed
-from finetune.config.choices import FAMILIES, instead_of, objective_kind
+from finetune.config.choices import DECODERS, FAMILIES, instead_of, objective_kind
 from finetune.config.model_files import (
     ADAPTER_WEIGHTS,
     AGAIN,
@@ -360,7 +360,7 @@ def architecture_problem(
     architecture = str(named[-1]) if isinstance(named, list) and named else ""
     is_one = architecture or f"a {model_config.get('model_type')}"
     family, found = objective_kind(objective).family, _family_of(model_config, architecture)
-    fitting = family if family in ("causal", "seq2seq") else "encoder"
+    fitting = "causal" if family in DECODERS else "seq2seq" if family == "seq2seq" else "encoder"
     if found == "seq2seq" and fitting == "causal":
         what = f"is an encoder-decoder ({is_one}), not a model that continues text"
         return f"{name} {what}; {instead_of(objective, 'seq2seq')}"
@@ -372,6 +372,10 @@ def architecture_problem(
             f"{name} is {WHAT_IT_IS[found]} ({is_one}), and objective.kind: {objective} trains "
             f"{FAMILIES[family]}; {instead}"
         )
+    if family == "scores" and architecture.endswith("ForSequenceClassification"):
+        count = len(model_config.get("id2label") or ()) or 2  # as transformers without labels
+        what = f"is a classifier of {count} labels ({architecture}), not a reward model"
+        return None if count == 1 else f"{name} {what}; give the model it was made from"
     original = "give the causal language model it was made from"
     for what, endings in OTHER_HEADS.items():
         if architecture.endswith(endings):

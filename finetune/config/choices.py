@@ -45,11 +45,13 @@ class ObjectiveKind:
     @property
     def is_framed(self) -> bool:
         """Whether rows have the tokenizer's own tokens around them, not a template."""
-        return self.family != "causal"
+        return self.family not in DECODERS
 
 
+DECODERS = ("causal", "scores")
 FAMILIES: Mapping[str, str] = {
     "causal": "a model that continues text, such as Llama or Qwen",
+    "scores": "a model that continues text, such as Llama or Qwen",
     "masked": "an encoder, such as BERT, RoBERTa or ModernBERT",
     "sequences": "an encoder, such as BERT, RoBERTa or ModernBERT",
     "tokens": "an encoder, such as BERT, RoBERTa or ModernBERT",
@@ -58,6 +60,7 @@ FAMILIES: Mapping[str, str] = {
 """Families of models, and what they are, in messages."""
 PADDED_FAMILIES = ("sequences", "seq2seq")
 CLASSIFIERS = ("sequences", "tokens")
+NEW_HEADS = (*CLASSIFIERS, "scores")
 PAIRS = ("prompt_completion", "question_answer", "instruction", "messages")
 PREFERS = "to prefer the chosen answer"
 # A twentieth of the rates of SFT: the loss is unbounded in the margin, and answers decay first
@@ -79,6 +82,8 @@ OBJECTIVES: Mapping[str, ObjectiveKind] = {
     "kto": ObjectiveKind(
         formats=("unpaired", "preference"), learns="which answers are good", lr=PREFERENCE_LR
     ),
+    # 1e-5 for all weights: Ouyang et al., 2022, take 9e-6; adapters ten times that.
+    "reward": ObjectiveKind("scores", PREFERENCES, "scores of answers", (1e-5, 1e-4)),
 }
 
 

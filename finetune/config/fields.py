@@ -23,6 +23,7 @@ from finetune.config.objective_fields import (
     Kto,
     MaskedLm,
     Orpo,
+    Reward,
     Seq2Seq,
     SequenceClassification,
     Sft,
@@ -49,7 +50,7 @@ BatchSize = Annotated[int, Field(gt=0, le=1_000_000)]
 COLUMNS = (
     "text", "question", "answer", "prompt", "completion", "instruction", "input", "output",
     "messages", "system", "tools", "history", "chosen", "rejected", "label", "choices", "gold",
-    "tokens", "labels", "role", "content", "user", "assistant",
+    "margin", "tokens", "labels", "role", "content", "user", "assistant",
 )  # fmt: skip
 # These train padded rectangles; the others take sequences end to end in one row.
 PADDED_ATTENTION = ("sdpa", "eager")
@@ -452,11 +453,12 @@ class Config(Section):
     objective: Annotated[
         SerializeAsAny[
             Clm | MaskedLm | SequenceClassification | TokenClassification | Seq2Seq
-            | SpanCorruption | TextInfilling | Dpo | Orpo | Simpo | Cpo | Kto | Sft | OwnObjective
+            | SpanCorruption | TextInfilling | Dpo | Orpo | Simpo | Cpo | Kto | Reward | Sft
+            | OwnObjective
         ],
         by_kind(
             Sft, Clm, MaskedLm, SequenceClassification, TokenClassification, Seq2Seq,
-            SpanCorruption, TextInfilling, Dpo, Orpo, Simpo, Cpo, Kto, own=own_objective,
+            SpanCorruption, TextInfilling, Dpo, Orpo, Simpo, Cpo, Kto, Reward, own=own_objective,
         ),
     ] = Sft()  # fmt: skip
     """The loss."""

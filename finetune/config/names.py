@@ -132,7 +132,7 @@ _ADVICE = {
     "a run never overwrites another; choose another run.name, or remove the directory": (
         "overwrite_output_dir"
     ),
-    "reward models are not yet supported; objective.kind is clm or sft": "reward_model",
+    "objective.kind: reward trains a reward model": "reward_model",
     "it is a setting of objective.kind: dpo, kto, cpo, simpo or orpo, as objective.beta": "beta",
     "the reference of objective.kind: dpo and kto is the model as it was before the first step": (
         "ref_model"
@@ -162,7 +162,7 @@ REMOVED: dict[str, tuple[object, str]] = {
 }
 
 _PREFERENCE = "{} is a loss of dpo here: objective.kind: dpo, objective.loss; or orpo, simpo, cpo"
-_REWARD = "reward models are not yet supported; train the reward model elsewhere"
+_REWARD = "{} is called reward here"
 _REINFORCE = (
     "reinforcement learning ({}) is not yet supported; sample answers, keep the good ones, and use "
     "sft on them"
@@ -178,7 +178,7 @@ _FLOAT16 = "weights in float16 are not supported; use bfloat16, or train.precisi
 _NOT_YET = {
     "objective.kind": {
         _PREFERENCE: "preference rlhf ipo bco apo robust hinge",
-        _REWARD: "reward rm reward_model reward_modeling prm",
+        _REWARD: "rm reward_model reward_modeling prm",
         _REINFORCE: "ppo grpo rloo reinforce rl gspo dapo policy_gradient",
         _DISTILL: "distill distillation gkd kd",
         "{} is called mlm here": "masked masked_lm",

@@ -164,6 +164,17 @@ class Kto(Kind):
     """Weight of bad answers."""
 
 
+class Reward(Kind):
+    """Reward models."""
+
+    kind: Literal["reward"]
+    """Train a model that scores answers on chosen and rejected ones (Ouyang et al., 2022)."""
+    center_rewards_coefficient: Annotated[float, Field(ge=0)] = 0.0
+    """Factor of the square of the sum of a pair's scores, which keeps scores around 0, such as
+    0.01 (Eisenstein et al., 2023).
+    """
+
+
 class Orpo(Kind):
     """Odds ratio preference optimisation."""
 

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from finetune import own_code
 from finetune.config.choices import (
     CLASSIFIERS,
+    DECODERS,
     FAMILIES,
+    NEW_HEADS,
     OBJECTIVES,
     OPTIMIZERS,
     PADDED_FAMILIES,
@@ -18,7 +20,7 @@ from finetune.config.choices import (
     objective_kind,
 )
 from finetune.config.fields import COLUMNS, PADDED_ATTENTION, Config, Full, Lora, QLora
-from finetune.config.objective_fields import Dpo, Kto
+from finetune.config.objective_fields import Dpo, Kto, Reward
 from finetune.config.own import OwnObjective
 
 PLACES = (
@@ -93,7 +95,7 @@ def _objective_conflicts(config: Config) -> Iterator[str]:
     needs_heads = isinstance(objective, OwnObjective) and set(objective.objective.needs) - {
         REFERENCE
     }
-    if not (needs_heads or objective_kind(objective.kind).family in CLASSIFIERS):
+    if not (needs_heads or objective_kind(objective.kind).family in NEW_HEADS):
         why = f"objective.kind: {name} has no value or score head in its `needs`"
         yield from _ignored(config, why, "optimizer.head_lr")
     if isinstance(objective, OwnObjective):
@@ -161,6 +163,13 @@ def _preference_conflicts(config: Config) -> Iterator[str]:
             f"data.streaming: objective.kind: {objective.kind} compares rows before the first "
             "step, for which they have to be in memory; set it to false"
         )
+    if "margin" in data.columns and not isinstance(objective, Reward):
+        yield (
+            f"data.columns: margin would be ignored: objective.kind: {objective.kind} takes none; "
+            "remove it"
+        )
+    if isinstance(objective, Reward) and config.evaluation.sample_prompts:
+        yield "evaluation.sample_prompts: a reward model does not write answers; remove it"
     if not isinstance(objective, Dpo):
         return
     loss = objective.loss
@@ -214,7 +223,7 @@ def _family_conflicts(config: Config) -> Iterator[str]:
             f"adapter.kind: qlora would quantise the new head that objective.kind: {kind} trains; "
             "use lora"
         )
-    if adapter != "full" and config.model.new_tokens and family != "causal":
+    if adapter != "full" and config.model.new_tokens and family not in DECODERS:
         yield (
             "model.new_tokens: cannot train beside adapters in a model whose parts share one "
             f"embedding, as objective.kind: {kind} trains; use adapter.kind: full"

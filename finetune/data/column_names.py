@@ -92,7 +92,8 @@ def columns_of(format: str) -> tuple[str, ...]:
         return LABELLED[format]
     if format in RATED:
         asked = [name for each in FORMATS.values() for name in each]
-        return tuple(dict.fromkeys([*RATED[format], *asked, "input", "system", "tools"]))
+        more = ["margin"] if format == "preference" else []
+        return tuple(dict.fromkeys([*RATED[format], *asked, "input", "system", "tools", *more]))
     also = ("prompt", "completion", *IN_MESSAGES) if format == "messages" else ()
     return (*FORMATS[format], *OPTIONAL.get(format, ()), *also)
 

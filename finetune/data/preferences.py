@@ -4,6 +4,7 @@
 own gets it as batch.columns["label"], a number for each document.
 """
 
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +21,8 @@ from finetune.errors import DataError
 ASKED = ("messages", "prompt", "question", "instruction")
 LABELS = ("label", "kto_tag")
 PAIRS = {"chosen", "rejected"}, {"preferred_output", "non_preferred_output"}
+MARGIN = "margin"
+"""The field that says by how much the chosen answer should lead."""
 GOLD = ("gold", "answerKey", "answer", "label", "answer_index")
 CHOICES = ("choices", "options", "endings")
 YES = {"true", "1", "1.0", "yes", "desirable", "good", "chosen", "up"}
@@ -38,7 +41,11 @@ def to_sample(
     conversations, labels, used = read(row, columns)
     if system_prompt is not None:
         conversations = [_with_system_prompt(each, system_prompt) for each in conversations]
-    return Sample(tuple(conversations), {"label": tuple(map(float, labels))}, row), used
+    fields = {"label": tuple(map(float, labels))}
+    if MARGIN in columns and format == "preference":
+        used = {*used, columns[MARGIN]}
+        fields[MARGIN] = (_margin(row, columns[MARGIN]),) * len(conversations)
+    return Sample(tuple(conversations), fields, row), used
 
 
 Found = tuple[list[Conversation], Sequence[float], set[str]]
@@ -92,6 +99,16 @@ def _preference(row: Row, columns: Mapping[str, str]) -> Found:
         for name, answer in answers
     ]
     return _compared(row, whole, tools, used)
+
+
+def _margin(row: Row, column: str) -> float:
+    value = row.values.get(column)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise DataError(
+            f"{row.place}: column {column!r} should be a number, by which the chosen answer leads, "
+            f"got {short(value)}"
+        )
+    return float(value)
 
 
 def _openai(row: Row) -> Found:

@@ -99,12 +99,11 @@ class Metrics:
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         if self.is_main:
             self._record(self.evals, {"step": step, **values})
-            own, entropy = values["eval_loss"], values["cross_entropy"]
-            beside = "" if own == entropy else f"cross-entropy {entropy:.4f}  "
-            log(
-                f"step {step}/{self.num_steps}  eval "
-                f"loss {own:.4f}  {beside}perplexity {values['perplexity']:.2f}"
-            )
+            own, entropy = values["eval_loss"], values.get("cross_entropy")
+            beside = "" if entropy in (own, None) else f"  cross-entropy {entropy:.4f}"
+            shown = "accuracy" if entropy is None else "perplexity"
+            beside += f"  {shown} {values[shown]:.2f}" if shown in values else ""
+            log(f"step {step}/{self.num_steps}  eval loss {own:.4f}{beside}")
 
     def saved(self, facts: dict[str, Any]) -> None:
         """Record a checkpoint: its step and size, how long it took and how long training waited."""

@@ -90,9 +90,9 @@ def evaluate(
         [],
     )
     loss = loss_of(added.values(), means)
-    entropy = means.pop(CROSS_ENTROPY)
-    perplexity = math.exp(entropy) if entropy < 700 else math.inf  # e^709 overflows
-    return {
-        "eval_loss": loss, **logged(means, loss), CROSS_ENTROPY: entropy, "perplexity": perplexity,
-        "eval_tokens": totals["tokens"],
-    }  # fmt: skip
+    entropy = means.pop(CROSS_ENTROPY, None)
+    found = {"eval_loss": loss, **logged(means, loss)}
+    if entropy is not None:
+        perplexity = math.exp(entropy) if entropy < 700 else math.inf  # e^709 overflows
+        found |= {CROSS_ENTROPY: entropy, "perplexity": perplexity}
+    return found | {"eval_tokens": totals["tokens"]}

@@ -83,6 +83,9 @@ def _load_adapter(
             base_identity.require_weights(model, record, folder, base)
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
+    if families.of_model(model) == families.SCORES:  # it reads the last token that is not padding
+        pad_id = load_tokenizer(folder, trust_remote_code).pad_token_id
+        model.config.get_text_config().pad_token_id = pad_id
     adapted = PeftModel.from_pretrained(model, str(folder))
     adapters.require_whole(adapted, str(folder))
     return adapted

@@ -29,6 +29,7 @@ from finetune.export.save import (
 )
 from finetune.export.verify import Trained, verify, verify_prompt
 from finetune.models import adapters
+from finetune.models.document_scores import Scored
 
 
 class Writing:
@@ -49,6 +50,7 @@ class Writing:
     def save(
         self, model: Any, weights: dict[str, torch.Tensor], logits: torch.Tensor, tokenizer: Any, *,
         precision: str, device: torch.device, probe_dtype: torch.dtype | None,
+        scored: Scored | None = None,
     ) -> None:  # fmt: skip
         """Save the model, whose weights may be sharded, with whole `weights`.
 
@@ -64,7 +66,7 @@ class Writing:
             if is_adapter else embedding_dtype(model, weights),
             probe_dtype, precision, is_adapter,
             stop_tokens(generation(model, tokenizer, template)),
-            with_template(tokenizer, template, system_prompt),
+            with_template(tokenizer, template, system_prompt), scored,
         )  # fmt: skip
 
     def publish(self) -> list[str]:

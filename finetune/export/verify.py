@@ -15,6 +15,7 @@ from finetune.errors import ExportError, ModelError, OutOfMemory
 from finetune.export.load import load, load_tokenizer
 from finetune.export.save import stop_tokens
 from finetune.models import adapters, attention_choice, attention_probe, families
+from finetune.models.document_scores import Scored, plain
 
 PROBE_TOKENS = 16
 # Largest difference of logits between the trained and the reloaded model, relative to the largest
@@ -41,6 +42,8 @@ class Trained:
     eos_token_id: int | list[int] | None
     tokenizer: Any
     """The exported one."""
+    scored: Scored | None = None
+    """Documents and their scores, of a reward model."""
 
 
 def verify(
@@ -50,7 +53,7 @@ def verify(
     """Open `folder` as a user would and compare it with what was trained. Raises ExportError.
 
     Every tensor must be equal bit for bit, no adapter may be zero, the logits of `probe_ids` must
-    agree, the tokenizer must give the same ids, and its chat template the prompt of training.
+    agree, and so must the scores of a reward model; the tokenizer must give the same ids, and its chat template the prompt of training.
     """
     has_room = True
     try:
@@ -92,7 +95,24 @@ def _verify_model(
     has_experts = attention_probe.has_experts(reloaded)
     if why := disagreement(logits, trained.logits, TOLERANCE[trained.precision], has_experts):
         raise ExportError(f"{folder}: {why} after reloading")
+    if trained.scored is not None:
+        require_scores(folder, reloaded, trained.scored, trained)
     return eos_token_id
+
+
+def require_scores(folder: Path, reloaded: Any, scored: Scored, trained: Trained) -> None:
+    """Raise ExportError if a reward model, as transformers opens it, scores documents otherwise.
+
+    Relative to the largest score, or 1, as `disagreement` does for logits.
+    """
+    found, wanted = plain(reloaded, scored.documents, trained.device), scored.scores
+    off = (found - wanted).abs().max() / wanted.abs().max().clamp(min=1)
+    tolerance = TOLERANCE[trained.precision]
+    if not off <= tolerance and not attention_probe.has_experts(reloaded):  # NaN differs
+        raise ExportError(
+            f"{folder}: scores {[round(each, 4) for each in found.tolist()]} of documents after "
+            f"reloading, and {[round(each, 4) for each in wanted.tolist()]} in training"
+        )
 
 
 def opened(open_: Callable[[], Any]) -> Any:

@@ -25,6 +25,7 @@ from finetune.models import (
     attention_choice,
     attention_probe,
     cross_entropy,
+    families,
     head,
     logits,
     recompute,
@@ -246,7 +247,7 @@ class Rehearsal:
             is_half, dtype = self.dtype is not None, self.dtype or torch.bfloat16
             with ledger, torch.set_grad_enabled(backward):
                 with torch.autocast("cpu", dtype, enabled=is_half, cache_enabled=False):
-                    loss = _loss(self.model, inputs, supervised, block_bytes)
+                    loss = _loss(self.model, self.base, inputs, supervised, block_bytes)
                 ledger.mark(LOSS)
                 if backward:
                     loss.backward()
@@ -286,11 +287,14 @@ def _block_bytes(on_gpu: bool) -> int:
 
 
 def _loss(
-    model: Any, inputs: dict[str, Any], supervised: torch.Tensor, block_bytes: int
+    model: Any, base: Any, inputs: dict[str, Any], supervised: torch.Tensor, block_bytes: int
 ) -> torch.Tensor:
     """Return the loss; `supervised`: int64 [S] of zeros, as only their number matters."""
-    question = head.Question(supervised, supervised, frozenset({"nll"}), block_bytes=block_bytes)
-    loss: torch.Tensor = model(**inputs, question=question)["nll"]
+    want = "scores" if families.of_model(base) == families.SCORES else "nll"
+    question = head.Question(
+        supervised, supervised, frozenset({want}), block_bytes=block_bytes, ends=supervised[:1]
+    )
+    loss: torch.Tensor = model(**inputs, question=question)[want].sum()
     return loss
 
 

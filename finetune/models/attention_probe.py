@@ -74,8 +74,21 @@ class _Probe:
             name: value.to(self.device) if isinstance(value, torch.Tensor) else value
             for name, value in inputs.items()
         }
+        if self.family == families.SCORES:
+            return self.scores(there)
         logits: torch.Tensor = self.model(**there).logits.float().flatten(0, -2)
         return logits
+
+    def scores(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """Return the score of each token, [12, 1]; the model's own forward keeps that of one."""
+        found: list[torch.Tensor] = []
+        layer = families.score_head(self.base)
+        hook = layer.register_forward_hook(lambda _, __, scores: found.append(scores))
+        try:
+            self.model(**inputs)
+        finally:
+            hook.remove()
+        return found[0].float().flatten(0, -2)
 
     def differ(self, one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
         return logits_differ(one, other, tolerance * self.scale, self.has_experts)

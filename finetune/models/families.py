@@ -54,6 +54,16 @@ SEQUENCES = Family(
     "sequences", transformers.AutoModelForSequenceClassification, "SEQ_CLS",
     ("ForSequenceClassification",), has_vocabulary=False, has_new_head=True,
 )  # fmt: skip
+# The head reads the last token of a document; a pack has several.
+SCORES = Family(
+    "scores",
+    transformers.AutoModelForSequenceClassification,
+    "SEQ_CLS",
+    (),
+    causal=True,
+    has_vocabulary=False,
+    has_new_head=True,
+)
 TOKENS = Family(
     "tokens", transformers.AutoModelForTokenClassification, "TOKEN_CLS",
     ("ForTokenClassification",), has_vocabulary=False, has_new_head=True,
@@ -62,7 +72,7 @@ TOKENS = Family(
 SEQ2SEQ = Family(
     "seq2seq", transformers.AutoModelForSeq2SeqLM, "SEQ_2_SEQ_LM", ("ForConditionalGeneration",),
 )  # fmt: skip
-ALL = {family.name: family for family in (CAUSAL, MASKED, SEQUENCES, TOKENS, SEQ2SEQ)}
+ALL = {family.name: family for family in (CAUSAL, MASKED, SEQUENCES, SCORES, TOKENS, SEQ2SEQ)}
 
 
 def of(config: Config) -> Family:
@@ -85,8 +95,13 @@ def _by_ending(name: str, config: Any) -> Family:
         return CAUSAL if _is_decoder(config) else MASKED
     for family in (MASKED, SEQUENCES, TOKENS):
         if name.endswith(family.endings):
-            return family
+            return SCORES if family is SEQUENCES and _scores(config) else family
     return SEQ2SEQ if is_encoder_decoder(config) else CAUSAL
+
+
+def _scores(config: Any) -> bool:
+    """Return whether a classifier is a causal model that gives one number."""
+    return int(config.num_labels) == 1 and _found(config) == "causal"
 
 
 def of_adapter(adapter: Any) -> Family:
@@ -116,6 +131,7 @@ def model_class(config: Any, family: Family = CAUSAL) -> Any:
 TITLES = {
     "causal": "causal language model", "masked": "masked language model",
     "sequences": "classifier of rows", "tokens": "classifier of words",
+    "scores": "model for sequence classification, which holds the scores,",
     "seq2seq": "encoder-decoder",
 }  # fmt: skip
 
@@ -124,10 +140,13 @@ def is_encoder_decoder(config: Any) -> bool:
     return bool(getattr(config, "is_encoder_decoder", False))
 
 
+WANTED = {"causal": "causal", "scores": "causal", "seq2seq": "seq2seq"}
+
+
 def require_fits(config: Any, objective: str) -> None:
     """Raise ModelError if an objective cannot train an architecture."""
     family, found = ALL[objective_kind(objective).family], _found(config)
-    wanted = family.name if family in (CAUSAL, SEQ2SEQ) else "encoder"
+    wanted = WANTED.get(family.name, "encoder")
     if found not in (wanted, None) and not getattr(config, "auto_map", None):
         raise ModelError(
             f"model_type {config.model_type!r} is {WHAT_IT_IS[found]}, and objective.kind: "
@@ -163,6 +182,14 @@ def _is_encoder(config: Any) -> bool:
 def _is_decoder(config: Any) -> bool:
     """Return whether a model that can be both is a decoder; XLM and Flaubert say it by `causal`."""
     return bool(getattr(config, "is_decoder", False) or getattr(config, "causal", False))
+
+
+def score_head(model: Any) -> Any:
+    """Return the linear layer that scores, under adapters the one that trains."""
+    [name] = new_head(model)
+    head = model.get_submodule(name)
+    saved = getattr(head, "modules_to_save", None)
+    return head if saved is None else saved["default"]
 
 
 def set_labels(config: Any, labels: Sequence[str] | None) -> None:

@@ -73,6 +73,9 @@ def install(base: Any) -> str | None:
     tokens to ask about, sums are 0 and still have a gradient (of zero), as have heads that are not
     asked, so that every process takes part in every backward pass.
     """
+    if families.of_model(base) == families.SCORES:
+        _install_scores(base)
+        return None
     finish, why = probe(base)
     head, forward = base.get_output_embeddings(), base.forward
     vocab_size = base.config.get_text_config().vocab_size
@@ -122,6 +125,39 @@ def install(base: Any) -> str | None:
 
     base.forward, base.holds_all_logits = answering, finish is None
     return why
+
+
+def _install_scores(base: Any) -> None:
+    """Do the same for a model whose only head scores: `scores` of documents, `values` of tokens."""
+    head, forward = families.score_head(base), base.forward
+
+    @functools.wraps(forward)
+    def answering(*arguments: Any, question: Question | None = None, **keywords: Any) -> Any:
+        if question is None:
+            return forward(*arguments, **keywords)
+        if missing := question.want - scalar_heads.NAMES.keys():
+            raise ValueError(f"a model that scores has no {', '.join(sorted(missing))}")
+        given, ends = list[torch.Tensor](), question.ends
+
+        def skip(hidden: torch.Tensor) -> torch.Tensor:
+            given.append(hidden.flatten(0, -2))
+            return hidden.new_zeros((*hidden.shape[:-1], 1))
+
+        def answer(hidden: torch.Tensor) -> torch.Tensor:
+            return scalar_heads.project(hidden, head.weight)
+
+        with _answering(head, skip):
+            forward(*arguments, **keywords)
+        places = {"values": question.positions, "scores": None if ends is None else ends.clamp(0)}
+        answers = {}
+        with _answering(head, answer):  # a call of its own, as above
+            for name in sorted(question.want):
+                answers[name] = head(given[0][places[name]])
+        if "scores" in answers and ends is not None:
+            answers["scores"] = torch.where(ends >= 0, answers["scores"], 0.0)
+        return answers
+
+    base.forward, base.holds_all_logits = answering, True
 
 
 def _of_logits(logits: torch.Tensor, question: Question) -> Answers:

@@ -10,7 +10,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,25 @@ def load_tokenizer(model: Model, family: Family = CAUSAL) -> Any:
     return _with_new_tokens(tokenizer, model.new_tokens)
 
 
+def part_padding(tokenizer: Any, ends: Collection[int]) -> None:
+    """Set another pad token where that of a tokenizer is among `ends`. Raises ModelError."""
+    if tokenizer.pad_token_id not in ends:
+        return
+    added = tokenizer.added_tokens_decoder
+    special = [str(each) for number, each in sorted(added.items()) if each.special]
+    taken = {tokenizer.bos_token, tokenizer.eos_token}
+    free = [each for each in special if each not in taken
+            and tokenizer.convert_tokens_to_ids(each) not in ends]  # fmt: skip
+    named = [each for each in (*PADS, *special) if each in free]
+    if not named:
+        raise ModelError(
+            f"model.tokenizer: {tokenizer.pad_token!r} pads and ends answers, and a model for "
+            "sequence classification reads the last token that is not padding; add a pad token "
+            "with model.new_tokens: ['<|pad|>']"
+        )
+    tokenizer.pad_token = named[0]
+
+
 def _with_new_tokens(tokenizer: Any, new: list[str]) -> Any:
     known = [token for token in new if token in tokenizer.get_vocab()]
     if known:
@@ -84,6 +103,8 @@ def load_config(model: Model, objective: str = "sft") -> Any:
     """Return the config of the architecture. Raises ModelError if the objective cannot train it."""
     config = _config_of(model, objective)
     families.require_fits(config, objective)
+    if objective_kind(objective).family == families.SCORES.name:
+        families.set_labels(config, ["score"])
     return config
 
 

@@ -27,8 +27,13 @@ class ScalarHead(nn.Module):
             nn.init.normal_(self.weight, std=std)
 
     def forward(self, states_NH: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(states_NH.device.type, enabled=False):
-            return F.linear(states_NH.float(), self.weight.float())[:, 0]
+        return project(states_NH, self.weight)
+
+
+def project(states_NH: torch.Tensor, weight_1H: torch.Tensor) -> torch.Tensor:
+    """Return a number of each state, float32 [N], also under autocast."""
+    with torch.autocast(states_NH.device.type, enabled=False):
+        return F.linear(states_NH.float(), weight_1H.float())[:, 0]
 
 
 def attach(base: Any, wanted: Collection[str], dtype: torch.dtype = torch.float32) -> None:

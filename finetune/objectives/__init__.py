@@ -10,13 +10,14 @@ from finetune.objectives.kto import Kto
 from finetune.objectives.mlm import Mlm
 from finetune.objectives.own import Own
 from finetune.objectives.preference import Cpo, Dpo, Orpo, Simpo
+from finetune.objectives.reward import Reward
 from finetune.objectives.seq2seq import Answers, CorruptedSpans, Infilled
 from finetune.objectives.sft import Sft
 
 OBJECTIVES: dict[str, Objective] = {
     "clm": Clm(), "cpo": Cpo(), "dpo": Dpo(), "kto": Kto(), "mlm": Mlm(), "orpo": Orpo(),
-    "seq2seq": Answers(), "sequence_classification": SequenceLabels(), "sft": Sft(),
-    "simpo": Simpo(),
+    "reward": Reward(), "seq2seq": Answers(), "sequence_classification": SequenceLabels(),
+    "sft": Sft(), "simpo": Simpo(),
     "span_corruption": CorruptedSpans(), "text_infilling": Infilled(),
     "token_classification": WordLabels(),
 }  # fmt: skip

@@ -68,7 +68,8 @@ class Objective:
         return frozenset(self.needs) - {REFERENCE}
 
     reports_cross_entropy = False
-    """Whether `evaluate` returns the cross-entropy of the supervised tokens itself."""
+    """Whether `evaluate` returns the cross-entropy of the supervised tokens itself, if there is
+    one."""
 
     @property
     def prepares(self) -> bool:

@@ -124,21 +124,30 @@ def judged(count=40):
     ]  # fmt: skip
 
 
+def scored_preferences(count=40):
+    """The same with a number by which the chosen answer leads."""
+    return [{**row, "lead": (i % 4) / 2} for i, row in enumerate(preferences(count))]
+
+
 ROWS = {
     "mlm": texts, "sequence_classification": reviews, "token_classification": entities,
     "seq2seq": orders, "span_corruption": texts, "text_infilling": texts,
     "dpo": preferences, "simpo": preferences, "orpo": preferences, "kto": judged,
+    "reward": scored_preferences,
 }  # fmt: skip
 MODELS = {"seq2seq": T5, "span_corruption": T5, "text_infilling": BART}
 SETTINGS = {
     name: {"model__config": MODELS.get(name, BERT), "objective__kind": name} for name in ROWS
 }
-for name in ("dpo", "simpo", "orpo", "kto"):
+for name in ("dpo", "simpo", "orpo", "kto", "reward"):
     SETTINGS[name]["model__config"] = TINY_LLAMA
 # The tokens of longer answers count half, and those of chosen answers a second time.
 SETTINGS["dpo"] |= {"objective__ld_alpha": 0.5, "objective__sft_weight": 0.5}
 SETTINGS["kto"] |= {"objective__beta": 0.5, "objective__undesirable_weight": 2.0}
-PACKED = ["mlm", "token_classification", "dpo", "simpo", "orpo", "kto"]
+SETTINGS["reward"] |= {
+    "objective__center_rewards_coefficient": 0.3, "data__columns": {"margin": "lead"},
+}  # fmt: skip
+PACKED = ["mlm", "token_classification", "dpo", "simpo", "orpo", "kto", "reward"]
 
 
 def settings(workshop, name):
