@@ -53,7 +53,8 @@ def verify(
     """Open `folder` as a user would and compare it with what was trained. Raises ExportError.
 
     Every tensor must be equal bit for bit, no adapter may be zero, the logits of `probe_ids` must
-    agree, and so must the scores of a reward model; the tokenizer must give the same ids, and its chat template the prompt of training.
+    agree, and so must the scores of a reward model; the tokenizer must give the same ids, and its
+    chat template the prompt of training.
     """
     has_room = True
     try:

@@ -32,7 +32,7 @@ def padded(
 
 
 def plain(model: Any, documents: Sequence[np.ndarray], device: torch.device) -> torch.Tensor:
-    """Return what the class of transformers gives, float32 [D]: it reads the last token not padding.
+    """Return what the class of transformers gives, float32 [D]: by the last token not padding.
 
     `documents`: int32 or int64 [tokens] each; none may end with the pad token.
     """
