@@ -76,6 +76,9 @@ def own_codes(config: "Config") -> dict[str, OwnCode]:
         found["objective.kind"] = objective.code
     if own_code.is_own(format):
         found["data.format"] = own_code.get(format)
+    for place, reward in enumerate(getattr(objective, "rewards", ())):
+        if own_code.is_own(reward.kind):
+            found[f"objective.rewards.{place}"] = own_code.get(reward.kind)
     return found
 
 
@@ -97,10 +100,29 @@ def own_objective(name: str) -> type[OwnObjective]:
     return _own_section(own_code.read(name))
 
 
+def rewards_in(objective: Any) -> dict[str, Any]:
+    """Return `objective.rewards.N` -> what a config gives there, of those that are mappings."""
+    given = objective.get("rewards") if isinstance(objective, dict) else None
+    listed = given if isinstance(given, list) else []
+    return {
+        f"objective.rewards.{place}": each
+        for place, each in enumerate(listed)
+        if isinstance(each, dict)
+    }
+
+
+def own_reward(name: str) -> OwnCode:
+    """Return a user's reward of answers. Raises ConfigError."""
+    return _function(own_code.read(name), "a function of (text, reference, row)")
+
+
 def own_score(name: str) -> OwnCode:
     """Return a user's score of answers. Raises ConfigError."""
-    code = own_code.read(name)
+    return _function(own_code.read(name), "a function of a completion")
+
+
+def _function(code: OwnCode, wanted: str) -> OwnCode:
     if not callable(code.value) or isinstance(code.value, type):
         kind = "a class" if isinstance(code.value, type) else f"of type {type(code.value).__name__}"
-        raise ConfigError(f"{code} is {kind}, not a function of a completion")
+        raise ConfigError(f"{code} is {kind}, not {wanted}")
     return code

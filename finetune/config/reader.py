@@ -11,7 +11,7 @@ from finetune import own_code
 from finetune.config import base, names, paths
 from finetune.config.fields import Config
 from finetune.config.messages import describe, joined, listed
-from finetune.config.own import own_format, own_objective
+from finetune.config.own import own_format, own_objective, own_reward, rewards_in
 from finetune.config.rules import conflicts
 from finetune.config.sections import field, kinds_with, sections_of_config, takes_only_lists
 from finetune.config.yaml_text import NotText, dump, read_yaml
@@ -96,7 +96,27 @@ def _with_own_code(values: dict[str, Any], folder: Path | None) -> tuple[dict[st
             # Without its kind, no other setting of an objective can be checked.
             given = {} if name == "kind" else {each: given[each] for each in given if each != name}
         values = values | {section: given}
-    return values, problems
+    return _with_own_rewards(values, folder, problems), problems
+
+
+def _with_own_rewards(
+    values: dict[str, Any], folder: Path | None, problems: list[str]
+) -> dict[str, Any]:
+    """Read the user's own rewards, of which a config may list several; note what is wrong."""
+    objective = values.get("objective")
+    for key, reward in rewards_in(objective).items():
+        if not own_code.is_own(reward.get("kind")):
+            continue
+        try:
+            found = own_code.find(reward["kind"], folder)
+            own_reward(found)
+        except ConfigError as exc:
+            problems.append(f"{key}.kind: {exc}")
+            continue
+        rewards = [each | {"kind": found} if each is reward else each
+                   for each in objective["rewards"]]  # fmt: skip
+        objective = objective | {"rewards": rewards}
+    return values | {"objective": objective} if isinstance(objective, dict) else values
 
 
 def _beside_base(config: Config, needs_weights: bool) -> tuple[Config, list[str]]:
@@ -203,6 +223,10 @@ def differences(old: dict[str, Any], new: Config) -> list[str]:
     for values in (before, now):
         own = [key for key in OWN_CODE if own_code.is_own(values.get(key))]
         values |= {key: own_code.without_folder(values[key]) for key in own}
+        if isinstance(rewards := values.get("objective.rewards"), list):
+            values["objective.rewards"] = [
+                each | {"kind": own_code.without_folder(each["kind"])} for each in rewards
+            ]
     free = tuple(pattern.removesuffix("*") for pattern in RESUME_MAY_CHANGE)
     return [
         f"{key}: was {dump(before.get(key))}, now {dump(now.get(key))}"

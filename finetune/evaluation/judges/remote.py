@@ -23,19 +23,14 @@ class RemoteJudge:
         return self._client.ask(Request(_messages(prompt), max_tokens)).text
 
     def weigh(self, questions: Sequence[Question], note: Note) -> None:
-        """Ask for one token with its alternatives.
-
-        The temperature is 1: some servers divide log-probabilities by it.
-        """
         asked: dict[Future[Reply], int] = {}
         for number, each in enumerate(questions):
-            request = Request(_messages(each.prompt), 1, temperature=1.0, top_logprobs=TOP)
-            asked[self._client.submit(request, lambda reply: None)] = number
+            asked[self._client.submit(request_of(each), lambda reply: None)] = number
         refused: dict[int, Refused] = {}
         try:
             for future in as_completed(asked):
                 try:
-                    note(asked[future], _weights(future.result(), questions[asked[future]]))
+                    note(asked[future], weights_of(future.result(), questions[asked[future]]))
                 except Refused as exc:
                     refused[asked[future]] = exc
         finally:
@@ -47,7 +42,16 @@ class RemoteJudge:
             note(number, Weights({}, 0.0, "", str(refusal)))
 
 
-def _weights(reply: Reply, question: Question) -> Weights:
+def request_of(question: Question) -> Request:
+    """Ask for one token with its alternatives.
+
+    The temperature is 1: some servers divide log-probabilities by it.
+    """
+    return Request(_messages(question.prompt), 1, temperature=1.0, top_logprobs=TOP)
+
+
+def weights_of(reply: Reply, question: Question) -> Weights:
+    """Return how a judge's reply weighs the options."""
     if not reply.top_logprobs:
         return Weights({}, 0.0, "", "the judge's answer is empty")
     given = reply.top_logprobs[0].items()

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from finetune.evaluation.scores.base import Detailed
 from finetune.evaluation.scores.options import add_arguments, fitting, named
 from finetune.evaluation.scores.overlap import word_accuracy
-from finetune.evaluation.scores.reference_loss import ReferenceLoss
 from finetune.evaluation.scores.table import KINDS, choose, listing, suitable
 from finetune.generation.completions import Completion, Score, Scorer
 
@@ -26,7 +25,7 @@ def of(
     """Return score -> model -> a score for each answer."""
     found = {}
     for scorer in scorers:
-        known = scorer.by_model if isinstance(scorer, ReferenceLoss) else {}
+        known = getattr(scorer, "by_model", {})  # of ReferenceLoss, whose module brings torch
         found[scorer.name] = {
             model: known.get(model) or scorer(given) for model, given in answers.items()
         }

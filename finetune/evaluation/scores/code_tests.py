@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from finetune import sandbox
 from finetune.evaluation.scores.base import gap_of
-from finetune.generation.completions import Completion, Score
+from finetune.generation.completions import Completion, Prompt, Score
 
 DEFAULT_COLUMN = "tests"
 _FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
@@ -19,8 +19,10 @@ class CodeTests:
     higher, is_share = True, True
     line = "1 if the answer's Python passes the tests of its row, in a sandbox"
 
-    def __init__(self, column: str = DEFAULT_COLUMN) -> None:
-        sandbox.require("--scores code-tests")
+    def __init__(
+        self, column: str = DEFAULT_COLUMN, setting: str = "--scores code-tests"
+    ) -> None:
+        sandbox.require(setting)
         self.column = column
         self.name = "code tests" + (f" of {column}" if column != DEFAULT_COLUMN else "")
 
@@ -31,13 +33,18 @@ class CodeTests:
     def _of(self, completion: Completion) -> Score:
         if (gap := gap_of(completion, needs_reference=False)) is not None:
             return gap
-        tests = completion.prompt.fields.get(self.column)
-        if isinstance(tests, list) and all(isinstance(each, str) for each in tests):
-            tests = "\n".join(tests)  # as in MBPP
-        if not isinstance(tests, str) or not tests.strip():
+        tests = self.tests_of(completion.prompt)
+        if not tests:
             return Score(None, f"the row has no text of tests in {self.column}")
         found = sandbox.run(code_in(completion.text), tests)
         return Score(float(found.passed), found.reason)
+
+    def tests_of(self, prompt: Prompt) -> str:
+        """Return the tests of a row; "" if it has none."""
+        tests = prompt.fields.get(self.column)
+        if isinstance(tests, list) and all(isinstance(each, str) for each in tests):
+            tests = "\n".join(tests)  # as in MBPP
+        return tests if isinstance(tests, str) and tests.strip() else ""
 
 
 def code_in(answer: str) -> str:

@@ -24,7 +24,6 @@ from finetune.evaluation.scores import (
     judgement,
     labels,
     matching,
-    moderated,
     overlap,
 )
 from finetune.evaluation.scores.base import of_reference
@@ -32,7 +31,6 @@ from finetune.evaluation.scores.code_tests import DEFAULT_COLUMN, CodeTests
 from finetune.evaluation.scores.consistency import Consistency
 from finetune.evaluation.scores.normalise import NORMALISATIONS, json_in, numbers_in, words
 from finetune.evaluation.scores.own import own_score
-from finetune.evaluation.scores.reference_loss import ReferenceLoss
 from finetune.evaluation.scores.similarity import Similarity
 from finetune.generation.completions import Prompt, Scorer
 
@@ -126,6 +124,19 @@ def checked_schema(schema: Any, where: str) -> Any:
     return schema
 
 
+# These two bring torch, which a process that scores by a rule does without.
+def _moderation(value: str | None) -> Scorer:
+    from finetune.evaluation.scores import moderated
+
+    return moderated.refused(value)
+
+
+def _reference_loss(_: str | None) -> Scorer:
+    from finetune.evaluation.scores.reference_loss import ReferenceLoss
+
+    return ReferenceLoss()
+
+
 def _simple(make: Callable[[], Scorer]) -> Callable[[str | None], Scorer]:
     return lambda _: make()
 
@@ -196,7 +207,7 @@ KINDS = {
     ),
     "reference-loss": Kind(
         "loss of the reference under each model, in nats per token, and its perplexity",
-        _simple(ReferenceLoss),
+        _reference_loss,
     ),
     "words": Kind("length of the answer in words", _simple(form.num_words)),
     "length-ratio": Kind("words of the answer for each of the reference",
@@ -213,7 +224,7 @@ KINDS = {
     ),
     "moderation": Kind(
         "moderation refuses the prompt or the answer, by a file of rules or a classifier",
-        moderated.refused, "FILE|RUN",
+        _moderation, "FILE|RUN",
     ),
     "seconds": Kind("seconds for an answer", _simple(cost.seconds)),
     "cost": Kind("price of 1,000 such answers, from the PRICE of an hour", _cost, "PRICE"),

@@ -1,0 +1,117 @@
+"""A scorer in a process of its own, so that what hangs or dies there costs one answer its score.
+
+A thread could not be ended, and a pattern that backtracks holds the interpreter's lock.
+"""
+
+import multiprocessing
+import signal
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from time import monotonic
+from typing import Any
+
+from finetune.errors import FinetuneError
+from finetune.generation.completions import Completion, Score
+from finetune.workers import depend_on_parent
+
+Scoring = Callable[[Sequence[Completion]], list[Score]]
+START_SECONDS = 120.0  # to import what the scorer needs, on a busy machine
+SPARE_CPU_SECONDS = 60.0
+
+
+class Apart:
+    """Calls `make(*arguments)` in another process, and its result for each answer.
+
+    seconds: for an answer. call_seconds: for all answers of a call. whole: the scorer gets them all
+    at once, and only the second limit holds. `make` and its arguments must be picklable.
+    """
+
+    def __init__(
+        self, make: Callable[..., Scoring], arguments: tuple[Any, ...], *, seconds: float,
+        call_seconds: float, whole: bool = False,
+    ) -> None:  # fmt: skip
+        self._make, self._arguments, self._whole = make, arguments, whole
+        self._seconds, self._call_seconds = seconds, call_seconds
+        self._process: Any = None
+        self._connection: Connection | None = None
+
+    def __call__(self, completions: Sequence[Completion]) -> list[Score]:
+        if self._connection is None:
+            self._start()
+        end = monotonic() + self._call_seconds
+        if self._whole:
+            return self._ask(completions, self._call_seconds)
+        found = []
+        for each in completions:
+            left = end - monotonic()
+            if left <= 0:
+                found.append(Score(None, f"over {self._call_seconds:g} s for all answers"))
+            else:
+                found += self._ask([each], min(self._seconds, left))
+        return found
+
+    def _ask(self, completions: Sequence[Completion], seconds: float) -> list[Score]:
+        if self._connection is None:
+            self._start()
+        connection = self._connection
+        assert connection is not None
+        try:
+            connection.send((completions, seconds))
+            if connection.poll(seconds):
+                found: list[Score] = connection.recv()
+                return found
+            reason = f"over {seconds:.3g} s"
+        except (EOFError, OSError):
+            self._process.join(1.0)
+            reason = f"its process ended ({self._process.exitcode})"
+        self.close()
+        return [Score(None, reason)] * len(completions)
+
+    def _start(self) -> None:
+        # Started fresh: a fork would inherit the locks of the libraries' threads.
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(theirs, self._make, self._arguments), daemon=True
+        )
+        self._process.start()
+        theirs.close()
+        self._connection = ours
+        try:
+            if ours.poll(START_SECONDS):
+                ours.recv()
+                return
+            problem = f"is not ready after {START_SECONDS:g} s"
+        except (EOFError, OSError):
+            self._process.join(1.0)
+            problem = f"ended ({self._process.exitcode}) before it was ready"
+        self.close()
+        raise FinetuneError(f"the process that scores answers {problem}")
+
+    def close(self) -> None:
+        """End the process; the next call starts another."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+        if self._connection is not None:
+            self._connection.close()
+        self._process = self._connection = None
+
+
+def _serve(connection: Connection, make: Callable[..., Scoring], arguments: tuple[Any, ...]) -> None:
+    depend_on_parent()
+    scorer = make(*arguments)
+    connection.send(None)
+    while True:
+        try:
+            completions, seconds = connection.recv()
+        except (EOFError, OSError):
+            return
+        # Code that holds the interpreter's lock keeps this process from ending with its parent: the
+        # kernel ends it then.
+        signal.setitimer(signal.ITIMER_PROF, seconds + SPARE_CPU_SECONDS)
+        try:
+            found = scorer(completions)
+        except Exception as exc:
+            found = [Score(None, f"{type(exc).__name__}: {exc}"[:200])] * len(completions)
+        connection.send(found)

@@ -1,0 +1,123 @@
+"""A judge's score as a reward: asked at most once about the same answer, never waited for in vain.
+
+A question that the judge does not answer is a gap. If it answers none of a call, it is asked one
+question more, and where that fails the run ends, to go on when it is started again.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future, as_completed
+from pathlib import Path
+
+from finetune.config.base import model_in
+from finetune.config.reward_fields import Judge as Settings
+from finetune.endpoint import Client, Refused, Reply, Request, Server
+from finetune.errors import ConfigError, Outage, UserError
+from finetune.evaluation.judges import rubrics
+from finetune.evaluation.judges.g_eval import GEval
+from finetune.evaluation.judges.local import LocalJudge
+from finetune.evaluation.judges.remote import RemoteJudge, request_of, weights_of
+from finetune.evaluation.judges.weights import Judge, Kept, Note, Question, Weights
+from finetune.generation.completions import Completion, Score
+
+RETRIES = 2
+TRIAL = Question("Which digit comes after 1? Write only the digit.", ("2", "3"))
+
+
+class ServersJudge:
+    """A judge behind a server: what it does not answer in time is a gap. identity: as evaluate's."""
+
+    def __init__(self, server: Server, call_seconds: float, log: Callable[[str], None]) -> None:
+        self._server, self._call_seconds, self._log = server, call_seconds, log
+        with Client(server) as client:
+            judge = RemoteJudge(client)
+            self.name, self.identity = judge.name, judge.identity
+
+    def write(self, prompt: str, max_tokens: int) -> str:
+        with Client(self._server, self._log) as client:
+            return RemoteJudge(client).write(prompt, max_tokens)
+
+    def weigh(self, questions: Sequence[Question], note: Note) -> None:
+        with Client(self._server, self._log) as client:
+            asked = {client.submit(request_of(each), _ignore): n for n, each in enumerate(questions)}
+            answered, missing = 0, set(asked)
+            try:
+                for future in as_completed(asked, self._call_seconds):
+                    missing.discard(future)
+                    found = _outcome(future, questions[asked[future]])
+                    answered += not found.reason
+                    note(asked[future], found)
+            except TimeoutError:
+                why = f"over {self._call_seconds:g} s for all answers"
+                for future in missing:
+                    future.cancel()
+                    note(asked[future], Weights({}, 0.0, "", why))
+        if questions and not answered:
+            self.ask_trial()
+
+    def ask_trial(self) -> None:
+        """Ask a question whose answer does not matter. Raises UserError or Outage."""
+        with Client(self._server, self._log) as client:
+            client.ask(request_of(TRIAL))
+
+
+def _ignore(reply: Reply) -> None:
+    """Do nothing with a reply in the thread that asked."""
+
+
+def _outcome(future: "Future[Reply]", question: Question) -> Weights:
+    try:
+        return weights_of(future.result(), question)
+    except (Refused, Outage, CancelledError) as exc:
+        return Weights({}, 0.0, "", str(exc) or "not asked")
+
+
+class JudgeReward:
+    """Scores answers by a rubric, from 0 for its lowest score to 1 for its highest.
+
+    `open` and `close` are around the calls.
+    """
+
+    def __init__(self, settings: Settings, log: Callable[[str], None]) -> None:
+        self._log = log
+        try:
+            self._rubric = rubrics.read(settings.rubric)
+        except ConfigError as exc:
+            raise ConfigError(str(exc).removeprefix("--rubric: ")) from exc
+        self._judge: Judge
+        if settings.url is None:
+            self._judge = LocalJudge(model_in(settings.model), option="model")
+        else:
+            server = Server(
+                settings.url, settings.model, settings.key_variable, retries=RETRIES,
+                timeout=settings.seconds,
+            )  # fmt: skip
+            self._judge = ServersJudge(server, settings.call_seconds, log)
+        self.identity = f"{self._judge.identity} {self._rubric.model_dump_json()}"
+        self._kept: Kept | None = None
+
+    def require_reachable(self) -> None:
+        """Raise ConfigError unless a judge at a server answers."""
+        if isinstance(self._judge, ServersJudge):
+            try:
+                self._judge.ask_trial()
+            except (Outage, UserError) as exc:
+                raise ConfigError(str(exc)) from exc
+
+    def open(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._kept = Kept(self._judge, folder, self._log)
+        self._scorer = GEval(self._kept, self._rubric, folder)
+
+    def __call__(self, completions: Sequence[Completion]) -> list[Score]:
+        low, high = min(self._rubric.scores), max(self._rubric.scores)
+        found = self._scorer(completions)
+        self._scorer.weights.clear()  # what evaluate sums up at its end
+        return [
+            each if each.value is None else Score((each.value - low) / (high - low))
+            for each in found
+        ]
+
+    def close(self) -> None:
+        if self._kept is not None:
+            self._kept.__exit__()
+            self._kept = None

@@ -1,0 +1,155 @@
+"""What answers are worth: a weighted sum of scores, each by its name in the logs.
+
+    rewards = Rewards(config.objective.rewards, log)   # before weights load
+    rewards.check(prompts)
+    with rewards.opened(folder):
+        [reward] = rewards([completion])
+
+A part that has no value for an answer leaves the answer without a reward, and never counts as 0.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.config.reward_fields import RewardPart
+from finetune.data.problems import Problems
+from finetune.errors import ConfigError
+from finetune.generation.completions import Completion, Prompt, Score
+from finetune.lines_file import LinesFile
+from finetune.rollouts import parts
+from finetune.rollouts.parts import Part
+
+FILE = "scores.jsonl"
+
+
+@dataclass(frozen=True)
+class Reward:
+    """What an answer is worth. total None: a part has no value, for the `reason`.
+
+    parts: name -> value before its weight, of those that have one.
+    """
+
+    total: float | None
+    parts: Mapping[str, float]
+    reason: str = ""
+
+
+class Rewards:
+    """The rewards of a config. Raises ConfigError for what is wrong with one of them."""
+
+    def __init__(
+        self, settings: Sequence[RewardPart], log: Callable[[str], None] = lambda text: None
+    ) -> None:
+        self._parts = [
+            parts.made(each, f"objective.rewards.{place} ({each.title})", log)
+            for place, each in enumerate(settings)
+        ]
+        self._log = log
+        self._kept: KeptScores | None = None
+
+    def check(self, prompts: Iterable[Prompt]) -> None:
+        """Raise DataError for rows without what a reward reads, ConfigError for a silent judge."""
+        problems = Problems()
+        for prompt in prompts:
+            problems.num_rows += 1
+            for part in self._parts:
+                if what := part.problem(prompt):
+                    problems.note(f"{prompt.place}: objective.rewards: {part.title}: {what}")
+        problems.raise_if_any()
+        for part in self._parts:
+            try:
+                part.require()
+            except ConfigError as exc:
+                raise ConfigError(f"objective.rewards: {part.title}: {exc}") from exc
+
+    def identity(self) -> dict[str, str]:
+        """Return what scores depend on outside the config; a resuming run must find the same."""
+        return {
+            f"reward {part.title}": hashlib.sha256(part.identity.encode()).hexdigest()
+            for part in self._parts
+            if part.identity
+        }
+
+    @contextmanager
+    def opened(self, folder: Path) -> Iterator["Rewards"]:
+        """Keep what costs in a folder inside the block; processes and connections end with it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._kept = KeptScores(folder, self._log)
+        try:
+            for part in self._parts:
+                part.open(folder / part.title)
+            yield self
+        finally:
+            for part in self._parts:
+                part.close()
+            self._kept.close()
+            self._kept = None
+
+    def __call__(self, completions: Sequence[Completion]) -> list[Reward]:
+        """Return the reward of each answer, in their order. Only inside `opened`."""
+        assert self._kept is not None
+        scores = [
+            self._kept.scores(part, completions) if part.is_kept else part.scorer(completions)
+            for part in self._parts
+        ]
+        return [self._sum(each) for each in zip(*scores)]
+
+    def _sum(self, scores: Sequence[Score]) -> Reward:
+        found = {p.title: s.value for p, s in zip(self._parts, scores) if s.value is not None}
+        weights = {part.title: part.settings.weight for part in self._parts}
+        reasons = [
+            f"{part.title}: {score.reason}"
+            for part, score in zip(self._parts, scores)
+            if score.value is None and part.settings.weight
+        ]
+        if reasons:
+            return Reward(None, found, "; ".join(reasons))
+        return Reward(sum(weights[name] * value for name, value in found.items()), found)
+
+
+class KeptScores:
+    """Scores that a file keeps by scorer, prompt and answer, so that none is computed twice."""
+
+    def __init__(self, folder: Path, log: Callable[[str], None]) -> None:
+        self._file = LinesFile(
+            folder / FILE, "score of an answer", "another run.name",
+            lambda text: log(f"note: {text}"),
+        )  # fmt: skip
+        self._known = dict(each for _, each in self._file.read(_parsed))
+
+    def scores(self, part: Part, completions: Sequence[Completion]) -> list[Score]:
+        keys = [_key(part, each) for each in completions]
+        new = {key: each for key, each in zip(keys, completions) if key not in self._known}
+        found = dict(zip(new, part.scorer(list(new.values())))) if new else {}
+        for key, score in found.items():
+            if score.value is not None:
+                self._known[key] = score
+                self._file.append(
+                    {"key": key, "reward": part.title, "value": score.value, "reason": score.reason}
+                )
+        return [self._known.get(key) or found[key] for key in keys]
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _key(part: Part, completion: Completion) -> str:
+    prompt = completion.prompt
+    content = [
+        part.settings.kind, part.identity, [[m.role, m.content] for m in prompt.messages],
+        prompt.reference, prompt.fields, completion.text, completion.finish_reason,
+    ]  # fmt: skip
+    text = json.dumps(content, default=str, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _parsed(line: Any) -> tuple[str, Score]:
+    """Return key and score of a line. Raise what a wrong line raises."""
+    if not isinstance(line["key"], str):
+        raise TypeError
+    return line["key"], Score(float(line["value"]), str(line["reason"]))
