@@ -61,10 +61,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 def require_own_code(run: Path, settings: dict[str, Any], receipt: dict[str, Any]) -> None:
     """Raise RunDirectoryError if code of the user's own differs from the receipt's."""
-    for key in configs.OWN_CODE:
-        name = str(settings.get(key))
-        if not own_code.is_own(name):
-            continue
+    for key, name in configs.own_names(settings).items():
         try:
             now = own_code.sha256(own_code.find(name))
         except ConfigError as exc:

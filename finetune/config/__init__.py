@@ -37,12 +37,12 @@ from finetune.config.objective_fields import (
 )
 from finetune.config.own import OwnObjective, code_identity, own_codes
 from finetune.config.reader import (
-    OWN_CODE,
     PUT_BACK,
     differences,
     flatten,
     from_dict,
     json_schema,
+    own_names,
     read_resolved,
     to_yaml,
 )
@@ -50,11 +50,11 @@ from finetune.config.rules import conflicts
 from finetune.config.yaml_text import from_yaml, read_yaml
 
 __all__ = [
-    "OWN_CODE", "PADDED_ATTENTION", "PUT_BACK", "Adapter", "Check", "Config", "Cpo",
+    "PADDED_ATTENTION", "PUT_BACK", "Adapter", "Check", "Config", "Cpo",
     "CrossEntropy", "Data", "Dpo", "Full", "Kto", "Lora", "MaskedLm", "Model", "Optimizer", "Orpo",
     "OwnObjective", "QLora", "Reward", "Schedule", "Seq2Seq", "SequenceClassification", "Simpo",
     "SpanCorruption", "TextInfilling", "TokenClassification",
     "accumulation_steps", "base", "code_identity", "conflicts", "differences", "flatten",
-    "from_dict", "from_yaml", "json_schema", "note_repeats", "own_codes", "parse", "paths",
-    "read_resolved", "read_yaml", "to_yaml", "usual_lr",
+    "from_dict", "from_yaml", "json_schema", "note_repeats", "own_codes", "own_names", "parse",
+    "paths", "read_resolved", "read_yaml", "to_yaml", "usual_lr",
 ]  # fmt: skip

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any, Literal, get_origin
 
 from finetune import own_code
-from finetune.config import names, paths
+from finetune.config import names, paths, reward_fields
 from finetune.config.sections import (
     Sections,
     field,
@@ -35,6 +35,8 @@ def describe(error: Any, values: dict[str, Any]) -> str:
     inner = ("list[", "function")
     key = ".".join(str(part) for part in error["loc"] if not str(part).startswith(inner))
     problem, got, sections = error["type"], error["input"], sections_of(values)
+    if error["loc"][:2] == ("objective", "rewards") and len(error["loc"]) > 2:
+        return _of_reward(key, error, values)
     if problem == "extra_forbidden":
         return _unknown_key(key, error["loc"], got, values)
     if problem == "missing":
@@ -73,6 +75,23 @@ def _unknown_key(key: str, location: tuple[Any, ...], got: Any, values: dict[str
         instead = f"remove it, or set {section}.kind"
         return f"{key}: {section}.kind is {kind}; it belongs to {others}; {instead}"
     return f"{key}: {_removed(key) or f'unknown key; {_nearest(key, sections)}'}"
+
+
+def _of_reward(key: str, error: Any, values: dict[str, Any]) -> str:
+    """Describe a problem of one of the rewards, whose kinds have other settings."""
+    problem, got, place = error["type"], error["input"], error["loc"][2]
+    if problem == "missing":
+        return f"{key}: is required"
+    if problem == "model_type":
+        return f"{key}: should be a mapping such as {{kind: exact_match}}, got {got!r}"
+    if problem != "extra_forbidden":
+        message = error["msg"].removeprefix("Input ").removeprefix("Value error, ")
+        return f"{key}: {message}, got {got!r}"
+    kind, name = values["objective"]["rewards"][place]["kind"], str(error["loc"][3])
+    known = reward_fields.settings_of(kind)
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"{kind} has {', '.join(known)}"
+    return f"{key}: unknown key; {hint}"
 
 
 def joined(problems: Iterable[str]) -> list[str]:

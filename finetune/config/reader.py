@@ -30,6 +30,14 @@ OWN_CODE = ("objective.kind", "data.format")
 PUT_BACK = "put back a copy of it (manifest.json of each checkpoint holds the same under config)"
 
 
+def own_names(settings: dict[str, Any]) -> dict[str, str]:
+    """Return `section.name` -> code of the user's own that flattened settings name there."""
+    named: dict[str, Any] = {key: settings.get(key) for key in OWN_CODE}
+    rewards = rewards_in({"rewards": settings.get("objective.rewards")})
+    named |= {key: each.get("kind") for key, each in rewards.items()}
+    return {key: str(name) for key, name in named.items() if own_code.is_own(name)}
+
+
 def from_dict(
     values: dict[str, Any],
     where: str = "config",
@@ -103,7 +111,7 @@ def _with_own_rewards(
     values: dict[str, Any], folder: Path | None, problems: list[str]
 ) -> dict[str, Any]:
     """Read the user's own rewards, of which a config may list several; note what is wrong."""
-    objective = values.get("objective")
+    objective: Any = values.get("objective")
     for key, reward in rewards_in(objective).items():
         if not own_code.is_own(reward.get("kind")):
             continue
@@ -113,8 +121,8 @@ def _with_own_rewards(
         except ConfigError as exc:
             problems.append(f"{key}.kind: {exc}")
             continue
-        rewards = [each | {"kind": found} if each is reward else each
-                   for each in objective["rewards"]]  # fmt: skip
+        completed = reward | {"kind": found}
+        rewards = [completed if each is reward else each for each in objective["rewards"]]
         objective = objective | {"rewards": rewards}
     return values | {"objective": objective} if isinstance(objective, dict) else values
 

@@ -1,12 +1,12 @@
 """The settings of each reward of `objective.rewards`, a class for each `kind`. No torch."""
+# ruff: noqa: RUF012, as pydantic copies mutable defaults
 
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
-from finetune import own_code
-from finetune.config.kinds import Kind, by_kind
+from finetune.config.kinds import Kind, by_kind, name_of
 from finetune.config.own import OwnName
 from finetune.config.paths import PathString
 
@@ -23,11 +23,11 @@ class RewardPart(Kind):
     0: it is only logged, and an answer that it cannot score keeps its reward.
     """
     name: Annotated[str, Field(pattern=r"^[\w -]{1,40}$")] | None = None
-    """Name in logs. null: its kind."""
+    """Name in logs. null: its kind, or NAME of your own."""
 
     @property
     def title(self) -> str:
-        return self.name or own_code.without_folder(self.kind)
+        return self.name or self.kind.rpartition(":")[2]
 
 
 class TimedReward(RewardPart):
@@ -133,15 +133,6 @@ class ByScore(RewardPart):
     """
 
 
-class RewardModel(RewardPart):
-    """The score of a reward model."""
-
-    kind: Literal["reward_model"]
-    """Give the score of a reward model."""
-    model: PathString
-    """Folder of its run, or model/ of that."""
-
-
 class Judge(TimedReward):
     """The score of a judge."""
 
@@ -161,13 +152,6 @@ class Judge(TimedReward):
     """Time limit for an answer, in seconds; an answer over it has no reward."""
 
 
-class ReasoningGym(TimedReward):
-    """The score of a task of reasoning-gym."""
-
-    kind: Literal["reasoning_gym"]
-    """Give what reasoning-gym's own rule gives; rows come from `finetune data reasoning-gym`."""
-
-
 class OwnReward(TimedReward):
     """A reward of your own."""
 
@@ -175,14 +159,30 @@ class OwnReward(TimedReward):
     """A function of (text, reference, row), or of `completions` (docs/reinforcement.md)."""
 
 
+BUILT_IN = (
+    ExactMatch, Contains, Regex, Number, Math, JsonSchema, CodeTests, Length, ByScore, Judge,
+)  # fmt: skip
 AnyReward = Annotated[
     ExactMatch | Contains | Regex | Number | Math | JsonSchema | CodeTests | Length | ByScore
-    | RewardModel | Judge | ReasoningGym | OwnReward,
-    Field(title="REWARD"),
-    by_kind(
-        ExactMatch, Contains, Regex, Number, Math, JsonSchema, CodeTests, Length, ByScore,
-        RewardModel, Judge, ReasoningGym, own=lambda kind: OwnReward,
-    ),
+    | Judge | OwnReward,
+    Field(title="REWARD"), by_kind(*BUILT_IN, own=lambda kind: OwnReward),
 ]  # fmt: skip
-RewardList = Annotated[list[AnyReward], Field(min_length=1)]
+
+
+def _add_up(rewards: list[AnyReward]) -> list[AnyReward]:
+    titles = [each.title for each in rewards]
+    if twice := [title for title in titles if titles.count(title) > 1]:
+        raise ValueError(f"should have different names, and two are {twice[0]}; give each a `name`")
+    if not any(each.weight for each in rewards):
+        raise ValueError("should have one whose weight is not 0")
+    return rewards
+
+
+RewardList = Annotated[list[AnyReward], Field(min_length=1), AfterValidator(_add_up)]
 """What an answer is worth: the sum of weight x value."""
+
+
+def settings_of(kind: str) -> list[str]:
+    """Return the settings of a kind of reward."""
+    found = (cls for cls in BUILT_IN if name_of(cls) == kind)
+    return list(next(found, OwnReward).model_fields)

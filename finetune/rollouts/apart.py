@@ -98,7 +98,9 @@ class Apart:
         self._process = self._connection = None
 
 
-def _serve(connection: Connection, make: Callable[..., Scoring], arguments: tuple[Any, ...]) -> None:
+def _serve(
+    connection: Connection, make: Callable[..., Scoring], arguments: tuple[Any, ...]
+) -> None:
     depend_on_parent()
     scorer = make(*arguments)
     connection.send(None)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from finetune.config.base import model_in
 from finetune.config.reward_fields import Judge as Settings
-from finetune.endpoint import Client, Refused, Reply, Request, Server
+from finetune.endpoint import Client, Refused, Reply, Server
 from finetune.errors import ConfigError, Outage, UserError
 from finetune.evaluation.judges import rubrics
 from finetune.evaluation.judges.g_eval import GEval
@@ -24,7 +24,7 @@ TRIAL = Question("Which digit comes after 1? Write only the digit.", ("2", "3"))
 
 
 class ServersJudge:
-    """A judge behind a server: what it does not answer in time is a gap. identity: as evaluate's."""
+    """A judge behind a server; a question that it does not answer in time is a gap."""
 
     def __init__(self, server: Server, call_seconds: float, log: Callable[[str], None]) -> None:
         self._server, self._call_seconds, self._log = server, call_seconds, log
@@ -38,7 +38,9 @@ class ServersJudge:
 
     def weigh(self, questions: Sequence[Question], note: Note) -> None:
         with Client(self._server, self._log) as client:
-            asked = {client.submit(request_of(each), _ignore): n for n, each in enumerate(questions)}
+            asked = {
+                client.submit(request_of(each), _ignore): n for n, each in enumerate(questions)
+            }
             answered, missing = 0, set(asked)
             try:
                 for future in as_completed(asked, self._call_seconds):

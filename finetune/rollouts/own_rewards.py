@@ -20,7 +20,7 @@ FORMS = "a number, True or False, None where it has none, or (number, reason)"
 class OwnReward:
     """Calls the function with those of OF_ONE that it has as parameters, or with OF_ALL.
 
-    What it raises, and what is no finite number, is a gap with the reason.
+    An exception, or anything but a finite number, is a gap with the reason.
     """
 
     def __init__(self, code: OwnCode) -> None:

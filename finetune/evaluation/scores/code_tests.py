@@ -19,9 +19,7 @@ class CodeTests:
     higher, is_share = True, True
     line = "1 if the answer's Python passes the tests of its row, in a sandbox"
 
-    def __init__(
-        self, column: str = DEFAULT_COLUMN, setting: str = "--scores code-tests"
-    ) -> None:
+    def __init__(self, column: str = DEFAULT_COLUMN, setting: str = "--scores code-tests") -> None:
         sandbox.require(setting)
         self.column = column
         self.name = "code tests" + (f" of {column}" if column != DEFAULT_COLUMN else "")

@@ -1,0 +1,420 @@
+"""Rewards: what answers are worth, and what becomes of answers that cannot be scored."""
+
+import math
+import os
+import time
+from dataclasses import replace
+from typing import Annotated, Literal
+
+import pytest
+from chat_server import ChatServer, reply, serving
+from conftest import read_jsonl
+from pydantic import TypeAdapter, ValidationError
+
+from finetune import own_code, sandbox
+from finetune.config import reader, reward_fields
+from finetune.config.kinds import Kind, Section, by_kind
+from finetune.config.messages import describe
+from finetune.config.reward_fields import RewardList
+from finetune.data.conversations import Conversation, Message
+from finetune.data.places import Place
+from finetune.errors import ConfigError, DataError, Outage
+from finetune.evaluation.scores.normalise import NORMALISATIONS
+from finetune.generation.completions import Completion, Prompt, Score
+from finetune.rollouts import parts
+from finetune.rollouts.rewards import FILE, Reward, Rewards
+
+pytestmark = pytest.mark.slow
+
+
+def prompt(line=1, reference="4", **fields):
+    place = Place("rows.jsonl", line)
+    return Prompt(Conversation((Message("user", "2 + 2?"),), place), reference, fields)
+
+
+def completions(*texts, **changes):
+    return [Completion(prompt(), text, **changes) for text in texts]
+
+
+def rewards(*given):
+    return Rewards(TypeAdapter(RewardList).validate_python(list(given)))
+
+
+def totals(folder, answers, *given):
+    with rewards(*given).opened(folder) as found:
+        return [each.total for each in found(answers)]
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Returns the name of a function of a user's own, by its source."""
+
+    def written(source, name="reward"):
+        path = tmp_path / f"own_{abs(hash(source))}.py"
+        path.write_text(source)
+        own_code.read(f"{path}:{name}")
+        return f"{path}:{name}"
+
+    return written
+
+
+# ------------------------------------------------------------------------------------- the rules
+
+
+@pytest.mark.parametrize(
+    ("settings", "answers", "expected"),
+    [
+        ({"kind": "exact_match"}, [" 4 ", "4."], [1, 0]),
+        ({"kind": "exact_match", "ignore": ["numbers", "punctuation"]}, ["4.0!", "5"], [1, 0]),
+        ({"kind": "contains"}, ["it is 4, I think", "14"], [1, 0]),
+        ({"kind": "contains", "text": "I think"}, ["i think so", "think I"], [1, 0]),
+        ({"kind": "number"}, ["2 + 2 = 4", "4 or 5"], [1, 0]),
+        ({"kind": "number", "tolerance": 0.1}, ["4.4", "4.5"], [1, 0]),
+        ({"kind": "score", "score": "words"}, ["a b c"], [3]),
+        ({"kind": "score", "score": "token_f1"}, ["4", "5"], [1, 0]),
+    ],
+)
+def test_rules_are_the_scores_of_evaluations(tmp_path, settings, answers, expected):
+    assert totals(tmp_path, completions(*answers), settings) == expected
+
+
+def test_a_long_answer_loses_up_to_one(tmp_path):
+    answers = [Completion(prompt(), "x", token_ids=(0,) * count) for count in (1, 10, 13, 14, 99)]
+    settings = {"kind": "length", "most_tokens": 10, "grace_tokens": 4}
+    assert totals(tmp_path, answers, settings) == [0, 0, -0.75, -1, -1]
+
+
+def test_rewards_are_a_weighted_sum_by_name(tmp_path):
+    given = (
+        {"kind": "exact_match"}, {"kind": "contains", "text": "so", "weight": -0.25, "name": "so"},
+        {"kind": "score", "score": "words", "weight": 0.0, "name": "length"},
+    )  # fmt: skip
+    with rewards(*given).opened(tmp_path) as found:
+        assert found(completions("4", "so 4")) == [
+            Reward(1.0, {"exact_match": 1.0, "so": 0.0, "length": 1.0}),
+            Reward(-0.25, {"exact_match": 0.0, "so": 1.0, "length": 2.0}),
+        ]
+
+
+def test_a_gap_leaves_the_answer_without_a_reward_unless_it_has_no_weight(tmp_path):
+    answer = Completion(prompt(reference=None), "so")
+    match, so = {"kind": "exact_match"}, {"kind": "contains", "text": "so", "name": "so"}
+    with rewards(match, so).opened(tmp_path) as found:
+        gap = Reward(None, {"so": 1.0}, "exact_match: the row has no reference")
+        assert found([answer]) == [gap]
+    with rewards(match | {"weight": 0.0}, so).opened(tmp_path) as found:
+        assert found([answer]) == [Reward(1.0, {"so": 1.0})]
+    with rewards(so).opened(tmp_path) as found:
+        [failed] = found([Completion(prompt(), "", "failed")])
+        assert (failed.total, failed.reason) == (None, "so: no answer came")
+
+
+# --------------------------------------------------------------------------------- what is wrong
+
+
+class Learns(Kind):
+    kind: Literal["learns"]
+    """As an objective that samples."""
+    rewards: RewardList
+    """Rewards."""
+
+
+class Whole(Section):
+    objective: Annotated[Learns | Kind, by_kind(Learns)]
+
+
+def problems(*given):
+    values = {"objective": {"kind": "learns", "rewards": list(given)}}
+    with pytest.raises(ValidationError) as found:
+        Whole.model_validate(values)
+    return [describe(error, values) for error in found.value.errors()]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "objective.rewards: List should have at least 1 item after validation, not 0"),
+        (["number"], "objective.rewards.0: should be a mapping such as {kind: exact_match}, got"),
+        ([{"kind": "exact"}], "objective.rewards.0.kind: should be 'exact_match', 'contains', "),
+        ([{"weight": 1}], "objective.rewards.0.kind: is required"),
+        ([{"kind": "regex"}], "objective.rewards.0.pattern: is required"),
+        ([{"kind": "regex", "pattern": "("}], "objective.rewards.0.pattern: should be a regular"),
+        ([{"kind": "number", "tolernce": 1}], "0.tolernce: unknown key; did you mean tolerance?"),
+        ([{"kind": "number", "text": "x"}], "unknown key; number has kind, weight, name, tolerance"),
+        ([{"kind": "number"}] * 2, "should have different names, and two are number; give each a"),
+        ([{"kind": "number", "weight": 0.0}], "should have one whose weight is not 0"),
+        ([{"kind": "number", "weight": math.nan}], "should be a finite number, got nan"),
+        ([{"kind": "length", "most_tokens": 0, "grace_tokens": 1}], "greater than 0, got 0"),
+    ],
+)  # fmt: skip
+def test_wrong_settings_are_named_with_their_place(given, message):
+    assert any(message in each for each in problems(*given)), problems(*given)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "score", "score": "rouge"}, r"rewards.0 \(score\): .* did you mean rouge-l"),
+        ({"kind": "score", "score": "exact_match"}, "is a reward of its own: kind: exact_match"),
+        ({"kind": "score", "score": "label"}, "label needs more than an answer and its row"),
+        ({"kind": "json_schema", "file": "none.json"}, "file: none.json: no such file"),
+        ({"kind": "judge", "model": "m", "url": "x"}, "should begin with http"),
+        ({"kind": "judge", "model": "m", "url": "http://a", "rubric": "no.yaml"},
+         r"\(judge\): no.yaml"),
+        ({"kind": "judge", "model": "m", "url": "http://a", "key_variable": "NONE"},
+         "the environment has no NONE"),
+    ],
+)  # fmt: skip
+def test_a_reward_that_cannot_be_made_is_a_config_error(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        rewards(settings)
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"\(math\): it .* pip install 'finetune\[math\]'"):
+        rewards({"kind": "math"})
+
+
+def test_rows_without_what_a_reward_reads_are_named_with_their_lines(monkeypatch):
+    monkeypatch.setattr(sandbox, "require", lambda setting: None)
+    found = rewards({"kind": "number"}, {"kind": "code_tests"})
+    found.check([prompt(tests=["assert x == 1", "assert y"])])
+    rows = [prompt(2, "four", tests="x"), prompt(3, None, tests="x"), prompt(4, tests=" ")]
+    with pytest.raises(DataError, match="3 of 3 rows are wrong") as error:
+        found.check(rows)
+    assert str(error.value).splitlines()[1:] == [
+        "  rows.jsonl:2: objective.rewards: number: the reference holds no number",
+        "  rows.jsonl:3: objective.rewards: number: the row has no reference",
+        "  rows.jsonl:4: objective.rewards: code_tests: the row has no text of tests in its column "
+        "tests",
+    ]
+
+
+def test_the_config_names_the_normalisations_of_scores():
+    [listed] = reward_fields.ExactMatch.model_fields["ignore"].annotation.__args__
+    assert listed.__args__ == tuple(NORMALISATIONS)
+    assert set(parts.MAKE) == {*reward_fields.BUILT_IN, reward_fields.OwnReward}
+
+
+# ---------------------------------------------------------------------- a user's own, and limits
+
+OWN = """
+import os, time
+def reward(text, row, reference="none"):
+    if text == "hang": time.sleep(60)
+    if text == "die": os._exit(3)
+    if text == "raise": return row["missing"]
+    values = {"nan": float("nan"), "none": None, "text": "1", "reason": (0.0, "why")}
+    return values.get(text, len(text) + row["more"] + len(reference))
+"""
+
+
+def test_what_fails_in_a_users_function_costs_one_answer_its_reward(tmp_path, own):
+    """Each of these was answered in one process, which a hang and an end replace."""
+    texts = ("ab", "hang", "die", "raise", "nan", "none", "text", "reason", "abc")
+    answers = [Completion(prompt(more=0.5), text) for text in texts]
+    with rewards({"kind": own(OWN), "seconds": 0.4}).opened(tmp_path) as found:
+        given = found(answers)
+    assert [each.total for each in given] == [3.5, *[None] * 6, 0.0, 4.5]
+    reasons = [each.reason for each in given if each.total is None]
+    for reason, expected in zip(reasons, (
+        "reward: over 0.4 s", "reward: its process ended (3)", "KeyError: 'missing'", "returns nan",
+        "gives none", "should return a number, True or False, None where it has none",
+    )):  # fmt: skip
+        assert expected in reason
+
+
+@pytest.mark.proof
+def test_a_call_has_a_limit_too_and_a_function_of_all_answers_only_that(tmp_path, own):
+    code = "import time\ndef reward(text): time.sleep(0.2); return 1.0"
+    settings = {"kind": own(code), "seconds": 5.0, "call_seconds": 0.5}
+    with rewards(settings).opened(tmp_path) as found:
+        given = found(completions(*"abcdef"))
+    assert [each.total for each in given][::5] == [1.0, None]
+    assert given[-1].reason == "reward: over 0.5 s for all answers"
+    code = (
+        "def reward(completions):\n"
+        "    return [1.0] * (len(completions) - (completions[0].text == 'x'))"
+    )
+    with rewards({"kind": own(code)}).opened(tmp_path) as found:
+        failed = Completion(prompt(), "", "failed")
+        assert [each.total for each in found([*completions("a", "b"), failed])] == [1.0, 1.0, None]
+        [short] = found(completions("x"))
+        assert "should return a list with a value for each of 1 answers, got []" in short.reason
+
+
+@pytest.mark.proof
+def test_a_pattern_that_never_ends_is_ended(tmp_path):
+    """It holds the interpreter's lock, so only the end of its process helps."""
+    settings = {"kind": "regex", "pattern": "(a+)+$", "seconds": 0.3}
+    began = time.monotonic()
+    with rewards(settings).opened(tmp_path) as found:
+        endless, quick = found(completions("a" * 60 + "b", "aa"))
+    assert (endless.total, endless.reason) == (None, "regex: over 0.3 s")
+    assert quick.total == 1.0
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("def reward(prompts): ...", "has the parameter prompts; a reward takes text, reference"),
+        ("def reward(completions, text): ...", "has the parameter completions; a reward takes"),
+        ("def reward(): ...", "takes none of text, reference, row, completion, completions"),
+    ],
+)
+def test_a_function_with_other_parameters_is_an_error(own, source, message):
+    with pytest.raises(ConfigError, match=message):
+        rewards({"kind": own(source)})
+
+
+def test_code_of_a_reward_is_found_and_read_with_the_config(tmp_path):
+    (tmp_path / "mine.py").write_text("def reward(text): return 1.0\nOTHER = 3")
+    named = {"objective": {"rewards": [{"kind": "number"}, {"kind": "mine.py:reward"}]}}
+    values, wrong = reader._with_own_code(named, tmp_path)
+    assert wrong == []
+    assert values["objective"]["rewards"] == [
+        {"kind": "number"}, {"kind": f"{os.path.realpath(tmp_path)}/mine.py:reward"}
+    ]  # fmt: skip
+    settings = {"objective.rewards": values["objective"]["rewards"]}
+    assert list(reader.own_names(settings)) == ["objective.rewards.1"]
+    named = {"objective": {"rewards": [{"kind": "mine.py:rewrd"}, {"kind": "mine.py:OTHER"}]}}
+    _, wrong = reader._with_own_code(named, tmp_path)
+    assert "objective.rewards.0.kind: " in wrong[0]
+    assert "did you mean reward?" in wrong[0]
+    assert wrong[1].endswith("is of type int, not a function of (text, reference, row)")
+
+
+# -------------------------------------------------------------------------------- what is kept
+
+
+def counting(scores):
+    """Return a scorer that counts its answers."""
+
+    def scorer(answers):
+        scorer.asked += [each.text for each in answers]
+        return [scores.get(each.text, Score(1.0)) for each in answers]
+
+    scorer.asked = []
+    return scorer
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    scorer = counting({"gap": Score(None, "not now")})
+    made = parts.MAKE[reward_fields.CodeTests]
+
+    monkeypatch.setattr(sandbox, "require", lambda setting: None)
+
+    def make(settings, log):
+        return replace(made(settings, log), scorer=scorer)
+
+    monkeypatch.setitem(parts.MAKE, reward_fields.CodeTests, make)
+    return scorer
+
+
+def test_scores_that_cost_are_kept_and_gaps_asked_again(tmp_path, counted):
+    settings = {"kind": "code_tests"}
+    answers = completions("a", "b", "a", "gap")
+    assert totals(tmp_path, answers, settings) == [1, 1, 1, None]
+    with (tmp_path / FILE).open("a") as file:
+        file.write('{"key": "cut')  # by a kill
+    assert totals(tmp_path, [*answers, *completions("c")], settings) == [1, 1, 1, None, 1]
+    assert counted.asked == ["a", "b", "gap", "gap", "c"]
+    assert len(read_jsonl(tmp_path / FILE)) == 3
+    other = [Completion(prompt(reference="5"), "a"), Completion(prompt(tests="x"), "a")]
+    totals(tmp_path, other, settings)
+    assert counted.asked[5:] == ["a", "a"], "another reference or other tests"
+
+
+@pytest.mark.proof
+def test_code_runs_within_the_limits_of_a_reward(tmp_path):
+    """5 seconds, 512 MB, no network, nothing outside; test_sandbox.py has more that try to get out."""
+    if why := sandbox._why_unavailable():
+        pytest.skip(f"no sandbox on this machine: {why}")
+    tests = "assert double(2) == 4"
+    right = "```python\ndef double(x): return 2 * x\n```"
+    codes = [right, "def double(x): return x", "x = bytearray(600 << 20)", "while True: pass"]
+    codes += [f"open({str(tmp_path / 'new')!r}, 'w')", "import socket; socket.socket()"]
+    answers = [Completion(prompt(tests=tests), code) for code in codes]
+    with rewards({"kind": "code_tests"}).opened(tmp_path / "kept") as found:
+        assert [each.total for each in found(answers)] == [1.0, *[0.0] * 5]
+    reasons = [line["reason"] for line in read_jsonl(tmp_path / "kept" / FILE)]
+    assert [reasons[2], reasons[3]] == ["over 512 MB", "over 5 s"]
+    assert not (tmp_path / "new").exists()
+
+
+# ---------------------------------------------------------------------------------- judges
+
+
+def judged(body, text, usage):
+    """Answer 5 to every question, with its log-probability."""
+    values = reply(body, "5", usage)
+    if body.get("logprobs"):
+        top = [{"token": "5", "logprob": math.log(0.75)}, {"token": "3", "logprob": math.log(0.25)}]
+        values["choices"][0]["logprobs"]["content"][0]["top_logprobs"] = top
+    return values
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr("finetune.endpoint.FIRST_WAIT", 0.01)
+    monkeypatch.setattr("chat_server.reply", judged)
+    with serving(ChatServer(answer=lambda body: "5")) as found:
+        yield found
+
+
+@pytest.fixture
+def rubric(tmp_path):
+    path = tmp_path / "rubric.yaml"
+    path.write_text(
+        "name: tone\ncriterion: Polite.\nscores: {1: a, 3: b, 5: c}\nsteps: [Read it.]\n"
+    )
+    return {"kind": "judge", "model": "good-model", "rubric": str(path), "seconds": 5.0}
+
+
+def test_a_judges_score_is_a_share_and_asked_once(tmp_path, server, rubric):
+    settings = rubric | {"url": server.url}
+    expected = (5 * 0.75 + 3 * 0.25 - 1) / 4
+    for _ in range(2):
+        given = totals(tmp_path / "kept", completions("a", "b", "a"), settings)
+        assert given == pytest.approx([expected] * 3)
+    assert len(server.seen) == 2
+
+
+def test_an_answer_that_the_judge_does_not_score_is_a_gap(tmp_path, server, rubric):
+    settings = rubric | {"url": server.url, "seconds": 0.3}
+    server.delay = lambda body: 2.0 * ("hang" in body["messages"][-1]["content"])
+    with rewards(settings).opened(tmp_path / "kept") as found:
+        hangs, fine = found(completions("hang", "b"))
+        assert "no answer in 0.3 seconds, 3 times" in hangs.reason
+        assert fine.total is not None
+    with rewards(settings | {"call_seconds": 0.2}).opened(tmp_path / "kept") as found:
+        [late, kept] = found(completions("hang", "b"))
+        assert (late.reason, kept.total) == ("judge: over 0.2 s for all answers", fine.total)
+
+
+def test_a_judge_that_does_not_answer_ends_the_run(tmp_path, server, rubric):
+    settings = rubric | {"url": server.url}
+    with rewards(settings).opened(tmp_path / "kept") as found:
+        server.faults = ["503"] * 30
+        with pytest.raises(Outage, match="503"):
+            found(completions("a"))
+    server.faults = ["key"]
+    with pytest.raises(ConfigError, match="objective.rewards: judge: .*refuses the key"):
+        rewards(settings).check([prompt()])
+    with pytest.raises(ConfigError, match="is the server running"):
+        rewards(rubric | {"url": "http://127.0.0.1:9/v1"}).check([prompt()])
+
+
+def test_a_changed_rubric_or_schema_is_another_identity(tmp_path, rubric):
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object"}')
+    settings = [{"kind": "json_schema", "file": str(schema)}, rubric | {"url": "http://a/v1"}]
+    before = rewards(*settings).identity()
+    assert list(before) == ["reward json_schema", "reward judge"]
+    schema.write_text('{"type": "array"}')
+    after = rewards(*settings).identity()
+    assert before["reward judge"] == after["reward judge"]
+    assert before["reward json_schema"] != after["reward json_schema"]
