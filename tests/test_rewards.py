@@ -140,7 +140,7 @@ def problems(*given):
         ([{"kind": "regex"}], "objective.rewards.0.pattern: is required"),
         ([{"kind": "regex", "pattern": "("}], "objective.rewards.0.pattern: should be a regular"),
         ([{"kind": "number", "tolernce": 1}], "0.tolernce: unknown key; did you mean tolerance?"),
-        ([{"kind": "number", "text": "x"}], "unknown key; number has kind, weight, name, tolerance"),
+        ([{"kind": "number", "text": "x"}], "unknown key; number has kind, weight, name,"),
         ([{"kind": "number"}] * 2, "should have different names, and two are number; give each a"),
         ([{"kind": "number", "weight": 0.0}], "should have one whose weight is not 0"),
         ([{"kind": "number", "weight": math.nan}], "should be a finite number, got nan"),
@@ -330,7 +330,7 @@ def test_scores_that_cost_are_kept_and_gaps_asked_again(tmp_path, counted):
 
 @pytest.mark.proof
 def test_code_runs_within_the_limits_of_a_reward(tmp_path):
-    """5 seconds, 512 MB, no network, nothing outside; test_sandbox.py has more that try to get out."""
+    """5 seconds, 512 MB, no network, no files; test_sandbox.py has more that try to get out."""
     if why := sandbox._why_unavailable():
         pytest.skip(f"no sandbox on this machine: {why}")
     tests = "assert double(2) == 4"
