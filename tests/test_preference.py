@@ -19,7 +19,7 @@ from finetune.engine.reference import FILE
 from finetune.errors import ConfigError, DataError, RunDirectoryError
 from finetune.evaluation import held_out
 from finetune.evaluation.trained_run import TrainedRun
-from finetune.models import attention, head
+from finetune.models import attention, head, scalar_heads
 from finetune.models.policy import Policy
 from finetune.objectives import OBJECTIVES
 from finetune.objectives.base import total
@@ -42,7 +42,7 @@ def settings(workshop, kind="dpo", **more):
 # ------------------------------------------------------------------------------------ formulas
 
 
-def policy_of(seed):
+def policy_of(seed, heads=()):
     """A tiny Llama in float32 that answers as in training."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -50,6 +50,7 @@ def policy_of(seed):
     shape = {**TINY_LLAMA, "vocab_size": 64}
     config = AutoConfig.for_model(shape.pop("model_type"), **shape)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.DOCUMENTS)
+    scalar_heads.attach(model, heads)
     head.install(model)
     return model, Policy(model)
 

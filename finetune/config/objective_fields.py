@@ -5,6 +5,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from finetune.config.kinds import Kind, PositiveNumber, Section
+from finetune.config.rollout_fields import Rollouts
+
+Factor = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class CrossEntropy(Section):
@@ -182,3 +186,92 @@ class Orpo(Kind):
     """Train a base model on chosen answers, and away from rejected ones (Hong et al., 2024)."""
     beta: PositiveNumber = 0.1
     """Factor of what is compared; beside a reference, a smaller one lets answers move further."""
+
+
+class PolicyGradient(Section):
+    """Settings of all objectives that learn from rewards of their own completions."""
+
+    rollouts: Rollouts = Rollouts()
+    """How completions are sampled."""
+    beta: Factor = 0.05
+    """Weight of the divergence from the weights before the first step; 0: none is computed."""
+    entropy_bonus: Factor = 0.0
+    """Weight of the entropy, which the loss raises; 0: it is only logged."""
+    clip_low: Share = 0.2
+    """How far below 1 the ratio of probabilities still teaches where the advantage is negative."""
+    clip_high: Factor = 0.2
+    """How far above 1 the ratio of probabilities still teaches where the advantage is positive."""
+    dual_clip: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
+    """Largest ratio that counts where the advantage is negative (Ye et al., 2020); null: no limit.
+    """
+    sampler_correction: Literal["sequence", "token", "none"] = "sequence"
+    """How to weight completions of a sampler whose log-probabilities differ from the policy's.
+    sequence: by the ratio of the whole completion, 0 beyond sampler_cap;
+    token: each token by its own ratio, at most sampler_cap.
+    """
+    sampler_cap: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 3.0
+    """Largest weight that sampler_correction gives."""
+    stop_kl: PositiveNumber | None = None
+    """End the run after a step whose `kl` is larger; null: never."""
+    stop_entropy: (
+        Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=2, max_length=2)] | None
+    ) = None
+    """End the run after a step whose `entropy` is outside, as [0.01, 4.0]; null: never."""
+
+
+class Grpo(PolicyGradient, Kind):
+    """Group relative policy optimisation, and its relatives."""
+
+    kind: Literal["grpo"]
+    """Train on completions of the policy, by how much better each is than others of its prompt."""
+    loss: Literal["grpo", "dr_grpo", "bnpo", "dapo", "gspo", "cispo"] = "dapo"
+    """What is clipped, and by what the loss is divided (docs/reinforcement.md has the formulas)."""
+    clip_low: Share | None = None  # type: ignore[assignment]
+    """How far below 1 the ratio of probabilities still teaches where the advantage is negative.
+    null: as the paper of the loss.
+    """
+    clip_high: Factor | None = None  # type: ignore[assignment]
+    """How far above 1 the ratio of probabilities still teaches where the advantage is positive.
+    null: as the paper of the loss.
+    """
+    scale_advantages: Literal["group", "none", "batch"] | None = None
+    """Standard deviation that divides advantages: that of each group, or of the whole phase.
+    null: none for dr_grpo, else group.
+    """
+    beta: Factor = 0.0
+    """Weight of the divergence from the weights before the first step; 0: none is computed."""
+    kl: Literal["in_loss", "in_reward"] = "in_loss"
+    """Where the divergence stands: in the loss, or in the reward of each completion."""
+
+
+class Rloo(PolicyGradient, Kind):
+    """REINFORCE with the mean of the other completions as its baseline."""
+
+    kind: Literal["rloo"]
+    """Train on completions of the policy, each beside the mean of the others of its prompt."""
+
+
+class OneCompletion(Rollouts):
+    """Rollouts that need no second completion of a prompt."""
+
+    group_size: Annotated[int, Field(gt=0)] = 1
+    """Completions of each prompt."""
+
+
+class Ppo(PolicyGradient, Kind):
+    """Proximal policy optimisation with a value head."""
+
+    kind: Literal["ppo"]
+    """Train on completions of the policy, beside what a value head expected of each token."""
+    rollouts: OneCompletion = OneCompletion()
+    """How completions are sampled."""
+    gamma: Share = 1.0
+    """Discount of what comes a token later."""
+    gae_lambda: Share = 0.95
+    """How far ahead advantages look.
+    0: one token, trusting the values; 1: to the end, trusting only the rewards.
+    """
+    value_clip: PositiveNumber = 0.2
+    """How far values may move from those of the phase in one phase."""
+    value_weight: PositiveNumber = 0.1
+    """Weight of the error of values in the loss."""

@@ -67,6 +67,8 @@ class Objective:
         """Return those of `needs` that are heads of the model."""
         return frozenset(self.needs) - {REFERENCE}
 
+    samples = False
+    """Whether it learns from completions of the policy, of which `columns` makes columns."""
     reports_cross_entropy = False
     """Whether `evaluate` returns the cross-entropy of the supervised tokens itself, if there is
     one."""
