@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_LLAMA, losses, pretrained, read_jsonl, write_jsonl
+from conftest import TINY_LLAMA, losses, pretrained, read_jsonl, short, write_jsonl
 from invariants import families
 
 from finetune import config as configs
@@ -342,7 +342,7 @@ def cut_at(workshop, step, name="cut"):
     return run
 
 
-@pytest.mark.parametrize("lost", [False, True], ids=["kept", "lost"])
+@pytest.mark.parametrize("lost", short([False, True], True))
 def test_a_resumed_run_has_the_reference_of_its_start(workshop, lost):
     own = settings(workshop, checkpoint__every_steps=2, checkpoint__keep_last=9)
     whole = losses(workshop.train("whole", **own))
