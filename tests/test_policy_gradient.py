@@ -386,7 +386,7 @@ class Table(Policy):
 
 
 def documents(count, length, **columns):
-    """A batch of so many completions of one length, with columns of their tokens."""
+    """A batch of completions of one length, with columns of their tokens."""
     number = torch.arange(count)
     return SimpleNamespace(
         labels=torch.zeros(count * length, dtype=torch.long), num_documents=count, group=None,

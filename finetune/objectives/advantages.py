@@ -70,7 +70,7 @@ def beside_group(rewards: np.ndarray, groups: np.ndarray, scale: str) -> np.ndar
 def beside_others(rewards: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """Return each reward minus the mean of the others of its group, [N] (Ahmadian et al., 2024).
 
-    0 where there are no others.
+    0 for a completion that is alone in its group.
     """
     centred, number, count = _centred(rewards, groups)
     return centred * (count / np.maximum(count - 1, 1))[number]
