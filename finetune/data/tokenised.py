@@ -430,7 +430,8 @@ class _Finisher:
         supervised: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
         if self.bos_id is not None and (ids.size == 0 or ids[0] != self.bos_id):
-            ids, supervised = np.insert(ids, 0, self.bos_id), np.insert(supervised, 0, False)
+            ids = np.concatenate(([np.int32(self.bos_id)], ids))
+            supervised = np.concatenate((np.zeros(1, supervised.dtype), supervised))
         # Further BOS are the template's own: Llama 2's puts one before every question.
         is_text, bos_id = conversation.messages[0].role == "text", self.any_bos_id
         if not is_text and bos_id not in (None, self.eos_id) and ids.size and ids[0] == bos_id:
