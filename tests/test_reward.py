@@ -1,16 +1,31 @@
 """Reward models: what they learn, and that plain transformers opens them with the same scores."""
 
 import json
+import shutil
+from copy import deepcopy
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_LLAMA, pretrained, write_jsonl
+from conftest import TINY_LLAMA, pretrained, read_jsonl, write_jsonl
+from faults.forked import assert_same_end, forget
 from invariants import families
+from test_preference import _minimise as minimise
+from test_preference import _padded as padded
+from test_preference import batch_of, pairs_of
 
+from finetune.config import objective_fields as fields
 from finetune.data.conversations import Conversation, Message
 from finetune.data.places import Place
+from finetune.errors import DataError, ExportError, ModelError, UserError
+from finetune.export.load import load as opened
 from finetune.generation.reward_model import RewardModel
+from finetune.models import attention, document_scores, head, load
+from finetune.models.policy import Policy
+from finetune.objectives import OBJECTIVES
+from finetune.objectives.base import total
 
 pytestmark = pytest.mark.slow
 
@@ -89,3 +104,266 @@ def test_peft_opens_an_adapter_with_its_head(workshop, base, kind):
             ]
         assert scores(ASKED) == pytest.approx(wanted, abs=1e-6)
     assert len(set(scores(ASKED))) == 3
+
+
+@pytest.mark.parametrize("kind", ["full", pytest.param("lora", marks=pytest.mark.proof)])
+def test_an_export_that_scores_otherwise_is_refused(workshop, base, monkeypatch, kind):
+    """A deliberate break: training reads the token before the last."""
+    from finetune.models import document_scores
+
+    usual = document_scores.trained
+    monkeypatch.setattr(
+        document_scores, "trained", lambda m, documents, d: replace(
+            usual(m, [each[:-1] for each in documents], d), documents=documents
+        ),
+    )  # fmt: skip
+    own = settings(workshop) | pretrained(base, adapter__kind=kind)
+    with pytest.raises(ExportError, match="scores .* of documents after reloading, and"):
+        workshop.train(**own)
+
+
+@pytest.mark.proof
+def test_a_merged_adapter_scores_like_the_adapter(workshop, base):
+    from finetune.export import merge
+
+    run = workshop.train(**settings(workshop) | pretrained(base), adapter__kind="lora")
+    target = workshop.folder / "merged"
+    merge.merge([run / "model"], target)
+    assert RewardModel(target)(ASKED) == pytest.approx(RewardModel(run)(ASKED), abs=1e-5)
+
+
+def test_padding_that_ends_answers_is_replaced_or_refused(workshop, bytes_tokenizer, caplog):
+    """GPT-2 and many bases have only their EOS to pad with."""
+    bytes_tokenizer.pad_token = bytes_tokenizer.eos_token
+    bytes_tokenizer.save_pretrained(workshop.folder / "tokenizer")
+    own = settings(workshop) | {"model__tokenizer": str(workshop.folder / "tokenizer")}
+    run = workshop.train(**own)
+    saved = json.loads((run / "model/config.json").read_text())
+    pad_id = saved["pad_token_id"]
+    assert pad_id not in (bytes_tokenizer.eos_token_id, bytes_tokenizer.bos_token_id, None)
+    scores = RewardModel(run)
+    assert scores.tokenizer.pad_token_id == pad_id
+    alone = [scores([each])[0] for each in ASKED]
+    assert scores(ASKED) == pytest.approx(alone, abs=1e-6)
+
+
+def test_a_tokenizer_without_a_token_to_pad_with_is_refused(bytes_tokenizer):
+    special = [str(each) for each in bytes_tokenizer.added_tokens_decoder.values()]
+    bytes_tokenizer.pad_token = bytes_tokenizer.eos_token
+    ends = bytes_tokenizer.convert_tokens_to_ids(special)
+    with pytest.raises(ModelError, match="pads and ends answers, .* model.new_tokens"):
+        load.part_padding(bytes_tokenizer, set(ends))
+
+
+# ---------------------------------------------------------------------------------- the loss
+
+
+def scorer(seed=0):
+    """A tiny Llama that scores, in float32, as in training and as transformers has it."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    torch.manual_seed(seed)
+    shape = {**TINY_LLAMA, "vocab_size": 64, "num_labels": 1, "pad_token_id": 0}
+    config = AutoConfig.for_model(shape.pop("model_type"), **shape)
+    make = AutoModelForSequenceClassification.from_config
+    plain = make(config, attn_implementation="sdpa")
+    model = make(deepcopy(config), attn_implementation=attention.DOCUMENTS)
+    model.load_state_dict(plain.state_dict())
+    head.install(model)
+    return model, plain
+
+
+def with_margins(examples):
+    margins = np.arange(len(examples), dtype=np.float32).repeat(2) / 3
+    return replace(examples, columns={**examples.columns, "margin": margins})
+
+
+def loss_of(model, batch, **values):
+    """The loss of a micro-batch, and the gradient of every weight."""
+    own = fields.Reward(kind="reward", **values)
+    model.zero_grad()
+    loss = total(OBJECTIVES["reward"].loss(Policy(model), batch, own, {}), batch.counts)
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.proof
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("margin", [False, True])
+@pytest.mark.parametrize("center", [0.0, 0.3])
+def test_loss_and_gradients_equal_trls(tmp_path, margin, center):
+    """Of one pack, in float32. TRL pads: chosen answers first, then rejected ones."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    (model, plain), examples = scorer(), pairs_of()
+    examples = with_margins(examples) if margin else examples
+    own, gradients = loss_of(model, batch_of(examples), center_rewards_coefficient=center)
+    arguments = trl.RewardConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, gradient_checkpointing=False,
+        report_to="none", center_rewards_coefficient=center or None,
+    )  # fmt: skip
+    rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    trainer = trl.RewardTrainer(
+        plain, args=arguments, train_dataset=rows, processing_class=load.bytes_tokenizer()
+    )
+    trainer.model.config.pad_token_id = 0
+    inputs = {k: v for k, v in padded(examples).items() if k != "completion_mask"}
+    if margin:
+        inputs["margin"] = torch.from_numpy(examples.columns["margin"][::2])
+    trainer.model.zero_grad()
+    loss = trainer.compute_loss(trainer.model, inputs)
+    loss.backward()
+    assert own == pytest.approx(loss.item(), abs=1e-6)
+    for name, parameter in trainer.model.named_parameters():
+        assert (gradients[name] - parameter.grad).abs().max() < 1e-6, name
+
+
+def test_the_score_is_read_at_the_last_token_of_a_document_in_packs_and_rows():
+    model, plain = scorer()
+    examples = pairs_of()
+    documents = [examples.input.ids[examples.input.span(n)] for n in range(12)]
+    with torch.no_grad():
+        packed = Policy(model)(batch_of(examples), {"scores"}).scores
+        alone = [
+            plain(input_ids=torch.from_numpy(ids.astype(np.int64))[None]).logits.item()
+            for ids in documents
+        ]
+    assert sorted(packed.tolist()) == pytest.approx(sorted(alone), abs=1e-6)  # packs shuffle
+    assert document_scores.plain(plain, documents, torch.device("cpu")).tolist() == pytest.approx(
+        alone, abs=1e-6
+    )
+
+
+def test_one_pair_has_no_part_in_the_gradient_of_another():
+    examples, (model, _) = pairs_of(), scorer()
+    whole = loss_of(model, batch_of(examples), center_rewards_coefficient=0.3)[1]
+    parts = [
+        loss_of(model, batch_of(examples.subset(np.array(n))), center_rewards_coefficient=0.3)[1]
+        for n in ([0, 1, 2], [3, 4, 5])
+    ]
+    for name, gradient in whole.items():
+        assert torch.allclose(gradient, sum(part[name] for part in parts) / 2, atol=1e-7), name
+
+
+def test_scores_of_bradley_and_terry_are_recovered_up_to_a_constant():
+    """Of the loss of all pairs, each as often as the true scores say that it comes."""
+    truth = torch.randn(5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scores = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+    own, pair = fields.Reward(kind="reward"), {"label": torch.tensor([1.0, 0.0])}
+
+    def loss_of_pair(better, worse):
+        batch = SimpleNamespace(example=torch.tensor([0, 0]), num_documents=2, columns=pair)
+        answers = SimpleNamespace(scores=scores[[better, worse]])
+        return OBJECTIVES["reward"].loss(lambda batch, want: answers, batch, own, {})[0].sum
+
+    def loss():
+        return sum(
+            (truth[i] - truth[j]).sigmoid() * loss_of_pair(i, j)
+            for i in range(5) for j in range(5) if i != j
+        )  # fmt: skip
+
+    minimise(scores, loss)
+    found = (scores - scores.mean()).detach()
+    assert torch.allclose(found, truth - truth.mean(), atol=1e-8)
+
+
+# -------------------------------------------------------------------------------- what it learns
+
+
+def polite(count, seed):
+    """Pairs of random words whose chosen answer says please, anywhere and as long as the other."""
+    random, words = np.random.default_rng(seed), ["red", "tall", "new", "cold", "big", "dry"]
+    rows = []
+    for number in range(count):
+        answers = [list(random.choice(words, random.integers(2, 6))) for _ in range(2)]
+        answers[0][random.integers(len(answers[0]))] = "please"
+        chosen, rejected = map(" ".join, answers)
+        rows.append({"prompt": f"say {number}", "chosen": chosen, "rejected": rejected})
+    return rows
+
+
+@pytest.mark.proof
+def test_a_learned_rule_holds_for_pairs_that_it_did_not_see(workshop):
+    unseen = write_jsonl(workshop.folder / "unseen.jsonl", polite(200, seed=1))
+    run = workshop.train(
+        **settings(workshop, rows=polite(800, seed=0)), data__eval=str(unseen),
+        train__epochs=9, train__max_steps=150, train__global_batch_size=16, data__max_length=256,
+        evaluation__every_steps=150,
+    )  # fmt: skip
+    assert read_jsonl(run / "eval.jsonl")[-1]["accuracy"] > 0.95
+
+
+@pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.proof)])
+def test_it_resumes_to_the_bit(workshop, base, kind):
+    own = settings(workshop) | pretrained(base) | {
+        "adapter__kind": kind, "optimizer__head_lr": 1e-2, "checkpoint__every_steps": 2,
+        "checkpoint__keep_last": 3,
+    }  # fmt: skip
+    run, whole = workshop.train(**own), workshop.folder / "whole"
+    shutil.copytree(run, whole)
+    forget(run, 2)
+    assert_same_end(workshop.train(**own), whole)
+    scores, again = RewardModel(whole)(ASKED), RewardModel(run)(ASKED)
+    assert scores == again
+
+
+# ---------------------------------------------------------------------------------- bad input
+
+GOOD = {"prompt": "1", "chosen": "a", "rejected": "b"}
+WRONG = {
+    "equal answers": ({**GOOD, "rejected": "a"}, {}, "chosen and a rejected answer are equal"),
+    "a missing side": ({"prompt": "1", "chosen": "a"}, {}, "no column 'rejected'"),
+    "an answer cut away": (
+        {**GOOD, "chosen": "a" * 99}, {"data__truncation": "right"}, "over data.max_length 64",
+    ),
+    "no margin": ({**GOOD}, {"data__columns": {"margin": "lead"}}, "'lead' should be a number"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_row_is_named_with_its_line(workshop, wrong):
+    row, more, says = WRONG[wrong]
+    first = {**GOOD, "lead": 1.0} if "data__columns" in more else GOOD
+    with pytest.raises(DataError) as refused:
+        workshop.train(**settings(workshop, rows=[first, row], data__max_length=64, **more))
+    assert says in str(refused.value)
+    assert "pairs.jsonl:2" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model__config": {**TINY_LLAMA, "model_type": "cohere"}}, "has no model for sequence"),
+        ({"model__config": {"model_type": "bert"}}, "is an encoder, and objective.kind: reward"),
+        ({"evaluation__sample_prompts": ["hi"]}, "a reward model does not write answers"),
+        ({"objective__kind": "dpo", "data__columns": {"margin": "m"}}, "margin would be ignored"),
+    ],
+)
+def test_a_model_or_setting_that_does_not_fit_is_refused(workshop, changes, says):
+    with pytest.raises(UserError) as refused:
+        workshop.check(**settings(workshop) | changes)
+    assert says in str(refused.value)
+
+
+def test_a_reward_model_may_go_on_and_a_classifier_of_several_labels_may_not(workshop):
+    first = workshop.train("first", **settings(workshop)) / "model"
+    own = settings(workshop) | pretrained(first)
+    further = workshop.train("further", **own, train__max_steps=1) / "model"
+    before, after = (opened(each).score.weight for each in (first, further))
+    assert 0 < (after - before).abs().max() < 2e-3, "a step of a rate of 1e-3"
+    model = opened(first)
+    model.config.id2label = {0: "a", 1: "b"}
+    model.save_pretrained(workshop.folder / "classifier")
+    with pytest.raises(UserError, match="is a classifier of 2 labels"):
+        workshop.check(**own | {"model__path": str(workshop.folder / "classifier")})
+
+
+def test_what_gives_no_score_or_holds_no_answer_is_refused(workshop, base):
+    with pytest.raises(ModelError, match="gives no single score"):
+        RewardModel(base)
+    scores = RewardModel(workshop.train(**settings(workshop)))
+    with pytest.raises(DataError, match="asked:1: ends with a message of the user"):
+        scores([conversation("only a question")])
+    with pytest.raises(DataError, match="tokens, and the reward model has only 256 positions"):
+        scores([conversation("1", "a" * 300)])
