@@ -140,13 +140,14 @@ def loop(run: Run) -> None:
                 must_stop = evaluate_if_due(run)
                 if due(progress.step, config.evaluation.every_steps) and not must_stop:
                     best.update(progress.step)
+            best.watch(result.terms)
+            if best.stalled:
+                metrics.flush()  # a resume has to find out the same
             ends = is_last or must_stop or best.stalled or best.step == progress.step
             if ends or time_to_save or due(progress.step, config.checkpoint.every_steps):
                 seconds_left = stop.save_seconds() if must_stop else None
                 saver.save(run.state, best.step, seconds_left)
                 stop.wants_save = False
-    if best.stalled:
-        metrics.flush()
     must_stop = must_stop or evaluate_if_due(run, at_the_end=True)
     metrics.close_bar()
     saver.settle()

@@ -178,8 +178,9 @@ class Run:
             heartbeat=topology.watchdog.heartbeat,
         )  # fmt: skip
         self.best = BestCheckpoint(
-            self.config.evaluation, self.directory, self.topology, lambda: self.saver.under_way
-        )
+            self.config.evaluation, self.directory, self.topology, lambda: self.saver.under_way,
+            lambda terms: self.objective.runs_away(terms, self.config.objective),
+        )  # fmt: skip
 
     def _begin(self) -> None:
         config, data, step = self.config, self.data, self.state.progress.step

@@ -1,13 +1,14 @@
 """Learning from rewards: formulas as their papers have them, and no number of a part of a step."""
 
 import itertools
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import short
+from conftest import losses, read_jsonl, short
 from test_preference import as_trl_wants, policy_of
 
 from finetune.config import objective_fields as fields
@@ -19,6 +20,7 @@ from finetune.objectives import advantages
 from finetune.objectives.advantages import Scored
 from finetune.objectives.base import total
 from finetune.objectives.policy_gradient import LOSSES, Grpo, Ppo, Rloo
+from finetune.objectives.sft import Sft
 
 pytestmark = pytest.mark.slow
 
@@ -604,3 +606,39 @@ def test_values_learn_the_returns_and_move_no_further_than_the_clip():
     )
     term.sum.backward()
     assert values.grad.tolist() == pytest.approx([-0.8, 0, 0, 1.7], abs=1e-6)
+
+
+# ------------------------------------------------------------------------------ running away
+
+
+def test_limits_of_divergence_and_entropy_say_why_a_run_ends():
+    objective, settings = chosen(stop_kl=0.5, stop_entropy=[0.1, 4.0])
+    assert objective.wants_reference(settings), "without a weight of the divergence, too"
+    assert not objective.runs_away({}, settings)
+    assert not objective.runs_away({"kl": 0.5, "entropy": 4.0}, settings)
+    why = objective.runs_away({"kl": 0.625, "entropy": 1.0}, settings)
+    assert why == "kl is 0.625, above objective.stop_kl: 0.5"
+    why = objective.runs_away({"kl": 0.0, "entropy": 0.05}, settings)
+    assert why == "entropy is 0.05, outside objective.stop_entropy: [0.1, 4]"
+
+
+def test_a_run_that_runs_away_ends_early_also_after_a_resume(workshop, monkeypatch):
+    """A step decides, also one that tracking leaves out; the first attempt fails at its export."""
+    full, limit = losses(workshop.train("full")), [-1.0]
+    limit[0] = (full[1] + full[2]) / 2
+
+    def runs_away(self, terms, settings):
+        return "it fell" if terms.get("loss", 9.0) < limit[0] else ""
+
+    monkeypatch.setattr(Sft, "runs_away", runs_away)
+    with monkeypatch.context() as broken:
+        broken.setattr("finetune.loop.finish", lambda run, untrained: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            workshop.train("run", tracking__log_every_steps=4)
+    run = workshop.train("run", tracking__log_every_steps=4)
+    assert [line["step"] for line in read_jsonl(run / "metrics.jsonl")] == [3]
+    outcome = json.loads((run / "outcome.json").read_text())
+    assert outcome["state"] == "complete"
+    assert outcome["reason"].startswith(
+        f"stopped early, of {len(full)} steps, because it fell; the last weights, of step 3"
+    )

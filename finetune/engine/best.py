@@ -1,7 +1,7 @@
-"""Track the best evaluation: which checkpoint has its weights; has the run stopped improving?"""
+"""Track the best evaluation: which checkpoint has its weights; has the run to stop early?"""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from finetune.config import fields
 from finetune.engine.checkpoint import resume
@@ -22,14 +22,17 @@ class BestCheckpoint:
         directory: RunDirectory,
         topology: Topology,
         under_way: Callable[[], set[int]] = set,
+        runs_away: Callable[[Mapping[str, Any]], str] = lambda terms: "",
     ) -> None:
-        """`under_way` returns the steps whose checkpoints are being written now."""
+        """`under_way` returns the steps whose checkpoints are being written now, `runs_away` why a
+        step with these terms is the last.
+        """
         self.settings, self.directory, self.topology = settings, directory, topology
-        self.under_way = under_way
+        self.under_way, self.runs_away = under_way, runs_away
         self.step: int | None = None
         """The step of the best evaluation, if its weights are to be exported."""
         self.stalled: str | None = None
-        """Why the run stops early: the last evaluation.patience evaluations improved nothing."""
+        """Why the run stops early: evaluations improve nothing, or training runs away."""
 
     def fetch(self, storage: "Storage | None") -> None:
         """Fetch the checkpoint of the best evaluation from the store, if this disk lacks it."""
@@ -43,10 +46,15 @@ class BestCheckpoint:
         def find() -> tuple[int | None, str | None]:
             saved = resume.kept(self.directory.checkpoints) | self.under_way() | {step}
             logs = self.directory.logs
-            return logs.best_step(saved), logs.why_stalled(self.settings.patience)
+            why = logs.why_stalled(self.settings.patience)
+            return logs.best_step(saved), why or self.runs_away(logs.line_of(step)) or None
 
         best, self.stalled = self.topology.on_main(find)
         self.step = best if self.settings.export_best else None
+
+    def watch(self, terms: Mapping[str, float]) -> None:
+        """Note whether training runs away in a step; its terms are the same on all processes."""
+        self.stalled = self.stalled or self.runs_away(terms) or None
 
     def restore(self, state: TrainState, log: Callable[[str], None]) -> tuple[int, str]:
         """Load the weights of the best evaluation, if they are exported.

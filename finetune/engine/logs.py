@@ -63,6 +63,11 @@ class Logs:
     def last_step(self) -> int:
         return max((values["step"] for values in records(self.metrics)), default=0)
 
+    def line_of(self, step: int) -> dict[str, Any]:
+        """Return the finite numbers that metrics.jsonl has of a step."""
+        found = next((line for line in records(self.metrics) if line["step"] == step), {})
+        return {name: value for name, value in found.items() if value is not None}
+
     def eval_losses(self) -> dict[int, float]:
         """Return step -> loss of every recorded evaluation; infinity where the loss was NaN."""
         losses = {}

@@ -98,6 +98,10 @@ class Objective:
         """Return what says, while it trains, how to read its terms."""
         return lambda terms: ""
 
+    def runs_away(self, terms: Mapping[str, float], settings: Any) -> str:
+        """Return why a step with these terms has to be the last, mostly ""; some may be missing."""
+        return ""
+
     def prepare(
         self, policy: Policy, batches: Sequence[Batch], settings: Any
     ) -> dict[str, torch.Tensor]:

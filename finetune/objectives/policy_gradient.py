@@ -156,6 +156,16 @@ class PolicyGradient(Objective):
     def further_terms(self, answers: Answers, batch: Batch, settings: Any) -> list[Term]:
         return []
 
+    def runs_away(self, terms: Mapping[str, float], settings: Any) -> str:
+        kl, entropy = terms.get("kl"), terms.get("entropy")
+        if settings.stop_kl is not None and kl is not None and kl > settings.stop_kl:
+            return f"kl is {kl:.3g}, above objective.stop_kl: {settings.stop_kl:g}"
+        if settings.stop_entropy is None or entropy is None:
+            return ""
+        low, high = settings.stop_entropy
+        limits = f"objective.stop_entropy: [{low:g}, {high:g}]"
+        return "" if low <= entropy <= high else f"entropy is {entropy:.3g}, outside {limits}"
+
 
 def _surrogate(
     row: Loss, completions: Completions, logprobs: Tensor, columns: Mapping[str, Tensor],
