@@ -53,6 +53,7 @@ from finetune.models import (
     parameters,
     recompute,
     scalar_heads,
+    teacher,
 )
 from finetune.objectives import Encoding, Objective, Own, chosen
 from finetune.objectives.base import with_blank_reference
@@ -86,6 +87,8 @@ class Data:
     """What decides the tokens besides rows, tokenizer and template."""
     columns: str
     """Which columns are read, and from which names; empty for a format of the user's own."""
+    teacher: teacher.Teacher | None
+    """The model that the objective's `teacher` names."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,7 @@ def prepare(
     architecture = base_identity.architecture(model_config)
     model_config = load.complete(model_config, config.model, tokenizer)
     kernel = _attention(config, model_config, topology)
+    teaches = _teacher(config, tokenizer, kernel, topology)
     options = _options(config, wanted, objective, model_config)
     template = _template(wanted, "text" if options.framed else format, tokenizer, date)
     if objective.has_turns:
@@ -147,6 +151,9 @@ def prepare(
     num_steps = min(natural_steps(config, train_batches), config.train.max_steps or sys.maxsize)
     parts = [each.examples for each in (train, evals) if each is not None]
     check_lengths(parts, config, model_config)
+    if teaches is not None:
+        with teacher.named():
+            check_lengths(parts, config, teaches.model_config)
     check_warmup(config, num_steps)
     topology.on_every(lambda: _rehearse_objective(config, objective, train_batches))
     kind = objective_kind(config.objective.kind)
@@ -165,6 +172,7 @@ def prepare(
     return Data(
         tokenizer, template, model_config, kernel, train_batches, eval_batches, num_steps, new_ids,
         sources, known, identity, format, num_rows, options, _columns(wanted, sources, format),
+        teaches,
     )  # fmt: skip
 
 
@@ -323,6 +331,18 @@ def _attention(config: Config, model_config: Any, topology: Topology) -> str:
             "set it to false"
         )
     return kernel
+
+
+def _teacher(
+    config: Config, tokenizer: Any, kernel: str, topology: Topology
+) -> teacher.Teacher | None:
+    """Return the teacher that the objective names. Raise UserError if it does not fit the model."""
+    if getattr(config.objective, "teacher", None) is None:
+        return None
+    return teacher.prepare(
+        config, tokenizer, kernel, topology.device, topology.precision,
+        topology.parallel.num_context,
+    )  # fmt: skip
 
 
 def _template(

@@ -18,11 +18,12 @@ from finetune.config import Config, base, differences
 from finetune.config.choices import REFERENCE
 from finetune.data import held_out
 from finetune.data.prefetch import Prefetch
-from finetune.engine import receipt, reference
+from finetune.engine import companion, receipt, reference
 from finetune.engine.best import BestCheckpoint
 from finetune.engine.checkpoint import folder, resume
 from finetune.engine.checkpoint.saver import Saver
 from finetune.engine.checkpoint.storage import Storage
+from finetune.engine.companion import Companion
 from finetune.engine.gpu import with_compilation
 from finetune.engine.metrics import Metrics, log
 from finetune.engine.reference import Reference
@@ -79,6 +80,8 @@ class Run:
     """Bytes to keep free for optimizer state when trying micro-batches; None: size is given."""
     state: TrainState = LATER
     """Set by `build`."""
+    companion: Companion | None = None
+    """The objective's teacher; set by `load_teacher`."""
     reference: Reference | None = None
     """What the objective compares with; set by `take_reference`."""
     reference_is_new: bool = False
@@ -142,9 +145,22 @@ class Run:
         # Fresh adapters are left out: a GPU computes the start of some, not the same twice.
         if self.config.adapter.kind == "full" or self.config.adapter.path:
             weights["weights before the first step"] = facts.start
+        if self.companion is not None:
+            weights["weights of the teacher"] = self.companion.sha256
         if self.reference is not None:
             weights["reference log-probabilities"] = self.reference.sha256
         return {**self.known_identity(), **weights}
+
+    def load_teacher(self) -> None:
+        """Load the model that the objective's `teacher` names, if it names one. Collective."""
+        if (teacher := self.data.teacher) is None:
+            return
+        self.companion = companion.load(
+            teacher.config, self.topology, model_config=teacher.model_config,
+            tokenizer=teacher.tokenizer, attention=teacher.attention,
+        )  # fmt: skip
+        if why := self.companion.why_all_logits:
+            self.log(f"note: all logits of the teacher are held in memory at once, because {why}")
 
     def take_reference(self) -> None:
         """Read or compute what the objective compares with, before a resume changes the weights."""
@@ -264,7 +280,7 @@ class Run:
 
     def policy(self, model: Any) -> Policy:
         """Return the model as objectives see it."""
-        return Policy(model, self.topology.unwrap)
+        return Policy(model, self.topology.unwrap, self.companion)
 
     def fingerprints(self) -> dict[str, float | str]:
         """Return a fingerprint of what this process holds of each weight, by name."""

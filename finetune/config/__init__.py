@@ -23,6 +23,7 @@ from finetune.config.fields import (
 from finetune.config.objective_fields import (
     Cpo,
     CrossEntropy,
+    Distill,
     Dpo,
     Kto,
     MaskedLm,
@@ -51,7 +52,8 @@ from finetune.config.yaml_text import from_yaml, read_yaml
 
 __all__ = [
     "PADDED_ATTENTION", "PUT_BACK", "Adapter", "Check", "Config", "Cpo",
-    "CrossEntropy", "Data", "Dpo", "Full", "Kto", "Lora", "MaskedLm", "Model", "Optimizer", "Orpo",
+    "CrossEntropy", "Data", "Distill",
+    "Dpo", "Full", "Kto", "Lora", "MaskedLm", "Model", "Optimizer", "Orpo",
     "OwnObjective", "QLora", "Reward", "Schedule", "Seq2Seq", "SequenceClassification", "Simpo",
     "SpanCorruption", "TextInfilling", "TokenClassification",
     "accumulation_steps", "base", "code_identity", "conflicts", "differences", "flatten",

@@ -75,6 +75,7 @@ OBJECTIVES: Mapping[str, ObjectiveKind] = {
     "seq2seq": ObjectiveKind("seq2seq", PAIRS, "the answer to each prompt"),
     "span_corruption": ObjectiveKind("seq2seq", ("text",), "the spans that sentinels hide"),
     "text_infilling": ObjectiveKind("seq2seq", ("text",), "text without its gaps"),
+    "distill": ObjectiveKind(),
     "dpo": ObjectiveKind(formats=PREFERENCES, learns=PREFERS, lr=PREFERENCE_LR),
     "orpo": ObjectiveKind(formats=PREFERENCES, learns=PREFERS, lr=(5e-6, 5e-5)),
     "simpo": ObjectiveKind(formats=PREFERENCES, learns=PREFERS, lr=PREFERENCE_LR),

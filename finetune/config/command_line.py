@@ -33,7 +33,7 @@ from finetune.errors import ConfigError
 # working directory.
 BESIDE_CONFIG = (
     "model.path", "model.tokenizer", "adapter.path", "data.train", "data.eval", "data.template",
-    "data.weights", "data.token_budgets",
+    "data.weights", "data.token_budgets", "objective.teacher",
 )  # fmt: skip
 
 
@@ -183,7 +183,10 @@ def _help(classes: tuple[type[Section], ...], name: str) -> tuple[str, str]:
         metavar = "|".join(with_it)
         text = " ".join(f"{kind}: {what}" for kind, what in zip(with_it, descriptions))
     elif 0 < len(with_it) < len(classes):
-        text = f"{', '.join(with_it)}: {text}"
+        said: dict[str, list[str]] = {}  # kinds may mean different things by one name
+        for cls in having:
+            said.setdefault(cls.model_fields[name].description or "", []).append(kinds.name_of(cls))
+        text = " ".join(f"{', '.join(each)}: {what}" for what, each in said.items())
     value = field.get_default(call_default_factory=True, validated_data={})
     try:
         default = "required" if field.is_required() else f"default: {dump(value)}"

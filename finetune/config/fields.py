@@ -19,6 +19,7 @@ from finetune.config.kinds import PositiveNumber, Section, by_kind
 from finetune.config.objective_fields import (
     Clm,
     Cpo,
+    Distill,
     Dpo,
     Kto,
     MaskedLm,
@@ -454,11 +455,14 @@ class Config(Section):
         SerializeAsAny[
             Clm | MaskedLm | SequenceClassification | TokenClassification | Seq2Seq
             | SpanCorruption | TextInfilling | Dpo | Orpo | Simpo | Cpo | Kto | Reward | Sft
+            | Distill
             | OwnObjective
         ],
         by_kind(
             Sft, Clm, MaskedLm, SequenceClassification, TokenClassification, Seq2Seq,
-            SpanCorruption, TextInfilling, Dpo, Orpo, Simpo, Cpo, Kto, Reward, own=own_objective,
+            SpanCorruption, TextInfilling, Dpo, Orpo, Simpo, Cpo, Kto, Reward,
+            Distill,
+            own=own_objective,
         ),
     ] = Sft()  # fmt: skip
     """The loss."""

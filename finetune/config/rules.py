@@ -20,12 +20,13 @@ from finetune.config.choices import (
     objective_kind,
 )
 from finetune.config.fields import COLUMNS, PADDED_ATTENTION, Config, Full, Lora, QLora
-from finetune.config.objective_fields import Dpo, Kto, Reward
+from finetune.config.objective_fields import Distill, Dpo, Kto, Reward
 from finetune.config.own import OwnObjective
 
 PLACES = (
     ("run", "dir"), ("model", "path"), ("model", "tokenizer"), ("adapter", "path"),
     ("data", "cache_dir"), ("data", "shards"), ("checkpoint", "storage"),
+    ("objective", "teacher"),
 )  # fmt: skip
 # Defaults that ask for nothing, so that writing them out does no harm.
 NOTHING: tuple[object, ...] = (None, False, 0, [], {}, "none", "auto", "default")
@@ -116,6 +117,8 @@ def _objective_conflicts(config: Config) -> Iterator[str]:
     elif data.truncation == "split":
         why = "would cut answers from their prompts; use it with objective.kind: clm"
         yield f"data.truncation: split {why}"
+    if isinstance(objective, Distill):
+        yield from _distill_conflicts(config, objective)
     if data.format in RATED and not isinstance(objective, OwnObjective):
         yield (
             f"data.format: {data.format} gives answers that are rated, and objective.kind: {name} "
@@ -125,6 +128,22 @@ def _objective_conflicts(config: Config) -> Iterator[str]:
     if data.format == "text" and has_turns:
         why = "needs prompts and answers, but data.format is text; use clm"
         yield f"objective.kind: {name} {why}"
+
+
+def _distill_conflicts(config: Config, objective: Distill) -> Iterator[str]:
+    """List settings that do not fit where the teacher's distributions come from."""
+    if objective.teacher is None:
+        yield "objective.teacher: is required: a folder or Hub id of a model"
+        why = "the column teacher of the rows has what the teacher said"
+        yield from _ignored(config, why, "objective.teacher_revision", "objective.teacher_dtype")
+        if config.data.streaming:
+            yield (
+                "data.streaming: distributions stored in rows have to be in memory; set it to "
+                "false, or name a teacher"
+            )
+        return
+    if os.path.isdir(objective.teacher):
+        yield from _ignored(config, "objective.teacher is a folder", "objective.teacher_revision")
 
 
 def _preference_conflicts(config: Config) -> Iterator[str]:

@@ -13,7 +13,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from finetune.models import cross_entropy
-from finetune.models.logits import LogitTransform, divergence, logprobs_and_entropy
+from finetune.models.logits import (
+    LogitTransform,
+    divergence,
+    divergence_from_top,
+    logprobs_and_entropy,
+)
 
 Project = Callable[[torch.Tensor], torch.Tensor]
 """The forward of an output projection: hidden [C, H] -> raw logits [C, V]."""
@@ -24,11 +29,26 @@ class Distribution:
     """The distributions of a pass, without their logits; another pass may be compared with them.
 
     states [S, H]: what they are computed from, without gradient; logits: how, as float32 [C, V].
-    Only good inside a pass of the same model, where its weights are whole.
+    Those of the policy itself are only good inside another pass of it, where its weights are whole;
+    those of a companion anywhere.
     """
 
     states: torch.Tensor
     logits: Project
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """What a chunk of tokens has a part of."""
+        return (self.states,)
+
+    def divergence(
+        self, logits_CV: torch.Tensor, parts: tuple[torch.Tensor, ...], beta: float,
+        temperature: float,
+    ) -> torch.Tensor:  # fmt: skip
+        """Return the divergence of logits from these, float32 [C]. `parts`: of `tensors`."""
+        with torch.no_grad():
+            others_CU = self.logits(*parts)
+        return divergence(logits_CV, others_CU, beta, temperature)
 
     @staticmethod
     def of(
@@ -49,6 +69,28 @@ class Distribution:
             return finish(project(states_CH).float())
 
         return Distribution(hidden.detach(), logits)
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The likeliest tokens of other distributions. ids int64 [S, K], logprobs float32 [S, K]."""
+
+    ids: torch.Tensor
+    logprobs: torch.Tensor
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.ids, self.logprobs
+
+    def divergence(
+        self, logits_CV: torch.Tensor, parts: tuple[torch.Tensor, ...], beta: float,
+        temperature: float,
+    ) -> torch.Tensor:  # fmt: skip
+        return divergence_from_top(logits_CV, *parts, beta, temperature)
+
+
+Reference = Distribution | TopK
+"""What a policy's distributions may be compared with."""
 
 
 def logprobs_in_chunks(
@@ -73,26 +115,24 @@ def logprobs_in_chunks(
 
 def divergence_in_chunks(
     project: Project, hidden: torch.Tensor, vocab_size: int, finish: LogitTransform,
-    reference: Distribution, beta: float,
+    reference: Reference, beta: float, temperature: float = 1.0,
 ) -> torch.Tensor:  # fmt: skip
     """Return the divergence of hidden [S, H] from a reference at the same tokens.
 
-    Float32 [S], in nats; `beta` as in `logits.divergence`.
+    Float32 [S], in nats; `beta` and `temperature` as in `logits.divergence`.
     """
 
-    def of(states_CH: torch.Tensor, others_CH: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            others_CV = reference.logits(others_CH)
-        return divergence(finish(project(states_CH).float()), others_CV, beta)
+    def of(states_CH: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        logits_CV = finish(project(states_CH).float())
+        return reference.divergence(logits_CV, others, beta, temperature)
 
     # Two rows of logits for a token.
     parts = cross_entropy.chunks(len(hidden), vocab_size * 8, cross_entropy.CHUNK_BYTES)
-    return torch.cat(
-        [
-            checkpoint(of, hidden[part], reference.states[part], use_reentrant=False)
-            for part in parts
-        ]
-    )
+    found = []
+    for part in parts:
+        others = (each[part] for each in reference.tensors)
+        found.append(checkpoint(of, hidden[part], *others, use_reentrant=False))
+    return torch.cat(found)
 
 
 @torch.no_grad()

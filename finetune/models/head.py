@@ -23,6 +23,7 @@ from finetune.models import attention_probe, families, scalar_heads
 from finetune.models.cross_entropy import nll_in_chunks
 from finetune.models.distributions import (
     Distribution,
+    Reference,
     divergence_in_chunks,
     logprobs_in_chunks,
     predictions_in_chunks,
@@ -30,7 +31,6 @@ from finetune.models.distributions import (
 from finetune.models.logits import (
     LogitTransform,
     cross_entropy_sum,
-    divergence,
     logprobs_and_entropy,
 )
 
@@ -45,7 +45,7 @@ class Question:
     over the vocabulary (Szegedy et al., 2016). block_bytes: bytes of logits that nll holds in
     float32 at once; None: what suits the device. ends int64 [D]: where in the flattened hidden
     states documents end, for scores; -1: elsewhere. reference and beta: of the divergence.
-    temperature: what divides the logits of logprobs and entropy.
+    temperature: what divides the logits of logprobs, entropy and divergence.
     """
 
     labels: torch.Tensor
@@ -55,7 +55,7 @@ class Question:
     label_smoothing: float = 0.0
     block_bytes: int | None = None
     ends: torch.Tensor | None = None
-    reference: Distribution | None = None
+    reference: Reference | None = None
     beta: float = 0.0
     temperature: float = 1.0
 
@@ -172,8 +172,10 @@ def _of_logits(logits: torch.Tensor, question: Question) -> Answers:
         )
         answers |= _named(found, question)
     if question.reference is not None:
-        others = question.reference.logits(question.reference.states)
-        answers["divergence"] = divergence(logits, others, question.beta)
+        reference = question.reference
+        answers["divergence"] = reference.divergence(
+            logits, reference.tensors, question.beta, question.temperature
+        )
     if "distribution" in question.want:
         answers["distribution"] = Distribution(logits.detach(), torch.Tensor.float)
     if "predictions" in question.want:
@@ -201,8 +203,9 @@ def _of_states(
         answers |= _named(found, question)
     if question.reference is not None:
         answers["divergence"] = divergence_in_chunks(
-            project, hidden, vocab_size, finish, question.reference, question.beta
-        )
+            project, hidden, vocab_size, finish, question.reference, question.beta,
+            question.temperature,
+        )  # fmt: skip
     if "distribution" in question.want:
         answers["distribution"] = Distribution.of(head, project, hidden, finish)
     if "predictions" in question.want:

@@ -51,22 +51,61 @@ def logprobs_and_entropy(
     For logits that are all there; `temperature` divides them. Without `with_entropy` the second is
     empty.
     """
-    logits_SV = logits_SV.float()
-    if temperature != 1.0:
-        logits_SV = logits_SV / temperature
-    log_SV = torch.log_softmax(logits_SV, -1)
+    log_SV = _log_softmax(logits_SV, temperature)
     logprobs = log_SV.gather(1, labels_S[:, None])[:, 0]
     return logprobs, -(log_SV.exp() * log_SV).sum(-1) if with_entropy else logprobs.new_zeros(0)
 
 
-def divergence(logits_SV: torch.Tensor, reference_SV: torch.Tensor, beta: float) -> torch.Tensor:
+def _log_softmax(logits_SV: torch.Tensor, temperature: float) -> torch.Tensor:
+    logits_SV = logits_SV.float()
+    if temperature != 1.0:
+        logits_SV = logits_SV / temperature
+    return torch.log_softmax(logits_SV, -1)
+
+
+def divergence(
+    logits_SV: torch.Tensor, reference_SU: torch.Tensor, beta: float, temperature: float = 1.0
+) -> torch.Tensor:
     """Return the generalised Jensen-Shannon divergence of distributions, float32 [S], nats.
 
     Between p of the logits and r of the reference, with m = (1 - beta) p + beta r, it is
     beta KL(r || m) + (1 - beta) KL(p || m); beta = 0 means the forward KL(r || p), and beta = 1 the
     reverse KL(p || r) (Agarwal et al., 2024). Inside, it is 0 at either end, hence these limits.
+    `temperature` divides both logits. Of vocabularies of two sizes V and U, as of models that fill
+    theirs up with rows that no token has, the ids that both have are compared.
     """
-    log_p, log_r = (torch.log_softmax(logits.float(), -1) for logits in (logits_SV, reference_SV))
+    size = min(logits_SV.shape[1], reference_SU.shape[1])
+    log_p, log_r = (
+        _log_softmax(logits[:, :size], temperature) for logits in (logits_SV, reference_SU)
+    )
+    return _divergence(log_p, log_r, beta)
+
+
+LEAST_REST = 1e-6
+"""Probability below which what is left beside stored ones is their rounding."""
+
+
+def divergence_from_top(
+    logits_SV: torch.Tensor, ids_SK: torch.Tensor, logprobs_SK: torch.Tensor, beta: float,
+    temperature: float = 1.0,
+) -> torch.Tensor:  # fmt: skip
+    """Return the same from the K likeliest tokens of a reference, float32 [S], nats.
+
+    All other tokens are one event of both distributions, whose probability is what is left: so it
+    is never more than the divergence of whole distributions, 0 only if what is stored agrees, and
+    with K = V equal to it. `temperature` divides the logits; what is stored has been divided.
+    """
+    log_p = _log_softmax(logits_SV, temperature)
+    of_top = log_p.gather(1, ids_SK)
+    if ids_SK.shape[1] == logits_SV.shape[1]:
+        return _divergence(of_top, logprobs_SK, beta)
+    others = log_p.scatter(1, ids_SK, -math.inf).logsumexp(-1, keepdim=True)
+    rest = (1 - logprobs_SK.double().exp().sum(-1, keepdim=True)).clamp(min=LEAST_REST)
+    known = torch.cat([logprobs_SK, rest.log().float()], 1)
+    return _divergence(torch.cat([of_top, others], 1), known.log_softmax(-1), beta)
+
+
+def _divergence(log_p: torch.Tensor, log_r: torch.Tensor, beta: float) -> torch.Tensor:
     if beta == 0.0:
         return (log_r.exp() * (log_r - log_p)).sum(-1)
     if beta == 1.0:

@@ -9,7 +9,7 @@ import torch
 
 from finetune.data.batches import Batch
 from finetune.models import context_parallel
-from finetune.models.distributions import Distribution
+from finetune.models.distributions import Distribution, Reference
 from finetune.models.head import WANTS, Question
 
 
@@ -41,17 +41,22 @@ class Answers:
 class Policy:
     """A model whose forward `head.install` has prepared, in whatever shares it among processes."""
 
-    def __init__(self, model: Any, unwrap: Callable[[Any], Any] = lambda model: model) -> None:
+    def __init__(
+        self, model: Any, unwrap: Callable[[Any], Any] = lambda model: model,
+        companion: "Callable[..., Answers] | None" = None,
+    ) -> None:  # fmt: skip
         self.model, self._unwrap = model, unwrap
+        self.companion = companion
+        """A frozen model beside it, asked like it; None where the run has none."""
 
     def __call__(
         self, batch: Batch, want: Iterable[str], *, label_smoothing: float = 0.0,
-        reference: Distribution | None = None, beta: float = 0.0, temperature: float = 1.0,
+        reference: Reference | None = None, beta: float = 0.0, temperature: float = 1.0,
     ) -> Answers:  # fmt: skip
         """Run one forward pass. `want`: fields of `Answers`; `label_smoothing` is nll's.
 
         `reference`, `beta`: of the divergence. `temperature` divides the logits of logprobs and
-        entropy, as in sampling. Ask at once for all that you need of a batch: processes that share
+        entropy, as in sampling, and of the divergence. Ask at once for all that you need of a batch: processes that share
         the weights gather them once a pass. Raises ValueError for what the policy cannot answer.
         """
         wanted = self.known(want)
@@ -115,12 +120,12 @@ def _of_owned(sums: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 def require_reference(
-    wanted: frozenset[str], batch: Batch, reference: Distribution | None, beta: float
+    wanted: frozenset[str], batch: Batch, reference: Reference | None, beta: float
 ) -> None:
     """Raise ValueError unless a divergence, and only that, has a reference of this batch."""
     if ("divergence" in wanted) != (reference is not None):
         raise ValueError("divergence and reference come together; give both or neither")
-    if reference is not None and len(reference.states) != len(batch.labels):
+    if reference is not None and len(reference.tensors[0]) != len(batch.labels):
         raise ValueError("reference is the distribution of another batch")
     if not 0 <= beta <= 1:
         raise ValueError(f"beta is between 0 and 1, got {beta}")

@@ -6,6 +6,7 @@ from finetune.config import OwnObjective
 from finetune.objectives.base import Encoding, Objective, Term
 from finetune.objectives.classification import SequenceLabels, WordLabels
 from finetune.objectives.clm import Clm
+from finetune.objectives.distill import Distill
 from finetune.objectives.kto import Kto
 from finetune.objectives.mlm import Mlm
 from finetune.objectives.own import Own
@@ -20,6 +21,7 @@ OBJECTIVES: dict[str, Objective] = {
     "sft": Sft(), "simpo": Simpo(),
     "span_corruption": CorruptedSpans(), "text_infilling": Infilled(),
     "token_classification": WordLabels(),
+    "distill": Distill(),
 }  # fmt: skip
 
 __all__ = ["OBJECTIVES", "Encoding", "Objective", "Own", "Term", "chosen"]

@@ -16,8 +16,8 @@ from finetune.data import batches as layouts
 from finetune.data.batches import Batch
 from finetune.errors import ConfigError, FinetuneError
 from finetune.models import scalar_heads
-from finetune.models.distributions import Distribution
-from finetune.models.logits import divergence, logprobs_and_entropy
+from finetune.models.distributions import Distribution, Reference
+from finetune.models.logits import logprobs_and_entropy
 from finetune.models.policy import Answers, Policy, require_reference
 from finetune.objectives.base import Objective, Term, as_divisors, total
 
@@ -312,7 +312,7 @@ class _Rehearsal(Policy):
 
     def __call__(
         self, batch: Batch, want: Any, *, label_smoothing: float = 0.0,
-        reference: Distribution | None = None, beta: float = 0.0, temperature: float = 1.0,
+        reference: Reference | None = None, beta: float = 0.0, temperature: float = 1.0,
     ) -> Answers:  # fmt: skip
         wanted = self.known(want)
         self.asked.append(sorted(wanted))
@@ -336,7 +336,8 @@ class _Rehearsal(Policy):
             "predictions": logits.argmax(-1),
         }  # fmt: skip
         if reference is not None:
-            answers["divergence"] = divergence(logits, reference.states, beta)
+            found = reference.divergence(logits, reference.tensors, beta, temperature)
+            answers["divergence"] = found
         return Answers(**{name: answers[name] for name in wanted})
 
     def _drawn(self, *shape: int) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Tiny models of other families than the causal one, and rows for objectives of their own."""
 
 import numpy as np
-from conftest import TINY_LLAMA, write_jsonl
+from conftest import TINY_LLAMA, pairs, write_jsonl
 
 # Small sizes by all names that encoders of transformers have for them; each takes those it knows.
 SMALL = {
@@ -133,13 +133,14 @@ ROWS = {
     "mlm": texts, "sequence_classification": reviews, "token_classification": entities,
     "seq2seq": orders, "span_corruption": texts, "text_infilling": texts,
     "dpo": preferences, "simpo": preferences, "orpo": preferences, "kto": judged,
+    "distill": pairs,
     "reward": scored_preferences,
 }  # fmt: skip
 MODELS = {"seq2seq": T5, "span_corruption": T5, "text_infilling": BART}
 SETTINGS = {
     name: {"model__config": MODELS.get(name, BERT), "objective__kind": name} for name in ROWS
 }
-for name in ("dpo", "simpo", "orpo", "kto", "reward"):
+for name in ("dpo", "simpo", "orpo", "kto", "reward", "distill"):
     SETTINGS[name]["model__config"] = TINY_LLAMA
 # The tokens of longer answers count half, and those of chosen answers a second time.
 SETTINGS["dpo"] |= {"objective__ld_alpha": 0.5, "objective__sft_weight": 0.5}
@@ -147,13 +148,21 @@ SETTINGS["kto"] |= {"objective__beta": 0.5, "objective__undesirable_weight": 2.0
 SETTINGS["reward"] |= {
     "objective__center_rewards_coefficient": 0.3, "data__columns": {"margin": "lead"},
 }  # fmt: skip
-PACKED = ["mlm", "token_classification", "dpo", "simpo", "orpo", "kto", "reward"]
+SETTINGS["distill"] |= {
+    "objective__beta": 0.3, "objective__temperature": 2.0, "objective__sft_weight": 0.5,
+}  # fmt: skip
+TEACHER = {**TINY_LLAMA, "hidden_size": 48, "tie_word_embeddings": True}
+PACKED = ["mlm", "token_classification", "dpo", "simpo", "orpo", "kto", "reward", "distill"]
 
 
 def settings(workshop, name):
     """The settings of one objective, and its rows in a file."""
     rows = write_jsonl(workshop.folder / f"{name}.jsonl", ROWS[name]())
-    return SETTINGS[name] | {"data__train": str(rows)}
+    own = SETTINGS[name] | {"data__train": str(rows)}
+    if name == "distill":
+        teacher = workshop.train("teacher", model__config=TEACHER, train__max_steps=3)
+        own["objective__teacher"] = str(teacher / "model")
+    return own
 
 
 def reversals(count=600, related=True):

@@ -24,7 +24,7 @@ WAYS = {
 }
 TERMS = {
     "Unlikelihood": "unlikelihood", "Pairwise": "margin", "Scored": "value", "Near": "divergence",
-    "kto": "z",
+    "kto": "z", "distill": "divergence",
 }  # fmt: skip
 
 
@@ -101,13 +101,17 @@ LAUNCHES = {
         2,
         {
             "ddp": ["Unlikelihood"],
+            "fsdp2": ["distill"],
             WHOLE: ["Scored"],
             "zero3": ["seq2seq"],
         },
     ),
     # Sums of documents and their columns, of processes that share a sequence
     "context": (4, {"fsdp2_context": ["dpo"]}),
-    "two in full": (2, {"ddp": ALL, "fsdp2": ALL, WHOLE: ALL, "zero3": ALL}),
+    "two in full": (
+        2,
+        {"ddp": ALL, "fsdp2": ALL, WHOLE: ALL, "zero2": ["distill"], "zero3": ALL},
+    ),
     "context in full": (4, {"fsdp2_context": PACKED}),
 }
 

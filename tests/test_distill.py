@@ -1,0 +1,271 @@
+"""Distillation: divergences by their definition, from a teacher that fits, whatever shares it."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import TINY_LLAMA, losses, read_jsonl
+from test_head import Largest
+from test_preference import batch_of, pairs_of
+
+from finetune.config import objective_fields as fields
+from finetune.errors import ConfigError, ModelError, RunDirectoryError
+from finetune.models import attention, cross_entropy, head
+from finetune.models.logits import divergence, divergence_from_top
+from finetune.models.policy import Policy
+from finetune.objectives import OBJECTIVES
+from finetune.objectives.base import total
+
+pytestmark = pytest.mark.slow
+VOCAB = 64
+BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
+
+
+def logits(seed, vocab=VOCAB, count=30):
+    return 3 * torch.randn(count, vocab, generator=torch.Generator().manual_seed(seed))
+
+
+def model_of(seed, vocab=VOCAB, **more):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    shape = {**TINY_LLAMA, "vocab_size": vocab, **more}
+    config = AutoConfig.for_model(shape.pop("model_type"), **shape)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.DOCUMENTS)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(8.0 if weight.ndim > 1 else 1.0)  # distributions that are not flat
+    head.install(model)
+    return model
+
+
+def taught_by(teacher):
+    """Return a companion: a frozen model that answers without gradient."""
+    policy = Policy(teacher.eval())
+
+    def answer(batch, want):
+        with torch.no_grad():
+            return policy(batch, want)
+
+    return answer
+
+
+def learned(student, companion, batch, **settings):
+    """Return the loss of a batch, and the gradients of the student."""
+    policy = Policy(student, companion=companion)
+    own = fields.Distill(kind="distill", **settings)
+    student.zero_grad()
+    loss = total(OBJECTIVES["distill"].loss(policy, batch, own, {}), batch.counts)
+    loss.backward()
+    return float(loss.detach()), [p.grad.clone() for p in student.parameters()]
+
+
+# ------------------------------------------------------------------------------------ formulas
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_the_likeliest_of_all_tokens_are_the_whole_distribution(beta):
+    student, teacher = logits(0), logits(1).log_softmax(-1)
+    order = torch.argsort(torch.rand(30, VOCAB, generator=torch.Generator().manual_seed(2)))
+    one, other = student.clone().requires_grad_(), student.clone().requires_grad_()
+    whole = divergence(one, teacher, beta)
+    top = divergence_from_top(other, order, teacher.gather(1, order), beta)
+    torch.testing.assert_close(top, whole, rtol=1e-5, atol=1e-6)
+    for value in (whole, top):
+        value.sum().backward()
+    torch.testing.assert_close(other.grad, one.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_fewer_tokens_never_say_more(beta):
+    """What merges events never adds to a divergence; agreement in all of them is 0."""
+    student, teacher = logits(0), logits(1).log_softmax(-1)
+    before = torch.zeros(30)
+    for count in (1, 4, 16, 48, VOCAB):
+        known, ids = teacher.topk(count)
+        found = divergence_from_top(student, ids, known, beta)
+        assert (found >= before - 1e-5).all()
+        before = found
+    known, ids = teacher.topk(8)
+    assert divergence_from_top(teacher, ids, known, beta).abs().max() < 1e-5
+
+
+def test_a_teacher_that_is_sure_stays_finite():
+    """Rounding may leave nothing, or less, beside what was stored."""
+    ids, known = torch.tensor([[3, 5]]), torch.tensor([[-1e-7, -16.0]])
+    student = logits(0, count=1).requires_grad_()
+    for beta in BETAS:
+        found = divergence_from_top(student, ids, known, beta)
+        assert torch.isfinite(torch.autograd.grad(found.sum(), student)[0]).all()
+        assert torch.isfinite(found).all()
+
+
+@pytest.mark.parametrize(("mine", "other"), [(60, VOCAB), (VOCAB, 60)])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_of_two_sizes_the_ids_that_both_have_are_compared(mine, other, beta):
+    """As of Qwen2.5, whose sizes fill up one vocabulary to 151,936 or 152,064 rows."""
+    student, teacher = logits(0, mine), logits(1, other)
+    wanted = divergence(student[:, :60], teacher[:, :60], beta)
+    torch.testing.assert_close(divergence(student, teacher, beta), wanted)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_a_student_that_equals_its_teacher_learns_nothing(beta):
+    student, teacher = model_of(0), model_of(0)
+    loss, gradients = learned(student, taught_by(teacher), batch_of(pairs_of()), beta=beta)
+    assert loss == pytest.approx(0, abs=1e-7)
+    assert max(float(grad.abs().max()) for grad in gradients) < 1e-6
+
+
+def test_near_its_ends_the_divergence_tends_to_the_forward_and_reverse_kl():
+    """To first order, divided by how far off the end it is."""
+    batch = batch_of(pairs_of())
+    student, companion = model_of(0), taught_by(model_of(1, num_hidden_layers=1))
+    for end, near in ((0.0, 1e-3), (1.0, 1 - 1e-3)):
+        whole, _ = learned(student, companion, batch, beta=end)
+        part, _ = learned(student, companion, batch, beta=near)
+        assert part / 1e-3 == pytest.approx(whole, rel=0.05)
+
+
+@pytest.mark.proof
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("beta", BETAS)
+def test_loss_and_gradient_equal_trls(beta, temperature):
+    """GKD's, of the same tokens in float32."""
+    pytest.importorskip("trl")
+    from trl.experimental.gkd.gkd_trainer import GKDTrainer
+
+    student, teacher, batch = model_of(0), model_of(1), batch_of(pairs_of())
+    own, gradients = learned(student, taught_by(teacher), batch, beta=beta, temperature=temperature)
+    of_student, of_teacher = (
+        model(**batch.inputs).logits.flatten(0, -2)[batch.positions] for model in (student, teacher)
+    )
+    student.zero_grad()
+    loss = GKDTrainer.generalized_jsd_loss(
+        of_student[None], of_teacher.detach()[None], batch.labels[None], beta, temperature
+    )
+    loss.backward()
+    assert own == pytest.approx(float(loss.detach()), rel=1e-6, abs=1e-6)
+    for mine, weight in zip(gradients, student.parameters()):
+        assert (mine - weight.grad).abs().max() < 1e-6 * max(1, weight.grad.abs().max())
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["a teacher", "stored"])
+def test_no_tensor_holds_all_logits_of_either_model(monkeypatch, stored):
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 7 * 8 * 1009)
+    student, teacher = model_of(0, vocab=1009), model_of(1, vocab=1009)
+    batch, companion = batch_of(pairs_of(40)), taught_by(teacher)
+    tokens = len(batch.labels)
+    if stored:
+        ids = torch.arange(5).repeat(tokens, 1)
+        columns = {"teacher_ids": ids.int(), "teacher_logprobs": torch.full(ids.shape, -3.0)}
+        batch, companion = dataclasses.replace(batch, token_columns=columns), None
+    with Largest() as largest:
+        learned(student, companion, batch, beta=0.5, sft_weight=0.1)
+    assert largest.numbers < tokens * 1009 / 4  # the most is a layer's states, of all tokens
+
+
+# ------------------------------------------------------------------------------------- whole runs
+
+
+def teacher_of(workshop, name="teacher", **changes):
+    larger = {**TINY_LLAMA, "hidden_size": 48}
+    own = {"model__config": larger, "train__max_steps": 8, "run__seed": 1, **changes}
+    return workshop.train(name, **own) / "model"
+
+
+def test_a_run_comes_near_its_teacher_and_resumes_exactly(workshop):
+    teacher = teacher_of(workshop)
+    own = {
+        "objective__kind": "distill", "objective__teacher": str(teacher), "train__epochs": 2,
+        "train__max_steps": 8, "data__eval_fraction": 0.2, "checkpoint__every_steps": 4,
+        "checkpoint__keep_last": 9,
+    }  # fmt: skip
+    whole = workshop.train("whole", **own)
+    lines = read_jsonl(whole / "metrics.jsonl")
+    assert lines[-1]["divergence"] < lines[0]["divergence"] / 2
+    assert {"divergence", "cross_entropy"} <= read_jsonl(whole / "eval.jsonl")[-1].keys()
+    workshop.train("cut", **own)
+    cut = workshop.run_dir("cut")
+    shutil.rmtree(cut / "checkpoints" / "step-00000008")
+    (cut / "outcome.json").unlink()
+    assert losses(workshop.train("cut", **own)) == losses(whole)
+    one, other = ((run / "model" / "model.safetensors").read_bytes() for run in (whole, cut))
+    assert one == other
+
+
+def test_a_run_does_not_resume_beside_another_teacher(workshop):
+    teacher = teacher_of(workshop)
+    own = {
+        "objective__kind": "distill", "objective__teacher": str(teacher), "train__max_steps": 4,
+        "checkpoint__every_steps": 2, "checkpoint__keep_last": 9,
+    }  # fmt: skip
+    workshop.train("cut", **own)
+    cut = workshop.run_dir("cut")
+    shutil.rmtree(cut / "checkpoints" / "step-00000004")
+    (cut / "outcome.json").unlink()
+    other = teacher_of(workshop, "other", run__seed=2)
+    shutil.rmtree(teacher)
+    shutil.copytree(other, teacher)
+    with pytest.raises(RunDirectoryError, match="weights of the teacher"):
+        workshop.train("cut", **own)
+
+
+# -------------------------------------------------------------------------------------- bad input
+
+
+def with_teacher(workshop, teacher, **changes):
+    own = {"objective__kind": "distill", "objective__teacher": str(teacher), **changes}
+    return workshop.check("student", **own)
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(workshop):
+    teacher = teacher_of(workshop, model__new_tokens=["<|a|>"])
+    with pytest.raises(ModelError, match=r"objective.teacher: its tokenizer is another: 1 of 262"):
+        with_teacher(workshop, teacher)
+
+
+def test_ids_that_differ_name_the_first_token(workshop):
+    teacher = teacher_of(workshop)
+    path = teacher / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocab = content["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=r"2 of 261 tokens differ, such as 'a' \(.*id .*id "):
+        with_teacher(workshop, teacher)
+
+
+def test_a_folder_that_is_no_model_is_refused(workshop):
+    teacher = teacher_of(workshop)
+    with pytest.raises(ModelError, match=r"objective.teacher: .* is a run directory"):
+        with_teacher(workshop, teacher.parent)
+    with pytest.raises(ModelError, match=r"objective.teacher: .*no such folder"):
+        with_teacher(workshop, "no/such/folder")
+
+
+def test_a_teacher_with_too_few_positions_is_refused(workshop):
+    short = {**TINY_LLAMA, "max_position_embeddings": 64}
+    teacher = teacher_of(workshop, model__config=short, data__max_length=64,
+                         data__truncation="right")  # fmt: skip
+    with pytest.raises(ConfigError, match=r"objective.teacher: .*only 64 positions"):
+        with_teacher(workshop, teacher)
+
+
+def test_settings_that_would_be_ignored_are_refused(workshop):
+    teacher = workshop.folder
+    with pytest.raises(ConfigError, match="objective.teacher_revision: would be ignored"):
+        with_teacher(workshop, teacher, objective__teacher_revision="main")
+    with pytest.raises(ConfigError, match="objective.teacher_dtype: would be ignored"):
+        workshop.check("student", objective__kind="distill", objective__teacher_dtype="float32")
+
+
+def test_another_architecture_with_its_tokenizer_teaches(workshop):
+    gpt = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 128}
+    teacher = teacher_of(workshop, model__config=gpt)
+    run = workshop.train(objective__kind="distill", objective__teacher=str(teacher),
+                         train__max_steps=1)  # fmt: skip
+    assert read_jsonl(run / "metrics.jsonl")[0]["divergence"] > 0
