@@ -86,7 +86,8 @@ class TopK:
         self, logits_CV: torch.Tensor, parts: tuple[torch.Tensor, ...], beta: float,
         temperature: float,
     ) -> torch.Tensor:  # fmt: skip
-        return divergence_from_top(logits_CV, *parts, beta, temperature)
+        ids_CK, logprobs_CK = parts
+        return divergence_from_top(logits_CV, ids_CK, logprobs_CK, beta, temperature)
 
 
 Reference = Distribution | TopK

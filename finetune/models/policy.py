@@ -56,8 +56,9 @@ class Policy:
         """Run one forward pass. `want`: fields of `Answers`; `label_smoothing` is nll's.
 
         `reference`, `beta`: of the divergence. `temperature` divides the logits of logprobs and
-        entropy, as in sampling, and of the divergence. Ask at once for all that you need of a batch: processes that share
-        the weights gather them once a pass. Raises ValueError for what the policy cannot answer.
+        entropy, as in sampling, and of the divergence. Ask at once for all that you need of a
+        batch: processes that share the weights gather them once a pass. Raises ValueError for what
+        the policy cannot answer.
         """
         wanted = self.known(want)
         require_reference(wanted, batch, reference, beta)

@@ -60,7 +60,7 @@ def prepare(
 def _section(wanted: Any, precision: str) -> Model:
     """Return the section `model` of a run that starts from the teacher."""
     half = "bfloat16" if precision == "bf16" else "float32"  # torch has no fp16 in model.dtype
-    dtype = half if wanted.teacher_dtype == "auto" else wanted.teacher_dtype
+    dtype: Any = half if wanted.teacher_dtype == "auto" else wanted.teacher_dtype
     return Model(path=wanted.teacher, revision=wanted.teacher_revision, dtype=dtype)
 
 
