@@ -228,6 +228,7 @@ def test_a_teacher_with_another_tokenizer_is_refused(workshop):
         with_teacher(workshop, teacher)
 
 
+@pytest.mark.proof
 def test_ids_that_differ_name_the_first_token(workshop):
     teacher = teacher_of(workshop)
     path = teacher / "tokenizer.json"
@@ -247,6 +248,7 @@ def test_a_folder_that_is_no_model_is_refused(workshop):
         with_teacher(workshop, "no/such/folder")
 
 
+@pytest.mark.proof
 def test_a_teacher_with_too_few_positions_is_refused(workshop):
     short = {**TINY_LLAMA, "max_position_embeddings": 64}
     teacher = teacher_of(workshop, model__config=short, data__max_length=64,
@@ -263,6 +265,7 @@ def test_settings_that_would_be_ignored_are_refused(workshop):
         workshop.check("student", objective__kind="distill", objective__teacher_dtype="float32")
 
 
+@pytest.mark.proof
 def test_another_architecture_with_its_tokenizer_teaches(workshop):
     gpt = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 128}
     teacher = teacher_of(workshop, model__config=gpt)
