@@ -183,10 +183,12 @@ def _help(classes: tuple[type[Section], ...], name: str) -> tuple[str, str]:
         metavar = "|".join(with_it)
         text = " ".join(f"{kind}: {what}" for kind, what in zip(with_it, descriptions))
     elif 0 < len(with_it) < len(classes):
-        said: dict[str, list[str]] = {}  # kinds may mean different things by one name
+        meanings: dict[str, list[str]] = {}  # kinds may mean different things by one name
         for cls in having:
-            said.setdefault(cls.model_fields[name].description or "", []).append(kinds.name_of(cls))
-        text = " ".join(f"{', '.join(each)}: {what}" for what, each in said.items())
+            meanings.setdefault(cls.model_fields[name].description or "", []).append(
+                kinds.name_of(cls)
+            )
+        text = " ".join(f"{', '.join(each)}: {what}" for what, each in meanings.items())
     value = field.get_default(call_default_factory=True, validated_data={})
     try:
         default = "required" if field.is_required() else f"default: {dump(value)}"
