@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import TINY_LLAMA, losses, read_jsonl, short, write_jsonl
 from invariants import families
+from test_head import Largest
 from test_preference import as_trl_wants, cut_at, pairs_of, policy_of
 
 from finetune import config as configs
@@ -19,6 +20,7 @@ from finetune.engine.reference import FILE
 from finetune.errors import ConfigError, DataError
 from finetune.evaluation import held_out
 from finetune.evaluation.trained_run import TrainedRun
+from finetune.models import cross_entropy
 from finetune.objectives import OBJECTIVES
 from finetune.objectives.base import total
 
@@ -85,7 +87,7 @@ def batches_of(reference, micro_batch_size=6, count=6):
 
     def made(of):
         sequences = Sequences(of, False, MAX_LENGTH, seed=0)
-        return Batches(sequences, seed=0, global_batch_size=count, micro_batch_size=6)
+        return Batches(sequences, seed=0, global_batch_size=count, micro_batch_size=count)
 
     def with_reference(of):
         numbers = {"place": np.arange(len(of.input.ids))}
@@ -168,6 +170,19 @@ def test_z_below_zero_counts_as_zero():
     assert prepared["drift"] < 0
     wanted = by_hand(values, ratios(policy, batch), batch.columns["label"], 0.0).mean()
     assert own == pytest.approx(float(wanted), rel=1e-6)
+
+
+def test_no_tensor_holds_the_logits_of_a_micro_batch(monkeypatch):
+    """Neither of the rows nor of mismatched documents."""
+    size = 8192
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 16 * 4 * size)
+    monkeypatch.setattr(cross_entropy, "BLOCK_BYTES", 8 * 4 * size)
+    (model, policy), (_, reference) = policy_of(0, size), policy_of(1, size)
+    batches = batches_of(reference, 16, count=16).at(0)
+    assert all(len(each.labels) > 4 * 32 for each in (batches[0], batches[0].mismatched))
+    with Largest() as largest:
+        step(chosen_settings(), model, policy, batches)
+    assert largest.numbers == 32 * size, "the gradient of the projection"
 
 
 @pytest.mark.proof

@@ -4,14 +4,16 @@ import math
 import shutil
 from types import SimpleNamespace
 
+import fsspec
 import numpy as np
 import pytest
 import torch
 from conftest import TINY_LLAMA, losses, pretrained, read_jsonl, short, write_jsonl
+from fsspec.implementations.memory import MemoryFileSystem
 from invariants import families
+from test_head import Largest
 
 from finetune import config as configs
-from finetune.config import objective_fields as fields
 from finetune.data.batches import Batches
 from finetune.data.examples import Examples, Ragged
 from finetune.data.order import Sequences
@@ -19,7 +21,7 @@ from finetune.engine.reference import FILE
 from finetune.errors import ConfigError, DataError, RunDirectoryError
 from finetune.evaluation import held_out
 from finetune.evaluation.trained_run import TrainedRun
-from finetune.models import attention, head, scalar_heads
+from finetune.models import attention, cross_entropy, head, scalar_heads
 from finetune.models.policy import Policy
 from finetune.objectives import OBJECTIVES
 from finetune.objectives.base import total
@@ -42,12 +44,12 @@ def settings(workshop, kind="dpo", **more):
 # ------------------------------------------------------------------------------------ formulas
 
 
-def policy_of(seed, heads=()):
+def policy_of(seed, vocabulary=64, heads=()):
     """A tiny Llama in float32 that answers as in training."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    shape = {**TINY_LLAMA, "vocab_size": 64}
+    shape = {**TINY_LLAMA, "vocab_size": vocabulary}
     config = AutoConfig.for_model(shape.pop("model_type"), **shape)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.DOCUMENTS)
     scalar_heads.attach(model, heads)
@@ -103,8 +105,7 @@ def ours(kind, settings, examples, model, policy, reference):
 
 
 def chosen_settings(kind, **values):
-    cls = {"dpo": fields.Dpo, "orpo": fields.Orpo, "simpo": fields.Simpo, "cpo": fields.Cpo}[kind]
-    return cls(kind=kind, **values)
+    return OBJECTIVES[kind].Settings(kind=kind, **values)
 
 
 @pytest.mark.parametrize("loss", list(LOSSES))
@@ -190,6 +191,19 @@ def test_one_pair_has_no_part_in_the_gradient_of_another():
         for numbers in ([0, 1, 2], [3, 4, 5])
     ]
     assert torch.allclose(whole, sum(parts) / 2, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "orpo"])
+def test_no_tensor_holds_the_logits_of_a_micro_batch(monkeypatch, kind):
+    """Nor does a chunk of them: of a vocabulary of 8192, the largest tensor is a weight."""
+    size = 8192
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 16 * 4 * size)
+    monkeypatch.setattr(cross_entropy, "BLOCK_BYTES", 8 * 4 * size)
+    examples, (model, policy), (_, reference) = pairs_of(16), policy_of(0, size), policy_of(1, size)
+    assert examples.supervised.sum() * size > 4 * 32 * size, "four times the largest weight"
+    with Largest() as largest:
+        ours(kind, chosen_settings(kind), examples, model, policy, reference)
+    assert largest.numbers == 32 * size, "the gradient of the projection"
 
 
 # ----------------------------------------------------------------------------------- beside TRL
@@ -317,6 +331,24 @@ def test_at_the_first_step_the_policy_is_its_reference(workshop):
     assert (run / FILE).is_file()
 
 
+def test_without_its_adapters_a_model_is_a_frozen_copy_of_its_base():
+    """To the bit, with adapters that have moved; and it comes back as it was."""
+    from peft import LoraConfig, get_peft_model
+
+    model, frozen = policy_of(0)
+    batch = batch_of(pairs_of())
+    with torch.no_grad():
+        wanted = frozen(batch, {"logprobs"}).logprobs
+    shape = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    policy = Policy(get_peft_model(model, shape))
+    with torch.no_grad():
+        moved = policy(batch, {"logprobs"}).logprobs
+        with policy.without_adapters():
+            assert torch.equal(policy(batch, {"logprobs"}).logprobs, wanted)
+        assert not torch.allclose(moved, wanted)
+        assert torch.equal(policy(batch, {"logprobs"}).logprobs, moved)
+
+
 def test_a_run_on_an_adapter_compares_with_that_adapter(workshop):
     """Not with the base under it: LLaMA-Factory's fault 8459."""
     base = workshop.train("base", model__config=TINY_LLAMA) / "model"
@@ -352,6 +384,33 @@ def test_a_resumed_run_has_the_reference_of_its_start(workshop, lost):
         (run / FILE).unlink()  # computed again, from the weights before the first step
     assert losses(workshop.train("cut", **own)) == whole
     assert (run / FILE).is_file()
+
+
+class Lasting(MemoryFileSystem):
+    """A store in memory under a name that a run takes."""
+
+    protocol = "lasting"
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.removeprefix("lasting://"))
+
+
+def test_a_new_machine_fetches_the_reference(workshop, capsys):
+    """The store has it beside the checkpoints; there it goes on where the lost machine was."""
+    fsspec.register_implementation("lasting", Lasting, clobber=True)
+    memory, url = fsspec.filesystem("lasting"), f"lasting:/{workshop.folder}/store"
+    own = settings(workshop, checkpoint__every_steps=2, checkpoint__keep_last=9)
+    whole = losses(workshop.train("whole", **own))
+    run = workshop.train("cut", **own, checkpoint__storage=url)
+    shutil.rmtree(run)
+    stored = f"{workshop.folder}/store/cut"
+    for name in ("outcome.json", "model", *(f"checkpoints/step-{n:08d}" for n in (4, 5))):
+        memory.rm(f"{stored}/{name}", recursive=True)
+    capsys.readouterr()
+    assert losses(workshop.train("cut", **own, checkpoint__storage=url)) == whole
+    assert "computing the log-probabilities" not in capsys.readouterr().out
+    assert (run / FILE).read_bytes() == memory.cat(f"{stored}/{FILE}")
 
 
 def test_a_damaged_reference_ends_the_run_and_says_what_to_do(workshop):
@@ -439,26 +498,95 @@ def test_preference_tuning_has_its_own_usual_learning_rates(workshop):
     assert lr("dpo", optimizer__kind="lion") == pytest.approx(1e-6 * 4e-6 / 2e-5)
 
 
+MESSAGE = {"role": "assistant", "content": "x"}
+
+
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ({"prompt": "a", "chosen": "b", "rejected": "b"}, r"rows.jsonl:2: the chosen and a rej"),
-        ({"prompt": "a", "chosen": "b", "rejected": ""}, r"rows.jsonl:2: column 'rejected' is em"),
-        ({"prompt": "a", "chosen": "b"}, r"rows.jsonl:2: no column 'rejected'"),
+        ({"chosen": "b", "rejected": "b"}, "the chosen and a rejected answer are equal"),
+        ({"chosen": "b", "rejected": ["c", "b"]}, "the chosen and a rejected .* the same tokens"),
+        ({"chosen": [MESSAGE], "rejected": [MESSAGE]}, "the chosen and a rejected answer are eq"),
+        ({"chosen": "b", "rejected": ""}, "column 'rejected' is empty"),
+        ({"chosen": None, "rejected": "c"}, "column 'chosen' is empty"),
+        ({"chosen": "b", "rejected": ["c", ""]}, "column 'rejected' is empty"),
+        ({"chosen": "b"}, "no column 'rejected'"),
+        ({"rejected": "b"}, "no column 'chosen'"),
+        ({"chosen": "b", "rejected": "c" * 200}, "261 tokens in 2 documents, over data.max_length"),
+        ({"chosen": "b" * 200, "rejected": "c"}, "rows of several documents are not cut"),
     ],
 )
 def test_wrong_pairs_are_named_by_line(workshop, row, says):
     good = {"prompt": "a", "chosen": "b", "rejected": "c"}
-    rows = write_jsonl(workshop.folder / "rows.jsonl", [good, row])
-    with pytest.raises(DataError, match=says):
-        workshop.check(**settings(workshop) | {"data__train": str(rows)})
+    rows = write_jsonl(workshop.folder / "rows.jsonl", [good, {"prompt": "a", **row}])
+    own = settings(workshop) | {"data__train": str(rows), "data__truncation": "right"}
+    with pytest.raises(DataError, match=f"rows.jsonl:2: .*{says}"):
+        workshop.check(**own)
+
+
+def test_a_pair_that_is_too_long_is_dropped_whole(workshop, capsys):
+    good = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    long = {**good, "chosen": "b" * 200}
+    rows = write_jsonl(workshop.folder / "rows.jsonl", [*[good] * 8, long])
+    own = settings(workshop) | {"data__train": str(rows), "data__truncation": "drop"}
+    workshop.check(**own)
+    assert "9 rows: 1 dropped, 8 trained on" in capsys.readouterr().out
+
+
+TEMPLATE = (
+    "{%% for m in messages %%}{%% if m.role == 'user' %%}%s{{ m.content }}:{%% else %%}"
+    "{{ m.content }}{{ eos_token }}{%% endif %%}{%% endfor %%}"
+)
 
 
 def test_a_template_that_writes_the_prompt_in_another_way_is_an_error(workshop):
     """It shows how long the answer will be, so that log-probabilities cannot be compared."""
-    (workshop.folder / "t.jinja").write_text(
-        "{% for m in messages %}{% if m.role == 'user' %}{{ messages[-1].content | length }}"
-        "{{ m.content }}:{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
-    )
-    with pytest.raises(DataError, match=r"pairs.jsonl:\d+: "):
+    (workshop.folder / "t.jinja").write_text(TEMPLATE % "{{ messages[-1].content | length }}")
+    with pytest.raises(DataError, match=r"pairs.jsonl:\d+: data.template .* renders the prompt of"):
         workshop.check(**settings(workshop, data__template=str(workshop.folder / "t.jinja")))
+
+
+def test_a_format_of_a_users_own_may_not_change_the_prompt(workshop):
+    """One more space before the rejected answer."""
+    (workshop.folder / "own.py").write_text(
+        "def pair(row):\n"
+        "    good = {'prompt': row['prompt'], 'completion': row['chosen']}\n"
+        "    bad = {'prompt': row['prompt'] + ' ', 'completion': 'x'}\n"
+        "    return {'documents': [good, bad], 'fields': {'label': [1, 0]}}\n"
+    )
+    own = settings(workshop, data__format=f"{workshop.folder}/own.py:pair")
+    with pytest.raises(
+        DataError, match=r"pairs.jsonl:1: the template writes the prompt in another"
+    ):
+        workshop.check(**own)
+
+
+def test_both_answers_follow_the_prompt_as_it_is_tokenised_alone(workshop):
+    """A chosen answer that would merge with the end of the prompt: trl's fault 1153."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from finetune.data.chat_templates import load
+    from finetune.data.tokenised import Options, tokenise
+
+    vocabulary = ["[", "]", "a", "b", "c", "ab", "</s>"]
+    model = models.BPE({name: n for n, name in enumerate(vocabulary)}, [("a", "b")])
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Split("[", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    (workshop.folder / "t.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}{% if m.role != 'user' %}{{ eos_token }}{% endif %}"
+        "{% endfor %}"
+    )
+    rows = write_jsonl(
+        workshop.folder / "rows.jsonl", [{"prompt": "[a", "chosen": "b", "rejected": "c"}]
+    )
+    template = load(
+        str(workshop.folder / "t.jinja"), "preference", None, tokenizer.special_tokens_map, {}, None
+    )
+    options = Options("preference", {}, "line", None, "completion", 64, "error")
+    made = tokenise([str(rows)], template, tokenizer, options)
+    chosen, rejected = (tokenizer.convert_ids_to_tokens(ids) for ids in made.ids)
+    assert (chosen, rejected) == (["[", "a", "b", "</s>"], ["[", "a", "c", "</s>"])
+    assert [each.tolist() for each in made.supervised] == [[False, False, True, True]] * 2
+    assert tokenizer.tokenize("[ab") == ["[", "ab"], "together they would merge"

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 import requests
 from conftest import ROOT
@@ -339,6 +340,22 @@ def test_a_run_is_restored_only_into_an_empty_directory(flaky, tmp_path):
     assert not flaky.restore(run)
     assert not [done for done in Flaky.done if done[0] == "get"]
     assert Storage(flaky.url.removesuffix("/run"), "other").restore(tmp_path / "there") is False
+
+
+def test_the_reference_log_probabilities_are_uploaded_once(flaky, tmp_path):
+    """A gigabyte of a large set, with notes that each checkpoint uploads; again once it differs."""
+    from safetensors.numpy import save_file
+
+    run, name = run_directory(tmp_path / "here/run"), "reference.safetensors"
+    values = np.arange(1000, dtype=np.float32)
+    for times, sha256 in enumerate(("a" * 64, "b" * 64), 1):
+        save_file({"reference": values}, run / name, {"sha256": sha256})
+        flaky.upload_notes(run)
+        flaky.upload_notes(run)
+        assert Flaky.done.count(("put", name)) == times
+    assert Flaky.done.count(("put", "metrics.jsonl")) == 4
+    assert flaky.restore(tmp_path / "there")
+    assert (tmp_path / "there" / name).read_bytes() == (run / name).read_bytes()
 
 
 def test_config_yaml_is_restored_last_to_mark_completion(flaky, tmp_path):

@@ -204,8 +204,8 @@ class Data(Section):
         | OwnName
     ) = "auto"  # fmt: skip
     """Format of the rows.
-    auto: detect it from the columns of the first row; preference, unpaired, choices: rated answers,
-    for an objective of your own; text_label, token_labels: for classification;
+    auto: detect it from the columns of the first row; preference, unpaired, choices: rated answers
+    (docs/preference.md); text_label, token_labels: for classification;
     FILE.py:NAME: a function of your own (docs/data.md).
     """
     columns: dict[str, str] = {}

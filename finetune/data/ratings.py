@@ -25,17 +25,17 @@ def require_none(row: Row, taken: Mapping[str, str]) -> None:
             remedy = _to_train_on_chosen(row, column, taken, chosen, rejected)
             raise DataError(
                 f"{row.place}: column {short(column)!r} belongs to preference rows (DPO, reward "
-                "models), of which sft learns nothing; for an objective of your own set "
-                f"data.format: preference; {remedy}"
+                "models), of which sft learns nothing; take objective.kind: dpo, or for an "
+                f"objective of your own set data.format: preference; {remedy}"
             )
     for column in verdicts.verdict_columns(names):
         if column not in read and verdicts.is_verdict(row.values[column], column):
             raise DataError(
                 f"{row.place}: column {column!r} ({short(row.values[column])}) says how good an "
-                "answer is, but training would learn every answer as a good one, and preference, "
-                "KTO and reward training are not built in yet: keep the good rows and drop the "
-                "column, set data.format: unpaired for an objective of your own, or rename it "
-                f"to '_{column}' if it means something else"
+                "answer is, but training would learn every answer as a good one: take "
+                "objective.kind: kto with a column label, keep the good rows and drop the column, "
+                "set data.format: unpaired for an objective of your own, or rename it to "
+                f"'_{column}' if it means something else"
             )
 
 

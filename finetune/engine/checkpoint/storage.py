@@ -7,6 +7,7 @@ URLs end up in logs and receipts.
 """
 
 import contextlib
+import functools
 import json
 import os
 import secrets
@@ -27,6 +28,7 @@ from finetune.errors import CheckpointError, DamagedCheckpoint, TakenOver
 
 SETTING = "checkpoint.storage"
 CONFIG, CLAIM = "config.yaml", "writer.json"
+ARRAYS, HEADER_BYTES = ".safetensors", 1024
 WAITS_SECONDS = (1.0, 3.0)  # before the second and the third attempt
 # Errors after which another attempt cannot help.
 CANNOT_HELP = (
@@ -143,11 +145,29 @@ class Storage:
         self._transfer("uploading", self._put, path, remote, [MANIFEST])
 
     def upload_notes(self, directory: Path) -> None:
-        """Upload the files at the top of a run directory, config.yaml last."""
+        """Upload the files at the top of a run directory, config.yaml last.
+
+        Arrays, which may be large and are written once, only if the store has others.
+        """
         self.require_claim()
         names = {p.name for p in directory.iterdir() if p.is_file() and p.name[0] != "."}
+        names -= {name for name in names if self._has_array(directory / name)}
         self._transfer("uploading", self._put, directory, "", sorted(names - {CONFIG, CLAIM}))
         self._transfer("uploading", self._put, directory, "", [CONFIG])
+
+    def _has_array(self, path: Path) -> bool:
+        """Return whether a file of arrays is there already.
+
+        By its size and its first bytes: its header holds the hash of its content.
+        """
+        if path.suffix != ARRAYS:
+            return False
+        if self._listing("", below=False).get(path.name) != path.stat().st_size:
+            return False
+        read = functools.partial(self._fs.cat_file, start=0, end=HEADER_BYTES)
+        there = self._attempt(f"reading {path.name}", read, f"{self._root}/{path.name}")
+        with path.open("rb") as file:
+            return bool(there == file.read(HEADER_BYTES))
 
     def upload_model(self, model: Path) -> None:
         """Upload the exported model and remove what an older one left.
