@@ -177,7 +177,7 @@ def test_no_tensor_holds_the_logits_of_a_micro_batch(monkeypatch):
     size = 8192
     monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 16 * 4 * size)
     monkeypatch.setattr(cross_entropy, "BLOCK_BYTES", 8 * 4 * size)
-    (model, policy), (_, reference) = policy_of(0, size), policy_of(1, size)
+    (model, policy), (_, reference) = (policy_of(seed, vocabulary=size) for seed in (0, 1))
     batches = batches_of(reference, 16, count=16).at(0)
     assert all(len(each.labels) > 4 * 32 for each in (batches[0], batches[0].mismatched))
     with Largest() as largest:

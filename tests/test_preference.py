@@ -44,7 +44,7 @@ def settings(workshop, kind="dpo", **more):
 # ------------------------------------------------------------------------------------ formulas
 
 
-def policy_of(seed, vocabulary=64, heads=()):
+def policy_of(seed, heads=(), vocabulary=64):
     """A tiny Llama in float32 that answers as in training."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -199,7 +199,8 @@ def test_no_tensor_holds_the_logits_of_a_micro_batch(monkeypatch, kind):
     size = 8192
     monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 16 * 4 * size)
     monkeypatch.setattr(cross_entropy, "BLOCK_BYTES", 8 * 4 * size)
-    examples, (model, policy), (_, reference) = pairs_of(16), policy_of(0, size), policy_of(1, size)
+    examples = pairs_of(16)
+    (model, policy), (_, reference) = (policy_of(seed, vocabulary=size) for seed in (0, 1))
     assert examples.supervised.sum() * size > 4 * 32 * size, "four times the largest weight"
     with Largest() as largest:
         ours(kind, chosen_settings(kind), examples, model, policy, reference)
