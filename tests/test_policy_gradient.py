@@ -594,6 +594,7 @@ def test_ppo_gives_the_reward_at_the_end_and_the_divergence_at_each_token():
     assert columns["advantages"].mean() == pytest.approx(0, abs=1e-7)
     assert columns["advantages"].std(ddof=1) == pytest.approx(1, rel=1e-3)
     assert facts["reward"] == 0.5
+    assert facts["explained_variance"] == 0, "values of 0 know nothing"
     assert "no_signal_share" not in facts, "a group of one has nothing to compare with"
 
 

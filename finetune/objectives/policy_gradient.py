@@ -283,6 +283,11 @@ class Ppo(PolicyGradient):
         )
         return advantages.whitened(found), {RETURNS: returns, OLD_VALUES: scored.values}
 
+    def columns(self, scored: Scored, settings: Any) -> tuple[Columns, Facts]:
+        columns, facts = super().columns(scored, settings)
+        left, all_of = (columns[RETURNS] - columns[OLD_VALUES]).var(), columns[RETURNS].var()
+        return columns, {**facts, "explained_variance": float(1 - left / max(all_of, 1e-12))}
+
     def further_terms(self, answers: Answers, batch: Batch, settings: Any) -> list[Term]:
         values, columns = answers.values, batch.token_columns
         assert values is not None
