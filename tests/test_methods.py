@@ -75,6 +75,7 @@ WIDE = {
     "qlora, int8",  # the quantised base that stays
     "lora, some layers",
     "lora, gaussian",
+    "lora, PiSSA",  # merged below
     "lora, biases of adapted",
     "qlora, FP4",
     "qlora, DoRA",
@@ -128,7 +129,7 @@ def pairs_of_method_and_optimizer():
         for optimizer in OPTIMIZERS if method in ("full", "lora", "qlora, NF4") else OPTIMIZERS[:2]:
             if not (optimizer in ("muon", "adafactor") and "adapter__kind" in METHODS[method]):
                 is_wide = method in WIDE or optimizer.startswith("paged")
-                is_wide |= optimizer == "lion"  # lion_8bit is it, too
+                is_wide |= optimizer in ("lion", "lion_8bit")  # adamw_8bit has such state, too
                 is_wide |= optimizer != "adamw" and method != "full"
                 name = f"{method} with {optimizer}"
                 yield pytest.param(
@@ -169,8 +170,8 @@ def exported(run):
     return load_file(path)
 
 
-MERGED = ["lora, DoRA", "lora, PiSSA", "lora, whole modules", "qlora, NF4", "qlora, LoftQ"]
-MORE_MERGED = ["lora, rsLoRA", "lora, norms", "lora, biases", "qlora, int8"]
+MERGED = ["lora, DoRA", "lora, PiSSA", "lora, whole modules", "qlora, NF4"]
+MORE_MERGED = ["lora, rsLoRA", "lora, norms", "lora, biases", "qlora, int8", "qlora, LoftQ"]
 
 
 @pytest.mark.parametrize("method", short([*MERGED, *MORE_MERGED], *MERGED))

@@ -73,14 +73,13 @@ SHORT = {
         "zero1": ["padded_clipped"], "zero2": ["bf16"],
         "zero3": ["packed_recomputed_clipped"],
     }),
-    "hybrid": (4, {"fsdp2_hybrid": ["untied"]}),
 }  # fmt: skip
 LONG = {
     "single": (1, {"single": PLAIN}), "cpu_debug": (2, {"cpu_debug": PLAIN}),
     "ddp": (2, {"ddp": list(CASES)}),
     "fsdp2": (2, {"fsdp2": list(CASES)}), "fsdp2 of one": (1, {"fsdp2": PLAIN}),
     "fsdp2_offload": (2, {"fsdp2_offload": [*PLAIN, "lora"]}),
-    "hybrid in full": (4, {"fsdp2_hybrid": PLAIN}),
+    "hybrid": (4, {"fsdp2_hybrid": PLAIN}),
     "context in full": (4, {"fsdp2_context": ["untied", "packed_recomputed_clipped"]}),
     "zero1": (2, {"zero1": [*PLAIN, "lora"]}), "zero1 of one": (1, {"zero1": PLAIN}),
     "zero2": (2, {"zero2": ALL}),
@@ -242,6 +241,7 @@ def assert_equal(run: Path, other: Path) -> None:
     assert all(bool((one[name] == two[name]).all()) for name in one)
 
 
+@pytest.mark.proof
 def test_deliberate_errors_are_detected(alone, workshop):
     """The tests above can fail: by a wrong factor, wrong means, or a part exported as the whole."""
     names = ["forgotten_factor", "mean_of_means", "one_shard"]
