@@ -11,6 +11,7 @@ from conftest import Workshop, launch, launcher, pretrained, read_jsonl, write_j
 from finetune.__main__ import main
 from finetune.evaluation import held_out, trained_rows
 from finetune.evaluation.trained_run import TrainedRun
+from finetune.export.lineup import Lineup
 
 SIZES = {"train__global_batch_size": 4, "train__micro_batch_size": 4, "train__max_steps": 1}
 WORDS = "amber birch cedar dune ember fern grove heath iris jade kelp lark moss north".split()
@@ -142,6 +143,35 @@ def test_a_run_without_what_it_takes_says_what_to_give(run, tmp_path, capsys):
     (copy / "config.yaml").write_text(config.replace(named, "/gone/model"))
     assert evaluate(copy) == 2
     assert "give --base with the folder where it is now" in capsys.readouterr().err
+
+
+def test_the_base_is_that_of_the_revision_that_the_run_began_with(run, tmp_path, monkeypatch):
+    """On the Hub, whose newest revision has no weights: it cannot be opened."""
+    repository = tmp_path / "hub" / "models--some--base"
+    for name in ("old", "main"):
+        snapshot = repository / "snapshots" / (name * 40)[:40]
+        shutil.copytree(run.parent / "base" / "model", snapshot)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / name).write_text(snapshot.name)
+    (snapshot / "model.safetensors").unlink()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    copy = shutil.copytree(run, tmp_path / "copy")
+    named = str(Path(run.parent / "base" / "model"))
+    config = (run / "config.yaml").read_text().replace(named, "some/base")
+    assert "revision: null" in config
+    found = {}
+    for revision in ("old", "main"):
+        given = config.replace("revision: null", f"revision: {revision}")
+        (copy / "config.yaml").write_text(given)
+        found[revision] = evaluate(copy, "--report", tmp_path / revision)
+    assert found == {"old": 0, "main": 2}
+    assert evaluate(run, "--report", tmp_path / "folder") == 0
+    answers = [read_jsonl(tmp_path / name / "answers.jsonl") for name in ("old", "folder")]
+    assert answers[0][0]["identity"] == "some/base, revision old"
+    texts = [[line["answer"] for line in each if line["model"] == "base"] for each in answers]
+    assert texts[0] == texts[1]
+    (copy / "config.yaml").write_text(config.replace("revision: null", "revision: old"))
+    assert Lineup(str(copy / "model")).open("base").model.name_or_path == "some/base"
 
 
 def answers_of(run):

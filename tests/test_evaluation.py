@@ -162,15 +162,18 @@ def test_held_out_rows_may_be_a_folder_and_every_error_is_reported(tmp_path, cap
         held_out.read(str(path))
 
 
-def test_unread_columns_are_reported_including_scores(tmp_path, capsys):
+def test_columns_beside_the_question_are_named_and_those_that_rate_answers(tmp_path, capsys):
     """Nothing is learned here, so bad answers cannot be."""
     row = {"question": "q", "answer": "a", "input": "i", "score": 0.5, "rejected": "b"}
     path = write_jsonl(tmp_path / "rows.jsonl", [row, row])
     assert len(held_out.read(str(path))) == 2
-    printed = capsys.readouterr().err
-    assert printed == (
-        "note: not read: columns ['input', 'rejected', 'score']; every answer counts as correct\n"
+    assert capsys.readouterr().err == (
+        "note: columns ['input', 'rejected', 'score'] are not asked; slices, --group and scores "
+        "can use them, and every answer counts as right\n"
     )
+    path = write_jsonl(tmp_path / "more.jsonl", [{"question": "q", "answer": "a", "topic": "t"}])
+    assert held_out.read(str(path))[0].fields["topic"] == "t"
+    assert capsys.readouterr().err.endswith("scores can use them\n")
 
 
 def test_skipped_rows_are_counted_as_in_training(tmp_path, capsys):

@@ -18,14 +18,18 @@ from finetune.__main__ import main
 from finetune.errors import RunDirectoryError, ScoreTooLow, UserError
 from finetune.evaluation import (
     analysis,
+    benchmark_options,
     compare_runs,
+    corpus,
     error_types,
     report,
     report_files,
     results_file,
     run_facts,
+    scores,
     verdict,
 )
+from finetune.evaluation.measures import Measure
 from finetune.evaluation.results_file import read, write
 from finetune.evaluation.trained_run import TrainedRun
 
@@ -76,6 +80,57 @@ def test_the_file_holds_what_was_found_and_reads_back(tmp_path):
     assert row["fields"] == {"kind": "even"}  # not the question again
     assert [message["role"] for message in row["messages"]] == ["system", "user"]
     assert row["failed"] is True
+
+
+def test_labels_corpus_scores_and_benchmarks_are_in_the_file_and_the_report():
+    rows = [
+        Asked(f"what is {n}", ("red", "blue")[n % 2], "red" if n < 30 else "blue", "no")
+        for n in range(60)
+    ]
+    made, asked = results(rows), ["label", "bleu", "chrf"]
+    scorers = {each.name: each for each in scores.choose(asked)}
+    acc = Measure("arc", "acc", {"base": [0.0, 1.0] * 20, "tuned": [1.0] * 40}, chance=0.25)
+    sums = Measure("sums", "acc", {"base": [0.0] * 40, "tuned": [0.0] * 40}, chance=0.25)
+    made = replace(
+        made, scores=scores.of(scorers.values(), made.answers), scorers=scorers,
+        beside=benchmark_options.Compared([acc], [sums]).facts,
+    )  # fmt: skip
+    of_corpus = corpus.of_results(made)
+    found = analysed(replace(made, beside=replace(made.beside, corpus_scores=of_corpus)))
+    label, *_ = found.scores
+    named = [(e.label, e.rows, e.precision, e.recall, e.f1) for e in label.labels["tuned"]]
+    assert named == [("blue", 30, 0.5, 0.5, 0.5), ("red", 30, 0.5, 0.5, 0.5)]
+    assert label.labels["base"][0].precision is None
+    assert label.details["tuned"][0] == "accuracy 50.0%, macro F1 50.0%, 60 rows, 2 labels"
+    chrf = found.corpus_scores[1]
+    assert chrf.name == "chrF of the corpus"
+    assert chrf.changes["tuned"].low < chrf.changes["tuned"].mean < chrf.changes["tuned"].high
+    assert (chrf.means["base"].rows, chrf.changes["tuned"].clusters) == (60, 60)
+    [task] = found.benchmarks
+    assert (task.means["base"].mean, task.changes["tuned"].mean) == (0.5, 0.5)
+    assert (task.chance, task.judged) == (0.25, {"tuned": "better"})
+    assert found.forgetting[0].judged == {"tuned": "shows nothing, as the first model only guesses"}
+    page, text = report.html(found), report.markdown(found)
+    for name in ("chrF of the corpus", "arc, acc", "40 items; guessing gives 25%", "sums, acc"):
+        assert name in page
+    assert "| blue | 30 | 50.0% | 50.0% | 50.0% |" in text
+    assert "## Forgetting" in text
+    assert "confusion (a row: the reference" in page
+
+
+def test_a_corpus_score_of_clusters_has_a_wider_interval():
+    rows = [Asked(f"q {n}", f"the words of row {n // 5}", "the words" if n // 5 % 2 else "of row")
+            for n in range(200)]  # fmt: skip
+    [scorer] = scores.choose(["chrf"])
+    widths = []
+    for clusters in (None, [n // 5 for n in range(200)]):
+        made = results(rows, clusters)
+        made = replace(made, scores=scores.of([scorer], made.answers), scorers={"chrF": scorer})
+        mean = corpus.of_results(made)[0].means["tuned"]
+        widths.append(mean.high - mean.low)
+    assert widths[1] > 1.5 * widths[0]
+    few = replace(made.subset(range(25)), beside=made.beside)
+    assert corpus.of_results(few)[0].means["tuned"].low is None
 
 
 def test_the_schema_is_the_one_in_the_repository():

@@ -129,9 +129,11 @@ def test_a_base_and_its_adapter_are_loaded_once(candidates, monkeypatch, models,
         for one, other in zip(found.benchmarks, alone.benchmarks):
             assert one.values[name] == other.values[name]
     assert found.benchmarks[0].values["base"] != found.benchmarks[0].values["tuned"]
-    [acc, norm] = found.as_json()["benchmarks"]
-    assert (acc["name"], acc["items"], norm["name"]) == ("acc", 40, "acc_norm")
-    assert acc["changes"]["tuned"]["low"] <= acc["changes"]["tuned"]["difference"]
+    [acc, norm] = found.facts.benchmarks
+    assert (acc.name, acc.line) == ("rows, acc", "40 items; guessing gives 50%")
+    assert norm.name == "rows, acc_norm"
+    assert acc.means["base"].mean == sum(found.benchmarks[0].values["base"]) / 40
+    assert acc.changes["tuned"].low <= acc.changes["tuned"].mean
 
 
 def test_options_name_files_a_suite_and_text(candidates, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Engines answer alike, whatever the batch; answers on disk survive a kill."""
 
 import threading
+from dataclasses import replace
 
 import chat_server
 import pytest
@@ -12,6 +13,7 @@ from finetune import endpoint
 from finetune.data.conversations import Conversation, Message
 from finetune.data.places import Place
 from finetune.errors import DataError, Outage
+from finetune.evaluation.prompting import with_context
 from finetune.generation import answers, batching
 from finetune.generation.answers import Answers, answered
 from finetune.generation.completions import Completion, Prompt
@@ -250,6 +252,26 @@ def test_saved_answers_are_read_without_rows_or_models(tmp_path):
         answers.read(str(path))
     with pytest.raises(DataError, match="cannot be read"):
         answers.read(str(tmp_path))
+
+
+def test_saved_answers_of_models_with_context_and_of_equal_rows_are_read(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    rows = [replace(each, reference="right", fields={"page": f"p{n}"})
+            for n, each in enumerate(PROMPTS[:3])]  # fmt: skip
+    rows[1] = replace(
+        rows[1], conversation=replace(rows[1].conversation, messages=rows[0].messages)
+    )
+    for model, own in (("base", rows), ("base with context", with_context(rows, "page"))):
+        texts = [each.question for each in own]
+        answered(lambda: Counting(1000), model, model, own, texts, GREEDY, Answers(path))
+    found = answers.read(str(path))
+    assert {model: len(of) for model, of in found.items()} == {"base": 3, "base with context": 3}
+    # What stood at a place before, and was answered by one model alone, is left out.
+    changed = replace(rows[2], reference="another")
+    Answers(path).add("new", "base", "x", Completion(changed, "a"))
+    assert [each.prompt.place for each in answers.read(str(path))["base"]] == [
+        each.place for each in rows[:2]
+    ]
 
 
 def test_a_server_answers_as_a_model_and_what_it_refuses_is_counted(monkeypatch):

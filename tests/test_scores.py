@@ -174,8 +174,10 @@ def test_bleu_and_chrf_are_those_of_sacrebleu():
     for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
         [scorer] = scores.choose([name])
         corpus = metric.corpus_score(list(answers), [list(references)]).score
-        assert scorer.of_all(given) == pytest.approx(corpus / 100)
-        assert scorer.of_all(given[2:]) is None
+        counts = scorer.counts(given[:2])
+        assert scorer.of_counts(counts) == pytest.approx(corpus / 100)
+        alone = metric.corpus_score([answers[1]], [[references[1]]]).score
+        assert scorer.of_counts(counts[1:]) == pytest.approx(alone / 100)
         one = BLEU(effective_order=True) if name == "bleu" else metric
         values = [one.sentence_score(a, [r]).score / 100 for a, r in texts]
         assert [each.value for each in scorer(given)] == [*map(pytest.approx, values), None]

@@ -10,7 +10,14 @@ from typing import Any
 from finetune.data.clusters import words
 from finetune.data.places import printable
 from finetune.errors import UserError
-from finetune.evaluation import error_types, nearest, results_file, rounds, run_facts, slices
+from finetune.evaluation import (
+    error_types,
+    nearest,
+    results_file,
+    rounds,
+    run_facts,
+    slices,
+)
 from finetune.evaluation import statistics as tests
 from finetune.evaluation.nearest import TrainingRow
 from finetune.evaluation.results import BASE, TUNED, Results
@@ -19,6 +26,7 @@ from finetune.evaluation.results_file import (
     Change,
     Decides,
     ErrorFacts,
+    LabelFacts,
     Mean,
     MessageFacts,
     ModelFacts,
@@ -29,8 +37,10 @@ from finetune.evaluation.results_file import (
     SliceFacts,
 )
 from finetune.evaluation.run_facts import plain
+from finetune.evaluation.scores import details_of
+from finetune.evaluation.scores.labels import Label, by_label
 from finetune.evaluation.verdict import Verdict
-from finetune.generation.completions import Prompt, Score
+from finetune.generation.completions import Completion, Prompt, Score
 
 HALF = 0.5
 LONG_ANSWER = 10  # words; a right answer that is longer is seldom matched word for word
@@ -86,6 +96,9 @@ def of_results(
         run=run_facts.of_run(Path(results.run_dir)) if results.run_dir else None,
         notes=notes,
         rows=rows,
+        benchmarks=list(results.beside.benchmarks),
+        forgetting=list(results.beside.forgetting),
+        corpus_scores=list(results.beside.corpus_scores),
     )
 
 
@@ -186,10 +199,25 @@ def _score(results: Results, name: str, p_holm: float | None) -> ScoreFacts:
             holm = p_holm if model == tuned_of(results) else None
             change = _change(by_model[BASE], by_model[model], results.clusters, holm)
             changes |= {model: change} if change else {}
+    labels = {}
+    if isinstance(scorer, Label):
+        labels = {model: _labels(scorer, given) for model, given in results.answers.items()}
+    details = details_of(scorer, results.answers)
     return ScoreFacts(
         name=name, line=scorer.line, higher=scorer.higher, is_share=scorer.is_share, means=means,
-        changes=changes, missing=missing,
+        changes=changes, missing=missing, labels=labels,
+        details={model: [*map(printable, lines)] for model, lines in details.items()},
     )  # fmt: skip
+
+
+def _labels(scorer: Label, answers: Sequence[Completion]) -> list[LabelFacts]:
+    return [
+        LabelFacts(
+            label=printable(each.label), rows=each.rows, precision=each.precision,
+            recall=each.recall, f1=each.f1,
+        )
+        for each in by_label(scorer.counts(answers))
+    ]  # fmt: skip
 
 
 def value_of(score: Score) -> float | None:
@@ -203,11 +231,8 @@ def _mean(scores: Sequence[Score], clusters: Sequence[int], is_share: bool) -> M
     ]
     if not kept:
         return None
-    values, groups = [value for value, _ in kept], [cluster for _, cluster in kept]
-    low, high = tests.interval(values, groups)
-    if is_share and low is not None and high is not None:  # Student's t knows no bounds
-        low, high = max(0.0, low), min(1.0, high)
-    return Mean(mean=math.fsum(values) / len(values), low=low, high=high, rows=len(values))
+    values, groups = zip(*kept)
+    return Mean.of(values, groups, is_share)
 
 
 def _change(
@@ -220,11 +245,7 @@ def _change(
             kept.append((old, new, cluster))
     if not kept:
         return None
-    found = tests.difference(*zip(*kept))
-    return Change(
-        mean=found.mean, low=found.low, high=found.high, p=found.p, p_holm=p_holm,
-        rows=found.num_rows, clusters=found.num_clusters, rows_needed=found.rows_needed,
-    )  # fmt: skip
+    return Change.of(tests.difference(*zip(*kept)), p_holm)
 
 
 def _slices(

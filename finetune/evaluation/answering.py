@@ -11,7 +11,6 @@ import torch
 from finetune.config.base import config_of, is_adapter, recorded_base
 from finetune.evaluation.candidates import Candidate, same_model
 from finetune.evaluation.held_out import note
-from finetune.evaluation.identity import identity_of
 from finetune.evaluation.results import BASE, TUNED
 from finetune.evaluation.scores.reference_loss import ReferenceLoss
 from finetune.export.lineup import Lineup
@@ -81,14 +80,15 @@ class Models:
 
         That of the tuned model for its base, and for others without one of their own.
         """
-        if (found := self._tokenizers.get(candidate.model)) is None:
+        if (found := self._tokenizers.get(candidate.identity)) is None:
             if (name := self._name_in_lineup(candidate)) is not None and self._lineup is not None:
                 found = self._lineup.tokenizer(name)
             else:
-                found = load_tokenizer(candidate.model, self._asking.trust_remote_code)
+                trusted = self._asking.trust_remote_code
+                found = load_tokenizer(candidate.model, trusted, candidate.revision)
                 if not candidate.keeps_template or not found.chat_template:
                     found.chat_template = self._template
-            self._tokenizers[candidate.model] = found
+            self._tokenizers[candidate.identity] = found
         return found
 
     def asks(self, candidate: Candidate) -> Callable[[Prompt], str]:
@@ -115,7 +115,7 @@ class Models:
             return
         with self.model(candidate) as (model, ends):
             yield Local(
-                model, self.tokenizer(candidate), identity_of(candidate.model, candidate.base),
+                model, self.tokenizer(candidate), candidate.identity,
                 ends=ends, at_once=self._asking.at_once, title=candidate.name,
                 asked=self.asks(candidate),
             )  # fmt: skip
@@ -136,19 +136,22 @@ class Models:
 
     def _load(self, candidate: Candidate) -> Any:
         """Load a model alone; keep it only while another candidate asks the same one."""
-        if candidate.model not in self._opened:
+        if (key := candidate.identity) not in self._opened:
             self._opened.clear()
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             trusted = self._asking.trust_remote_code
-            model = load(candidate.model, trust_remote_code=trusted, base=candidate.base)
+            model = load(
+                candidate.model, trust_remote_code=trusted, base=candidate.base,
+                revision=candidate.revision,
+            )  # fmt: skip
             if candidate.option == "--base":
                 tuned = self._by_name[TUNED].model
                 if not is_remote(tuned) and (message := other_base(tuned, model)):
                     note(message)
-            self._opened[candidate.model] = model.to(_device())
-        return self._opened[candidate.model]
+            self._opened[key] = model.to(_device())
+        return self._opened[key]
 
 
 def _device() -> torch.device:
@@ -177,7 +180,7 @@ def ask(
     ]  # fmt: skip
     found: dict[str, list[Completion]] = {}
     for candidate, own, texts in rendered:
-        identity = identity_of(candidate.model, candidate.base)
+        identity = candidate.identity
         with ExitStack() as stack:
 
             def opened(candidate: Candidate = candidate, stack: ExitStack = stack) -> Engine:

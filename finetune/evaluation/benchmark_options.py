@@ -21,6 +21,7 @@ from finetune.evaluation.forgetting import Passage
 from finetune.evaluation.harness import Harness
 from finetune.evaluation.held_out import note
 from finetune.evaluation.measures import Measure, table
+from finetune.evaluation.results import Beside
 from finetune.generation.remote import is_remote
 
 
@@ -166,12 +167,13 @@ class Compared:
             parts.append(f"forgetting\n{table(self.forgetting)}\n\n{lost}")
         return "\n\n".join(parts)
 
-    def as_json(self) -> dict[str, Any]:
+    @property
+    def facts(self) -> Beside:
         """Return the means and differences, as results.json has them."""
-        return {
-            "benchmarks": [each.as_json() for each in self.benchmarks],
-            "forgetting": [each.as_json() for each in self.forgetting],
-        }  # fmt: skip
+        return Beside(
+            [each.facts() for each in self.benchmarks],
+            [each.facts(forgetting.judged) for each in self.forgetting],
+        )
 
 
 def _is_file(name: str) -> bool:

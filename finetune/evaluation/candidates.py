@@ -12,6 +12,7 @@ from finetune.config.base import model_in, require_model
 from finetune.errors import UserError
 from finetune.evaluation import prompting
 from finetune.evaluation.held_out import note
+from finetune.evaluation.identity import identity_of
 from finetune.evaluation.results import BASE, TUNED
 from finetune.export.load import moved, require_base
 from finetune.generation.completions import Prompt
@@ -26,7 +27,7 @@ class Candidate:
 
     name: as in tables and files. model: a folder, a Hub id, or MODEL@URL. base: of a moved adapter,
     where its base is now. option: which option named it. examples: put before every prompt.
-    context: the column of text to put before the question.
+    context: the column of text to put before the question. revision: of a Hub id.
     """
 
     name: str
@@ -35,6 +36,11 @@ class Candidate:
     option: str = "--also"
     examples: tuple[Prompt, ...] = ()
     context: str | None = None
+    revision: str | None = None
+
+    @property
+    def identity(self) -> str:
+        return identity_of(self.model, self.base, self.revision)
 
     @property
     def keeps_template(self) -> bool:
@@ -61,9 +67,17 @@ def other_argument(text: str) -> tuple[str | None, str]:
     return None, model_in(paths.argument(text))
 
 
-def candidates(base: str, tuned: str, others: Sequence[tuple[str | None, str]]) -> list[Candidate]:
-    """Return the models in the order of the table. Raise ModelError for one that cannot be read."""
-    found = [Candidate(BASE, base, option="--base"), Candidate(TUNED, tuned, option="--tuned")]
+def candidates(
+    base: str, tuned: str, others: Sequence[tuple[str | None, str]], revision: str | None = None
+) -> list[Candidate]:
+    """Return the models in the order of the table. Raise ModelError for one that cannot be read.
+
+    revision: of a base on the Hub.
+    """
+    found = [
+        Candidate(BASE, base, option="--base", revision=revision),
+        Candidate(TUNED, tuned, option="--tuned"),
+    ]
     for name, model in others:
         found.append(Candidate(name or _short_name(model), model))
     names = [each.name for each in found]

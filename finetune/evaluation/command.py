@@ -19,6 +19,7 @@ from finetune.data.column_names import FORMATS
 from finetune.errors import ConfigError, UserError
 from finetune.evaluation import (
     benchmark_options,
+    corpus,
     held_out,
     judging,
     output,
@@ -35,7 +36,7 @@ from finetune.evaluation.benchmark_options import Benches
 from finetune.evaluation.candidates import Candidate, candidates, other_argument, prompted
 from finetune.evaluation.held_out import Reading, note
 from finetune.evaluation.judging import Judging
-from finetune.evaluation.results import BASE, TUNED, Results
+from finetune.evaluation.results import BASE, TUNED, Beside, Results
 from finetune.evaluation.suites import Suite
 from finetune.evaluation.trained_rows import Trained
 from finetune.evaluation.trained_run import TrainedRun
@@ -133,7 +134,8 @@ def _add_statistics(parser: argparse.ArgumentParser) -> None:
 class Request:
     """What an evaluation compares, on which rows. run: the run that made the tuned model.
 
-    data: None where --benchmarks or --forgetting name all that models are compared on.
+    data: None where --benchmarks or --forgetting name all that models are compared on. revision: of
+    a base on the Hub.
     """
 
     base: str
@@ -141,12 +143,12 @@ class Request:
     data: str | Sequence[str] | None
     reading: Reading
     run: TrainedRun | None = None
+    revision: str | None = None
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> "Request":
         """Read the run, if one is named; options replace what it says. Raises UserError."""
-        reading = Reading()
-        run = None
+        reading, run, revision = Reading(), None, None
         base, tuned, data = arguments.base, arguments.tuned, arguments.data
         if data and arguments.suite:
             raise UserError("--data and --suite both name rows; remove one of them")
@@ -157,7 +159,9 @@ class Request:
                 what = f"the tuned model is that of {arguments.run}"
                 raise UserError(f"--tuned: {what}; remove one of them")
             run = TrainedRun.open(arguments.run)
-            base, tuned = base or run.base, run.model
+            if base is None:
+                base, revision = run.base, run.revision
+            tuned = run.model
             if data is None and (needs_rows or run.has_held_out):
                 data = run.held_out
             reading = run.reading
@@ -169,7 +173,7 @@ class Request:
             )
         given = {"format": arguments.format, "columns": arguments.columns}
         given = {name: value for name, value in given.items() if value is not None}
-        return cls(base, tuned, data, replace(reading, **given), run)
+        return cls(base, tuned, data, replace(reading, **given), run, revision)
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -188,13 +192,16 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def _compare(request: Request, arguments: argparse.Namespace, judges: Judging) -> None:
-    models = candidates(request.base, request.tuned, arguments.also)
+    models = candidates(request.base, request.tuned, arguments.also, request.revision)
     benches = Benches.of(arguments)
     rows = _read(request.data, request, arguments) if request.data is not None else None
+    beside = Beside()
     if benches is not None and saved_answers.share_of_process()[0] == 0:
-        print(benches.compare(models, arguments.trust_remote_code).text() + "\n")
+        compared = benches.compare(models, arguments.trust_remote_code)
+        print(compared.text() + "\n")
+        beside = compared.facts
     if rows is not None:
-        _compare_on_rows(rows, request, models, arguments, judges)
+        _compare_on_rows(rows, request, models, arguments, judges, beside)
 
 
 def _require_no_rows_needed(arguments: argparse.Namespace) -> None:
@@ -229,7 +236,7 @@ def _read(data: str | Sequence[str], request: Request, arguments: argparse.Names
 
 def _compare_on_rows(
     rows: Rows, request: Request, models: Sequence[Candidate], arguments: argparse.Namespace,
-    judges: Judging,
+    judges: Judging, beside: Beside,
 ) -> None:  # fmt: skip
     """Generate, score and print. All models get the same prompts, by the tuned chat template."""
     prompts, trained, _ = rows
@@ -245,7 +252,7 @@ def _compare_on_rows(
     report_files.require_scores(arguments, scorers)
     score_references(scorers, models, prompts, asking)
     results = score(prompts, clusters, answers, scorers, settings, run_dir)
-    _show(results, trained, request.run, arguments, judges)
+    _show(replace(results, beside=beside), trained, request.run, arguments, judges)
 
 
 def _rescore(arguments: argparse.Namespace) -> None:
@@ -288,6 +295,9 @@ def _show(
         print(f"\nwithout {len(trained):,} rows that were trained on:{listed}")
         clean = results.subset([row for row in range(count) if row not in trained])
         print(table.text(clean, 0, arguments.max_new_tokens))
+    if of_corpus := corpus.of_results(clean):
+        print("", *map(table.of_corpus, of_corpus), sep="\n")
+        clean = replace(clean, beside=replace(clean.beside, corpus_scores=of_corpus))
     if lines := list(judges.report(clean)):
         print("", *lines, sep="\n")
     if arguments.output:
@@ -301,7 +311,8 @@ def _show(
 def settings_of(request: Request, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return what was asked for, as results.json has it."""
     settings = {
-        "base": request.base, "tuned": request.tuned, "data": request.data,
+        "base": request.base, "base_revision": request.revision, "tuned": request.tuned,
+        "data": request.data,
         "limit": arguments.limit, "max_new_tokens": arguments.max_new_tokens,
         "batch_size": arguments.batch_size, "group": arguments.group,
         "smallest_effect": arguments.smallest_effect, "trained_rows": arguments.trained_rows,

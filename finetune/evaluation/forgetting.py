@@ -213,16 +213,21 @@ def shows_nothing(measure: Measure) -> bool:
     return measure.mean(first) <= chance + 2 * (chance * (1 - chance) / count) ** 0.5
 
 
+def judged(measure: Measure, model: str) -> str:
+    """Return the verdict on a model; of a part that the first model only guesses, that."""
+    verdict = measure.verdict(model)
+    if shows_nothing(measure) and verdict != "better":
+        return "shows nothing, as the first model only guesses"
+    return verdict
+
+
 def summary(measures: Sequence[Measure]) -> str:
     """Return in one sentence for each tuned model what it lost."""
     lines = []
     for model in measures[0].others:
         by_verdict: dict[str, list[str]] = {}
         for measure in measures:
-            verdict = measure.verdict(model)
-            if shows_nothing(measure) and verdict != "better":
-                verdict = "shows nothing, as the first model only guesses"
-            by_verdict.setdefault(verdict, []).append(measure.task)
+            by_verdict.setdefault(judged(measure, model), []).append(measure.task)
         order = sorted(by_verdict, key=lambda verdict: (verdict != "worse", verdict))
         parts = [f"{verdict}: {', '.join(by_verdict[verdict])}" for verdict in order]
         lost = by_verdict.get("worse", [])

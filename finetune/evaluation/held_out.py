@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any
 
 from finetune import own_code
-from finetune.data import clusters, rows, source_files
+from finetune.data import clusters, rows, source_files, verdicts
 from finetune.data.conversations import Sample, without_thoughts
 from finetune.data.places import list_columns, short
 from finetune.data.problems import Problems
@@ -65,8 +65,15 @@ def read(
         note(f"--format skips {problems.num_skipped:,} of {problems.num_rows:,} rows")
     if unread:
         listed = list_columns(sorted(unread))
-        note(f"not read: columns {listed}; every answer counts as correct")
+        rates = ", and every answer counts as right" if _any_rates(tuple(sorted(unread))) else ""
+        note(f"columns {listed} are not asked; slices, --group and scores can use them{rates}")
     return [_prompt(sample) for sample in _with_one_answer(samples)]
+
+
+def _any_rates(columns: tuple[str, ...]) -> bool:
+    """Return whether a column says how good an answer is."""
+    rejects = verdicts.preference_columns(columns, verdicts.REJECTED)
+    return bool(rejects or verdicts.verdict_columns(columns))
 
 
 def _samples(

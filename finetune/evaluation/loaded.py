@@ -33,9 +33,12 @@ def each(candidates: Sequence[Candidate], trust_remote_code: bool = False) -> It
         if source is not candidate:
             model = None  # free the last before the next comes
             source = next((other for other in candidates if _holds(other, candidate)), candidate)
-            model = load(source.model, trust_remote_code=trust_remote_code, base=source.base)
+            model = load(
+                source.model, trust_remote_code=trust_remote_code, base=source.base,
+                revision=source.revision,
+            )  # fmt: skip
             model = model.to(device).eval()
-        tokenizer = load_tokenizer(candidate.model, trust_remote_code)
+        tokenizer = load_tokenizer(candidate.model, trust_remote_code, candidate.revision)
         with nullcontext() if source is candidate else model.disable_adapter():
             yield Loaded(candidate.name, model, tokenizer)
 

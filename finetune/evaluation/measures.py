@@ -1,10 +1,10 @@
 """Measures of several models on the same items, what changed, and the table that shows it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from finetune.evaluation import statistics
+from finetune.evaluation.results_file import Change, Mean, MeasureFacts
 from finetune.evaluation.statistics import Difference
 
 
@@ -48,21 +48,25 @@ class Measure:
             return "worse"
         return "better" if low > 0 else "no change seen"
 
-    def as_json(self) -> dict[str, Any]:
-        """Return the means and differences, as results.json has them."""
-        changes = {}
-        for model in self.others:
-            found = self.change(model)
-            changes[model] = {
-                "difference": found.mean, "low": found.low, "high": found.high, "p": found.p,
-                "verdict": self.verdict(model),
-            }  # fmt: skip
-        means = {model: self.mean(model) for model in self.values}
-        items, clusters = (len(next(iter(self.values.values()))), len(set(self.clusters or ())))
-        return {
-            "task": self.task, "name": self.name, "items": items, "clusters": clusters or items,
-            "chance": self.chance, "means": means, "changes": changes,
-        }  # fmt: skip
+    def facts(self, judged: "Callable[[Measure, str], str] | None" = None) -> MeasureFacts:
+        """Return the means and differences, as results.json has them.
+
+        judged: says what a change means; default: `verdict`.
+        """
+        judge = judged or Measure.verdict
+        guessing = "" if self.chance is None else f"; guessing gives {100 * self.chance:.0f}%"
+        return MeasureFacts(
+            name=f"{self.task}, {self.name}",
+            line=f"{len(next(iter(self.values.values()))):,} items{guessing}",
+            higher=self.higher, is_share=self.is_share,
+            means={
+                model: Mean.of(values, self.clusters, self.is_share)
+                for model, values in self.values.items()
+            },
+            changes={model: Change.of(self.change(model)) for model in self.others},
+            missing={}, chance=self.chance,
+            judged={model: judge(self, model) for model in self.others},
+        )  # fmt: skip
 
 
 def table(measures: Sequence[Measure]) -> str:

@@ -9,6 +9,7 @@ from finetune.data.clusters import words
 from finetune.evaluation import rows_view
 from finetune.evaluation.results_file import (
     Change,
+    LabelFacts,
     Mean,
     ResultsFile,
     RowFacts,
@@ -33,7 +34,7 @@ STYLE = """
   display: inline-block; height: 0.8rem; background: var(--plot); border-radius: 2px; }
 .plots { display: grid; gap: 1rem 2rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 25rem), 1fr)); }
-small { line-height: 1.3; display: inline-block; }
+small { line-height: 1.3; display: inline-block; } .aligned { white-space: pre; }
 """
 
 
@@ -106,7 +107,11 @@ def _sentence(text: str) -> str:
 def markdown(found: ResultsFile) -> str:
     """Return the report as Markdown: all but curves, distributions and most rows."""
     sections = [Section("Verdict", [_sentence(found.verdict.sentence), *summary(found)])]
-    sections.append(Section("Scores", [_scores_table(found)]))
+    for name, scores in _score_tables(found):
+        sections.append(Section(name, [_scores_table(scores, found)]))
+    for score in found.scores:
+        for model, labels in score.labels.items():
+            sections.append(Section(f"Labels of {model}", [_labels_table(labels)]))
     if found.error_types:
         types = [(each.name, each.count, each.definition) for each in found.error_types]
         sections.append(Section("Errors", [Table(["type", "rows", "what it means"], types)]))
@@ -120,12 +125,30 @@ def markdown(found: ResultsFile) -> str:
     return card.markdown(title(found), sections)
 
 
-def _scores_table(found: ResultsFile) -> Table:
+def _score_tables(found: ResultsFile) -> Iterator[tuple[str, Sequence[ScoreFacts]]]:
+    """Yield the titles of tables of scores, and their scores."""
+    if found.scores or not (found.benchmarks or found.forgetting):
+        yield "Scores", [*found.scores, *found.corpus_scores]
+    if found.benchmarks:
+        yield "Benchmarks", found.benchmarks
+    if found.forgetting:
+        yield "Forgetting", found.forgetting
+
+
+def _labels_table(labels: Sequence[LabelFacts]) -> Table:
+    rows = [
+        (each.label, each.rows, *(shown(v, True) for v in (each.precision, each.recall, each.f1)))
+        for each in labels
+    ]
+    return Table(["label", "rows", "precision", "recall", "F1"], rows)
+
+
+def _scores_table(scores: Sequence[ScoreFacts], found: ResultsFile) -> Table:
     models = list(found.models)
     others = [name for name in models if found.base and name != found.base]
     head = ["score", *models, *(f"{name} less {found.base}" for name in others), "p"]
     rows = []
-    for score in found.scores:
+    for score in scores:
         means = [with_interval(score.means.get(name), score.is_share) for name in models]
         gains = [with_interval(score.changes.get(n), score.is_share, True) for n in others]
         change = score.changes.get(found.tuned)
@@ -205,8 +228,10 @@ def html(found: ResultsFile) -> str:
         f"<strong>{page.text(_headline(found))}</strong>"
         f"<p>{page.text(_sentence(found.verdict.sentence))}</p></div>",
         "<ul class=facts>" + "".join(f"<li>{page.text(line)}" for line in summary(found)) + "</ul>",
-        "<h2>Scores</h2>", _scores_html(found.scores, found),
     ]  # fmt: skip
+    for name, scores in _score_tables(found):
+        parts += [f"<h2>{name}</h2>", _scores_html(scores, found)]
+    parts += _details_html(found.scores)
     if found.error_types:
         parts += ["<h2>Errors</h2>", _errors_html(found)]
     if found.slices:
@@ -281,6 +306,18 @@ def _forest(change: Change | None, score: ScoreFacts) -> str:
         f'<line x1="{low:.1f}" x2="{high:.1f}" y1="11" y2="11" stroke="{colour}" stroke-width="3"/>'
         f'<circle cx="{mid:.1f}" cy="11" r="5" fill="{colour}"/></svg>'
     )
+
+
+def _details_html(scores: Sequence[ScoreFacts]) -> Iterator[str]:
+    """Yield what scores have to show besides numbers, such as the report of a classifier."""
+    for score in scores:
+        for model, lines in score.details.items():
+            name = page.text(score.name + (f" of {model}" if model else ""))
+            text = page.text("\n".join(lines))
+            yield (
+                f"<details><summary>{name}: details</summary>"
+                f'<div class="wide"><pre class=aligned>{text}</pre></div></details>'
+            )
 
 
 def _errors_html(found: ResultsFile) -> str:

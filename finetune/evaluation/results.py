@@ -5,10 +5,20 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from finetune.evaluation import statistics
+from finetune.evaluation.results_file import MeasureFacts, ScoreFacts
 from finetune.evaluation.statistics import Difference
 from finetune.generation.completions import Completion, Prompt, Score, Scorer
 
 BASE, TUNED = "base", "tuned"
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What was measured beside the scores of answers, as results.json has it."""
+
+    benchmarks: Sequence[MeasureFacts] = ()
+    forgetting: Sequence[MeasureFacts] = ()
+    corpus_scores: Sequence[ScoreFacts] = ()
 
 
 @dataclass(frozen=True)
@@ -18,6 +28,7 @@ class Results:
     prompts: [P]. clusters: [P], the cluster of near-duplicates, or the named group, of each prompt.
     answers: model -> [P]. scores: score -> model -> [P]. scorers: score -> what made it. settings:
     what was asked for, as written to results.json. run_dir: the run that made the tuned model.
+    beside: what was measured besides.
     """
 
     prompts: Sequence[Prompt]
@@ -27,6 +38,7 @@ class Results:
     scorers: Mapping[str, Scorer]
     settings: Mapping[str, Any] = field(default_factory=dict)
     run_dir: str | None = None
+    beside: Beside = Beside()
 
     @property
     def models(self) -> list[str]:

@@ -5,6 +5,8 @@ file to compare rounds, `finetune compare` to compare runs.
 """
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from finetune import failures, files
 from finetune.data.places import printable
 from finetune.errors import DataError
+from finetune.evaluation import statistics
+from finetune.evaluation.statistics import Difference
 from finetune.preparation import request
 
 Since = Literal["fixed", "not fixed", "new", "right"]
@@ -36,6 +40,14 @@ class Mean(_Strict):
     high: float | None = _about("of the interval; null for too few rows")
     rows: int = _about("rows that have a score")
 
+    @classmethod
+    def of(cls, values: Sequence[float], clusters: Sequence[int] | None, is_share: bool) -> "Mean":
+        """Return the mean of values [rows], at least one. clusters: [rows]."""
+        low, high = statistics.interval(values, clusters)
+        if is_share and low is not None and high is not None:  # Student's t knows no bounds
+            low, high = max(0.0, low), min(1.0, high)
+        return cls(mean=math.fsum(values) / len(values), low=low, high=high, rows=len(values))
+
 
 class Change(_Strict):
     """The mean of a model less that of the base, over the rows that both have a score for."""
@@ -49,6 +61,23 @@ class Change(_Strict):
     clusters: int = _about("clusters of near-duplicates, or named groups, of these rows")
     rows_needed: int | None = _about("rows that would show a difference of this size")
 
+    @classmethod
+    def of(cls, found: Difference, p_holm: float | None = None) -> "Change":
+        return cls(
+            mean=found.mean, low=found.low, high=found.high, p=found.p, p_holm=p_holm,
+            rows=found.num_rows, clusters=found.num_clusters, rows_needed=found.rows_needed,
+        )  # fmt: skip
+
+
+class LabelFacts(_Strict):
+    """How well the answers of a model name a label of the references."""
+
+    label: str
+    rows: int = _about("whose reference it is")
+    precision: float | None = _about("right ones of the answers that name it; null without any")
+    recall: float
+    f1: float
+
 
 class ScoreFacts(_Strict):
     """A score of all models."""
@@ -60,6 +89,18 @@ class ScoreFacts(_Strict):
     means: dict[str, Mean] = _about("by model; a model without any value is left out")
     changes: dict[str, Change] = _about("against the base, by model")
     missing: dict[str, dict[str, int]] = _about("rows without a value: by model, by reason")
+    labels: dict[str, list[LabelFacts]] = _about("of the score label, by model", default={})
+    details: dict[str, list[str]] = _about(
+        "lines of text, such as a confusion matrix: by model, or by an empty name if all have the "
+        "same", default={},
+    )  # fmt: skip
+
+
+class MeasureFacts(ScoreFacts):
+    """A benchmark of all models, or a part of what tuning should not cost."""
+
+    chance: float | None = _about("what guessing gives")
+    judged: dict[str, str] = _about("worse, better, no change seen, or too few to tell; by model")
 
 
 class ModelFacts(_Strict):
@@ -204,6 +245,9 @@ class ResultsFile(_Strict):
     settings: dict[str, Any] = _about("what was asked for")
     models: dict[str, ModelFacts]
     scores: list[ScoreFacts]
+    corpus_scores: list[ScoreFacts] = _about("of all answers together", default=[])
+    benchmarks: list[MeasureFacts] = _about("of --benchmarks", default=[])
+    forgetting: list[MeasureFacts] = _about("of --forgetting", default=[])
     error_types: list[ErrorFacts]
     slices: list[SliceFacts] = _about("the weakest first")
     round: Round | None

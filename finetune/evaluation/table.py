@@ -3,7 +3,9 @@
 from collections.abc import Iterator, Mapping
 from itertools import islice
 
+from finetune.evaluation.report import with_interval
 from finetune.evaluation.results import BASE, TUNED, Results
+from finetune.evaluation.results_file import ScoreFacts
 from finetune.generation.completions import Scorer
 
 LEFT, COLUMN = 16, 8  # letters of the names of scores, and of a column
@@ -41,6 +43,14 @@ def _table(results: Results, max_new_tokens: int) -> Iterator[str]:
             f"{'cut':<{left}}{line}   answers not ended after {max_new_tokens} tokens, and "
             "scored as they are; raise --max-new-tokens"
         )
+
+
+def of_corpus(score: ScoreFacts) -> str:
+    """Return a score of all answers at once, as `BLEU of the corpus: base 4.2% (...); tuned ...`."""
+    parts = [f"{name} {with_interval(mean, True)}" for name, mean in score.means.items()]
+    gains = score.changes.items()
+    parts += [f"{name} less {BASE} {with_interval(gain, True, True)}" for name, gain in gains]
+    return f"{score.name}: {'; '.join(parts) or 'no answer has a reference'}"
 
 
 def _counts(by_model: Mapping[str, int]) -> str:

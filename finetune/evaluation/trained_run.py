@@ -76,6 +76,12 @@ class TrainedRun:
         return str(name)
 
     @property
+    def revision(self) -> str | None:
+        """Return the revision of a base on the Hub that the run began with; None: the newest."""
+        found = self.settings["model"].get("revision")
+        return None if found is None else str(found)
+
+    @property
     def system_prompt(self) -> str | None:
         prompt = self.settings["data"].get("system_prompt")
         return None if prompt is None else str(prompt)

@@ -59,7 +59,8 @@ class Lineup:
         self.paths = {TUNED: tuned}
         self._trusted, self._moved_base, self._log = trust_remote_code, base, log
         self._tokenizer = load_chat_tokenizer(tuned, trust_remote_code)
-        if origin := base_in(tuned, base):
+        origin, self._revision = base_in(tuned, base)
+        if origin:
             self.paths[BASE] = origin
         for path in also:
             self.paths[_free_name(path, self.paths)] = path
@@ -121,7 +122,8 @@ class Lineup:
             return self._tokenizer
         if name in self._opened:
             return self._opened[name].tokenizer
-        tokenizer = load_tokenizer(self.paths[name], self._trusted)
+        revision = self._revision if name == BASE else None
+        tokenizer = load_tokenizer(self.paths[name], self._trusted, revision)
         if name == BASE or not tokenizer.chat_template:
             tokenizer.chat_template = self._tokenizer.chat_template
         return tokenizer
@@ -142,7 +144,8 @@ class Lineup:
             if name != TUNED:
                 self._log(f"opening {path}")
             moved = self._moved_base if name == TUNED else None
-            model = load(path, trust_remote_code=self._trusted, base=moved)
+            revision = self._revision if name == BASE else None
+            model = load(path, trust_remote_code=self._trusted, base=moved, revision=revision)
             model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
             ends = _ends_of(model, tokenizer)
             if name == BASE:  # asked by the template of "tuned", it may end as that does
@@ -167,22 +170,27 @@ class Lineup:
         return is_adapter(path) and not _rewrites_base(path) and _same_base(tuned, path)
 
 
-def base_in(tuned: str, base: str | None = None) -> str | None:
+def base_in(tuned: str, base: str | None = None) -> tuple[str | None, str | None]:
     """Return the base that an adapter or a run directory names; None if it is not known.
+
+    With the revision that a run began with; an adapter's base loads with that of the adapter.
 
     `base`: the value of --base, where the base of an adapter is now.
     """
     if is_adapter(tuned):
-        return base or recorded_base(tuned) or None
+        return base or recorded_base(tuned) or None, None
     config = Path(tuned).parent / "config.yaml"
     if Path(tuned).name != "model" or not config.is_file():
-        return None
+        return None, None
     try:
         named = from_yaml(config.read_text())["model"]
         path = named["path"] if named["init"] == "pretrained" else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
-        return None
-    return path if isinstance(path, str) and name_problem(path) is None else None
+        revision = named.get("revision")
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return None, None
+    return (
+        (path, revision) if isinstance(path, str) and name_problem(path) is None else (None, None)
+    )
 
 
 def _free_name(path: str, taken: dict[str, str]) -> str:

@@ -27,22 +27,22 @@ from finetune.models.load import keep_layout, quantized_as, require_all_weights,
 def load(
     path: str | Path, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False,
     quantized: bool = True, base: str | None = None, device: torch.device | None = None,
+    revision: str | None = None,
 ) -> Any:  # fmt: skip
     """Load full weights, or an adapter on its base, quantised as in training. Raises ModelError.
 
     `quantized`: False loads the base of a QLoRA adapter unquantised. `base`: where the base of an
     adapter is now, if it has moved since training; every value of its weights must be the same,
-    except for quantised ones. `device`: the CPU keeps a quantised base off the GPU.
+    except for quantised ones. `device`: the CPU keeps a quantised base off the GPU. `revision`: of
+    full weights on the Hub; an adapter names that of its base itself.
     """
     folder = Path(path)
     with translated(f"model {str(path)!r}"):
         if not is_adapter(folder):
-            saved = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+            found: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+            saved = AutoConfig.from_pretrained(str(path), **found)
             model, info = families.of_saved(saved).auto.from_pretrained(
-                str(path),
-                dtype=dtype,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
+                str(path), dtype=dtype, output_loading_info=True, **found
             )
             require_all_weights(str(path), model, info)
             return model
@@ -176,12 +176,16 @@ def other_base(tuned: str, base: Any) -> str | None:
     )
 
 
-def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
-    """Return the tokenizer of an exported model. Raises ModelError."""
+def load_tokenizer(
+    path: str | Path, trust_remote_code: bool = False, revision: str | None = None
+) -> Any:
+    """Return the tokenizer of an exported model, or of a Hub id. Raises ModelError."""
     if os.path.exists(path) and (problem := tokenizer_problem(str(path))):
         raise ModelError(problem)
     with translated(f"the tokenizer of {str(path)!r}"):
-        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(
+            str(path), revision=revision, trust_remote_code=trust_remote_code
+        )
 
 
 def load_chat_tokenizer(path: str, trust_remote_code: bool) -> Any:

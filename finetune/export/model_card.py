@@ -109,7 +109,7 @@ def _scores(found: Mapping[str, Any]) -> list[str]:
     sentence = (found.get("verdict") or {}).get("sentence")
     lines += [page.plain(str(sentence)), ""] if sentence else []
     rows = []
-    for score in found["scores"]:
+    for score in [*found["scores"], *found.get("corpus_scores", []), *found.get("benchmarks", [])]:
         percent = bool(score.get("is_share"))
         means = [_mean(score["means"].get(name), percent) for name in names]
         change = (score.get("changes") or {}).get(tuned)

@@ -130,6 +130,10 @@ def answered(
         for number, completion in engine.complete(prompts, decoding, sorted(first.values())):
             saved.add(keys[number], model, identity, completion)
             found[number] = completion
+        for number in wanted:
+            if found[number] is None:  # as another row asks
+                found[number] = completion = _of(number, found, keys, first, prompts)
+                saved.add(keys[number], model, identity, completion)
     if process:
         return None
     while processes > 1 and any(found[number] is None for number in found):
@@ -167,12 +171,11 @@ def read(path: str, log: Callable[[str], None] = lambda text: None) -> dict[str,
     The last answer of a model to a row counts. `log` gets a note on lines without an answer. Raises
     DataError.
     """
-    found: dict[str, dict[tuple[str, str], Completion]] = {}
+    found: dict[str, dict[str, Completion]] = {}
     try:
         for values in _read_lines(Path(path), log):
             prompt = _prompt(values)
-            row = (prompt.place, prompt.question)
-            found.setdefault(values["model"], {})[row] = _completion(values, prompt)
+            found.setdefault(values["model"], {})[prompt.place] = _completion(values, prompt)
     except OSError as exc:
         raise DataError(f"--answers: {printable(path)}: cannot be read: {exc.strerror}") from exc
     if not found:
@@ -181,11 +184,25 @@ def read(path: str, log: Callable[[str], None] = lambda text: None) -> dict[str,
             "wrote"
         )
     rows = [
-        row for row in next(iter(found.values()), {}) if all(row in of for of in found.values())
-    ]
+        row for row in next(iter(found.values()))
+        if _are_of_one_row([of.get(row) for of in found.values()])
+    ]  # fmt: skip
     if not rows:
         raise DataError(f"--answers: {printable(path)}: no row has an answer of every model")
     return {model: [of[row] for row in rows] for model, of in found.items()}
+
+
+def _are_of_one_row(given: Sequence[Completion | None]) -> bool:
+    """Return whether these answer one row, not what stood at its place at another time.
+
+    A model that was asked with context got that text before the question.
+    """
+    prompts = [each.prompt for each in given if each is not None]
+    if len(prompts) < len(given):
+        return False
+    own = min((each.question for each in prompts), key=len)
+    one = prompts[0].reference
+    return all(each.reference == one and each.question.endswith(own) for each in prompts)
 
 
 def _read_lines(path: Path, log: Callable[[str], None]) -> Iterator[dict[str, Any]]:

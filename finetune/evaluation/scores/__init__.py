@@ -14,7 +14,7 @@ from finetune.evaluation.scores.table import KINDS, choose, listing, suitable
 from finetune.generation.completions import Completion, Score, Scorer
 
 __all__ = [
-    "KINDS", "Detailed", "add_arguments", "choose", "details", "fitting", "gaps", "listing",
+    "KINDS", "Detailed", "add_arguments", "choose", "details", "details_of", "fitting", "gaps", "listing",
     "named", "of", "suitable", "word_accuracy",
 ]  # fmt: skip
 
@@ -41,13 +41,17 @@ def details(scorers: Sequence[Scorer], answers: Mapping[str, Sequence[Completion
     """Return what scores have to show besides a number of each answer, model by model."""
     lines = []
     for scorer in scorers:
-        if not isinstance(scorer, Detailed):
-            continue
-        found = {model: scorer.details(given) for model, given in answers.items()}
-        if all(each == next(iter(found.values())) for each in found.values()):
-            found = {"": next(iter(found.values()), [])}
-        for model, shown in found.items():
-            if shown:
-                lines += [f"{scorer.name}{f' of {model}' * bool(model)}:"]
-                lines += [f"  {line}" for line in shown]
+        for model, shown in details_of(scorer, answers).items():
+            lines += [f"{scorer.name}{f' of {model}' * bool(model)}:"]
+            lines += [f"  {line}" for line in shown]
     return lines
+
+
+def details_of(scorer: Scorer, answers: Mapping[str, Sequence[Completion]]) -> dict[str, list[str]]:
+    """Return model -> lines, or "" -> lines where those of all models are equal."""
+    if not isinstance(scorer, Detailed):
+        return {}
+    found = {model: scorer.details(given) for model, given in answers.items()}
+    if all(each == next(iter(found.values())) for each in found.values()):
+        found = {"": next(iter(found.values()), [])}
+    return {model: lines for model, lines in found.items() if lines}

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from finetune.evaluation.scores.base import gap_of
 from finetune.evaluation.scores.normalise import words
@@ -37,6 +38,10 @@ class Label:
 
     def details(self, completions: Sequence[Completion]) -> list[str]:
         """Return accuracy, a line for each label, and what labels were taken for what."""
+        return report(self.counts(completions))
+
+    def counts(self, completions: Sequence[Completion]) -> Counter[tuple[str, str]]:
+        """Return (label of the reference, label that the answer names, or NO_LABEL) -> rows."""
         labels = _Labels.of(completions)
         found = Counter[tuple[str, str]]()
         for each in completions:
@@ -44,7 +49,7 @@ class Label:
                 named = labels.named(each.text)
                 given = named[0] if len(named) == 1 else NO_LABEL
                 found[labels.shown(each.prompt.reference or ""), given] += 1
-        return report(found)
+        return found
 
 
 @dataclass(frozen=True)
@@ -84,44 +89,71 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(words(text)) or (text.strip(),)
 
 
-def report(counts: Counter[tuple[str, str]]) -> list[str]:
-    """Return the report of (right label, given label) -> rows."""
-    total = counts.total()
-    if not total:
-        return []
+class LabelCounts(NamedTuple):
+    """A label of the references. rows: that have it; given: answers that name it; right: both."""
+
+    label: str
+    rows: int
+    given: int
+    right: int
+
+    @property
+    def precision(self) -> float | None:
+        """Return the share of right ones of the answers that name it; None without any."""
+        return self.right / self.given if self.given else None
+
+    @property
+    def recall(self) -> float:
+        return self.right / self.rows
+
+    @property
+    def f1(self) -> float:
+        return 2 * self.right / (self.rows + self.given)
+
+
+def by_label(counts: Counter[tuple[str, str]]) -> list[LabelCounts]:
+    """Return each label of (right label, given label) -> rows, the most frequent first."""
     rows, given = Counter[str](), Counter[str]()
     for (wanted, answer), count in counts.items():
         rows[wanted] += count
         given[answer] += count
-    right = {label: counts[label, label] for label in rows}
-    f1 = {label: 2 * right[label] / (rows[label] + given[label]) for label in rows}
-    width = max(len("label"), *(min(30, len(label)) for label in [*rows, NO_LABEL]))
+    found = [LabelCounts(name, rows[name], given[name], counts[name, name]) for name in rows]
+    return sorted(found, key=lambda each: (-each.rows, each.label))
+
+
+def report(counts: Counter[tuple[str, str]]) -> list[str]:
+    """Return the report of (right label, given label) -> rows."""
+    total, labels = counts.total(), by_label(counts)
+    if not total:
+        return []
+    width = max(
+        len("label"), *(min(30, len(name)) for name in [*(e.label for e in labels), NO_LABEL])
+    )
+    right, f1 = sum(each.right for each in labels), sum(each.f1 for each in labels)
     lines = [
-        f"accuracy {sum(right.values()) / total:.1%}, macro F1 {sum(f1.values()) / len(f1):.1%}, "
-        f"{total:,} rows, {len(rows)} labels",
+        f"accuracy {right / total:.1%}, macro F1 {f1 / len(labels):.1%}, "
+        f"{total:,} rows, {len(labels)} labels",
         f"{'label':<{width}}  precision  recall      F1    rows",
     ]
-    for label in sorted(rows, key=lambda each: (-rows[each], each)):
-        precision = f"{right[label] / given[label]:.1%}" if given[label] else "-"
-        recall = right[label] / rows[label]
+    for each in labels:
+        precision = "-" if each.precision is None else f"{each.precision:.1%}"
         lines.append(
-            f"{label[:30]:<{width}}  {precision:>9}  {recall:>6.1%}  {f1[label]:>6.1%}  "
-            f"{rows[label]:>6,}"
+            f"{each.label[:30]:<{width}}  {precision:>9}  {each.recall:>6.1%}  {each.f1:>6.1%}  "
+            f"{each.rows:>6,}"
         )
-    if len(rows) <= MOST_SHOWN:
-        lines += _confusion(counts, rows, given, width)
+    if len(labels) <= MOST_SHOWN:
+        lines += _confusion(counts, sorted(each.label for each in labels), width)
     return lines
 
 
-def _confusion(
-    counts: Counter[tuple[str, str]], rows: Counter[str], given: Counter[str], width: int
-) -> list[str]:
-    columns = [*sorted(rows), *([NO_LABEL] if given[NO_LABEL] else [])]
+def _confusion(counts: Counter[tuple[str, str]], labels: list[str], width: int) -> list[str]:
+    has_none = any(given == NO_LABEL for _, given in counts)
+    columns = [*labels, *[NO_LABEL] * has_none]
     wide = [max(6, len(name[:12])) for name in columns]
     head = "  ".join(f"{name[:12]:>{size}}" for name, size in zip(columns, wide))
     lines = ["confusion (a row: the reference; a column: what the answer names)"]
     lines.append(f"{'':<{width}}  {head}")
-    for label in sorted(rows):
+    for label in labels:
         cells = (f"{counts[label, name]:>{size},}" for name, size in zip(columns, wide))
         lines.append(f"{label[:30]:<{width}}  {'  '.join(cells)}")
     return lines

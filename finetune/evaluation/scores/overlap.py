@@ -104,19 +104,19 @@ class OfCorpus:
         found = self._one.sentence_score(completion.text, [completion.prompt.reference])
         return Score(min(1.0, found.score / 100))
 
-    def of_all(self, completions: Sequence[Completion]) -> float | None:
-        """Return sacrebleu's corpus score of the answers that have a reference, from 0 to 1."""
-        usable = [each for each in completions if gap_of(each, needs_reference=True) is None]
-        if not usable:
-            return None
-        references = [[each.prompt.reference for each in usable]]
-        found = self._all.corpus_score([each.text for each in usable], references)
-        return min(1.0, float(found.score) / 100)
+    def counts(self, completions: Sequence[Completion]) -> np.ndarray:
+        """Return what sacrebleu counts in each answer, [answers, counts]; each has a reference.
 
-    def details(self, completions: Sequence[Completion]) -> list[str]:
-        """Return the corpus score, which the table's mean over answers is not."""
-        found = self.of_all(completions)
-        return [] if found is None else [f"of the corpus: {100 * found:.1f}%"]
+        Sums over answers give a corpus score. Its own bootstrap reads them, too, without clusters.
+        """
+        references = [[each.prompt.reference for each in completions]]
+        texts = [each.text for each in completions]
+        return np.array(self._all._extract_corpus_statistics(texts, references), np.int64)
+
+    def of_counts(self, counts: np.ndarray) -> float:
+        """Return the corpus score of answers with these `counts`, from 0 to 1."""
+        found = self._all._compute_score_from_stats(counts.sum(0).tolist())
+        return min(1.0, float(found.score) / 100)
 
 
 def bleu() -> OfCorpus:
