@@ -118,11 +118,12 @@ def test_the_first_strict_share_decides_and_a_graded_one_where_answers_are_long(
 
 
 def test_without_references_an_answer_is_wrong_by_itself():
-    rows = [Asked("a", None, "fine"), Asked("b", None, "on and " * 20), Asked("c", None, "")]
-    found = analysed(results(rows))
+    answers = ["fine", "on and " * 20, "", "1" + "0" * 40, "3,000,000,000"]
+    found = analysed(results([Asked(f"q {n}", None, text) for n, text in enumerate(answers)]))
     assert found.decides is None
-    assert [row.failed for row in found.rows] == [None, True, True]
-    assert [row.errors for row in found.rows] == [[], ["repetition"], ["no answer"]]
+    assert [row.failed for row in found.rows] == [None, True, True, True, None]
+    errors = [row.errors for row in found.rows]
+    assert errors == [[], ["repetition"], ["no answer"], ["repetition"], []]
     assert found.score("exact match").missing["tuned"] == {"the row has no reference": 3}
 
 

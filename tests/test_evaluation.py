@@ -117,7 +117,7 @@ def test_scores_and_suites_are_named_on_the_command_line(base_and_tuned, tmp_pat
     printed = capsys.readouterr().out
     assert "label               0.0%  100.0%" in printed
     assert "label of tuned:\n  accuracy 100.0%, macro F1 100.0%, 4 rows, 4 labels" in printed
-    assert re.search(r"BLEU(?: of tuned)?:\n  of the corpus: ", printed)
+    assert re.search(r"\nBLEU of the corpus: base \d.*; tuned less base ", printed)
     before, after = re.findall(r"perplexity under (?:base|tuned): ([\d,]+\.\d\d), over", printed)
     assert float(before.replace(",", "")) > float(after) >= 1
     for wrong, says in (

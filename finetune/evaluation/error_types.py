@@ -40,7 +40,8 @@ _REFUSAL = re.compile(
     re.IGNORECASE,
 )
 _SENTENCE = re.compile(r"[^.!?\u3002\uff01\uff1f\u061f\n]+[.!?\u3002\uff01\uff1f\u061f]*")
-_STUTTER = re.compile(r"([^\W\d_]{1,8}?)\1{9,}")
+# Of digits more, as numbers may end in many zeros.
+_STUTTER = re.compile(r"([^\W\d_]{1,8}?)\1{9,}|(\d{1,8}?)\2{19,}")
 _NUMBER = re.compile(r"[-+]?[$€£]?\d[\d.,]*%?")
 
 

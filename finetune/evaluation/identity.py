@@ -14,8 +14,8 @@ SMALL = 1 << 20  # bytes of a file that is hashed; a larger one counts by size a
 def identity_of(model: str, base: str | None = None, revision: str | None = None) -> str:
     """Return the identity of a folder, a Hub id or MODEL@URL; of an adapter with its base.
 
-    base: where the base of an adapter is now. revision: of a Hub id. A changed file gives another identity, and so does a
-    copy of large weights, whose answers are then asked for again.
+    base: where the base of an adapter is now. revision: of a Hub id. A changed file gives another
+    identity, and so does a copy of large weights, whose answers are then asked for again.
     """
     if is_remote(model) or not os.path.isdir(model):
         return model if revision is None else f"{model}, revision {revision}"

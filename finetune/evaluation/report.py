@@ -1,7 +1,7 @@
 """report.html, one self-contained page, and report.md: what an evaluation found, for people."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from finetune import page
@@ -264,6 +264,8 @@ def _scores_html(scores: Sequence[ScoreFacts], found: ResultsFile) -> str:
     head = ["score", *found.models]
     head += [part for name in others for part in (f"{name} less {found.base}, 95% interval", "")]
     lines = ["".join(f"<th>{page.text(name)}</th>" for name in head)]
+    shares = [score for score in scores if score.is_share]
+    most = _widest(change for score in shares for change in score.changes.values())
     for score in scores:
         cells = [f"<td>{page.text(score.name)}<br><small>{page.text(score.line)}</small></td>"]
         for name in found.models:
@@ -274,7 +276,7 @@ def _scores_html(scores: Sequence[ScoreFacts], found: ResultsFile) -> str:
             p = (change.p if change.p_holm is None else change.p_holm) if change else None
             note = f"<br><small>p {page.text(chance(p))}</small>" if p is not None else ""
             text = _with_small_interval(change, score.is_share, True) + note
-            cells += [f"<td>{text}</td>", f"<td>{_forest(change, score)}</td>"]
+            cells += [f"<td>{text}</td>", f"<td>{_forest(change, score, most)}</td>"]
         lines.append("".join(cells))
     body = "".join(f"<tr>{line}</tr>" for line in lines)
     return f'<div class="wide"><table class=scores>{body}</table></div>'
@@ -286,11 +288,20 @@ def _with_small_interval(found: Mean | Change | None, is_share: bool, signed: bo
     return f"<b>{page.text(mean)}</b>" + (f"<br><small>({page.text(rest)}</small>" if rest else "")
 
 
-def _forest(change: Change | None, score: ScoreFacts) -> str:
-    """Return a picture of an interval around zero: green if better, red if worse."""
+def _widest(changes: Iterable[Change | None]) -> float:
+    """Return the end of an interval that is farthest from 0, which all of a table are drawn by."""
+    ends = [end for each in changes if each for end in (each.low, each.high) if end is not None]
+    return max(map(abs, ends), default=0.0) or 1.0
+
+
+def _forest(change: Change | None, score: ScoreFacts, most: float) -> str:
+    """Return a picture of an interval around zero: green if better, red if worse.
+
+    most: what the width of half a picture stands for, of scores that are shares.
+    """
     if change is None or change.low is None or change.high is None:
         return ""
-    most = 1.0 if score.is_share else max(abs(change.low), abs(change.high)) or 1.0
+    most = most if score.is_share else _widest([change])
     low, mid, high = (70 + 66 * v / most for v in (change.low, change.mean, change.high))
     sign = 0 if change.low <= 0 <= change.high else (1 if change.mean > 0 else -1)
     if score.higher is None:
@@ -355,6 +366,7 @@ def _slices_part(found: ResultsFile, part: Sequence[SliceFacts], start: int) -> 
     models = list(found.models) if score else []
     head = ["slice", "rows", "wrong", *models, "less base", ""]
     lines = ["".join(f"<th>{page.text(name)}</th>" for name in head)]
+    most = _widest(each.change for each in found.slices)
     for number, each in enumerate(part, start):
         tags = '<span class="tag bad">weak</span> ' * each.is_weak
         tags += '<span class="tag">few rows</span>' * each.is_small
@@ -365,7 +377,7 @@ def _slices_part(found: ResultsFile, part: Sequence[SliceFacts], start: int) -> 
             mean = each.means.get(name)
             cells.append(f"<td>{_with_small_interval(mean, _is_share(found))}</td>")
         cells.append(f"<td>{_with_small_interval(each.change, _is_share(found), True)}</td>")
-        cells.append(f"<td>{_forest(each.change, score) if score else ''}</td>")
+        cells.append(f"<td>{_forest(each.change, score, most) if score else ''}</td>")
         lines.append("".join(cells))
     body = "".join(f"<tr>{line}</tr>" for line in lines)
     return f'<div class="wide"><table class=scores>{body}</table></div>'

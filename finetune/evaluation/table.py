@@ -46,7 +46,7 @@ def _table(results: Results, max_new_tokens: int) -> Iterator[str]:
 
 
 def of_corpus(score: ScoreFacts) -> str:
-    """Return a score of all answers at once, as `BLEU of the corpus: base 4.2% (...); tuned ...`."""
+    """Return a score of all answers at once, as `BLEU of the corpus: base 4.2% (...); ...`."""
     parts = [f"{name} {with_interval(mean, True)}" for name, mean in score.means.items()]
     gains = score.changes.items()
     parts += [f"{name} less {BASE} {with_interval(gain, True, True)}" for name, gain in gains]

@@ -14,8 +14,8 @@ from finetune.evaluation.scores.table import KINDS, choose, listing, suitable
 from finetune.generation.completions import Completion, Score, Scorer
 
 __all__ = [
-    "KINDS", "Detailed", "add_arguments", "choose", "details", "details_of", "fitting", "gaps", "listing",
-    "named", "of", "suitable", "word_accuracy",
+    "KINDS", "Detailed", "add_arguments", "choose", "details", "details_of", "fitting", "gaps",
+    "listing", "named", "of", "suitable", "word_accuracy",
 ]  # fmt: skip
 
 
