@@ -1,4 +1,4 @@
-"""Scores of all answers of a model at once, as corpus BLEU, which is no mean over rows."""
+"""Scores of all answers of a model at once, as corpus BLEU, which a mean over rows is not."""
 
 from collections.abc import Sequence
 
