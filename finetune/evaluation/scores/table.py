@@ -25,6 +25,7 @@ from finetune.evaluation.scores import (
     labels,
     matching,
     overlap,
+    reasoning_tasks,
 )
 from finetune.evaluation.scores.base import of_reference
 from finetune.evaluation.scores.code_tests import DEFAULT_COLUMN, CodeTests
@@ -169,6 +170,10 @@ KINDS = {
     "code-tests": Kind(
         "the answer's Python passes the tests in COLUMN (tests), in a sandbox",
         lambda value: CodeTests(value or DEFAULT_COLUMN), "[COLUMN]",
+    ),
+    "reasoning-gym": Kind(
+        "what the rule of the row's task gives, of rows of `finetune data reasoning_gym`",
+        _simple(reasoning_tasks.reasoning_task),
     ),
     "token-f1": Kind("words shared with the reference, in any order (SQuAD)",
                      _simple(overlap.token_f1)),

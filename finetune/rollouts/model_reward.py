@@ -1,0 +1,58 @@
+"""The score of a reward model as a reward; the model is loaded when it is first asked."""
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from finetune.config import base
+from finetune.data.conversations import Message
+from finetune.errors import DataError
+from finetune.evaluation.scores.base import NO_ANSWER
+from finetune.generation.completions import Completion, Score
+
+
+class ModelReward:
+    """Scores answers by a model of `objective.kind: reward`. Raises ModelError without a model."""
+
+    def __init__(self, path: str) -> None:
+        self._folder = base.model_in(path)
+        base.require_model(self._folder, "model")
+        self._model: Any = None
+
+    @cached_property
+    def identity(self) -> str:
+        """A hash of its files."""
+        found = hashlib.sha256()
+        for path in sorted(each for each in Path(self._folder).glob("*") if each.is_file()):
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            found.update(f"{path.name} {content}\n".encode())
+        return found.hexdigest()
+
+    def __call__(self, completions: Sequence[Completion]) -> list[Score]:
+        if self._model is None:
+            from finetune.generation.reward_model import RewardModel  # brings torch
+
+            self._model = RewardModel(self._folder)
+        asked = [each for each in completions if each.finish_reason != "failed"]
+        found = iter(self._scores(asked))
+        return [
+            NO_ANSWER if each.finish_reason == "failed" else next(found) for each in completions
+        ]
+
+    def _scores(self, completions: Sequence[Completion]) -> list[Score]:
+        """Score all at once, or one by one where one of them cannot be scored."""
+        answered = [
+            each.prompt.conversation.with_messages(
+                (*each.prompt.messages, Message("assistant", each.text))
+            )
+            for each in completions
+        ]
+        try:
+            return [Score(value) for value in self._model(answered)] if answered else []
+        except DataError as exc:
+            if len(completions) == 1:
+                return [Score(None, str(exc))]
+            return [score for each in completions for score in self._scores([each])]
