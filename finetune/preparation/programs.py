@@ -30,8 +30,8 @@ PROGRAMS = {
     "patient_doctor": "make a set: what patients ask, and a doctor answers",
     "company": "make a set: questions and answers about a company",
     "moderation": "make a set: requests to refuse, and their harmless neighbours to answer",
-    "reasoning_gym": "make a set: tasks of reasoning-gym, each with a rule that scores answers",
     "retrieval": "make a set: questions that a context answers, or does not",
+    "reasoning_gym": "make a set: tasks of reasoning-gym, each with a rule that scores answers",
 }
 
 
