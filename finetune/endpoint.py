@@ -36,6 +36,8 @@ UNREACHED = 2  # tries of a server that has not answered yet: its URL may be wro
 BUSY = {408, 409, 425, 429}
 TEMPLATE_TOKENS = 16  # of a chat template, for each message
 MILLION = 1_000_000
+# What reading an answer of another shape raises.
+WRONG_SHAPE = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 
 class Refused(UserError):
@@ -244,14 +246,36 @@ class Client:
         Raises Refused if the server refuses the request, UserError if it would refuse any other as
         well, and Outage if it does not answer, even after `retries`.
         """
+        is_openai = httpx2.URL(self.server.url).host == OPENAI
+        url = self.server.url + PATHS[0 if request.is_chat else 1]
+        values, tries = self._tried(url, request.body(self.server.model, is_openai), True)
+        try:
+            reply = _read(values, tries)
+        except WRONG_SHAPE as exc:
+            shown = short(values)
+            raise UserError(f"{self.server.url}: answers with {shown}; {HINT}") from exc
+        if request.top_logprobs and not reply.top_logprobs and reply.text:
+            raise UserError(f"{self.server.url}: returns no log-probabilities; use another server")
+        return reply
+
+    def call(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """Return the JSON that another method of the server answers with; None for other answers.
+
+        path: behind the server's name, as /v1/completions or /sleep?level=1. Raises as `ask`.
+        """
+        url = self.server.url.removesuffix("/v1") + path
+        return self._tried(url, body or {}, path.startswith("/v1/completions"))[0]
+
+    def _tried(self, url: str, body: Mapping[str, Any], is_json: bool) -> tuple[Any, int]:
+        """Return (the JSON of an answer, tries). is_json: anything else is a fault."""
         tries = 0
         while True:
             self._wait_for_turn()
             tries += 1
             try:
-                status, headers, data = self._post(request)
+                status, headers, data = self._post(url, body)
                 self._has_answered = True
-                return self._reply(request, status, headers, data, tries)
+                return self._values(status, headers, data, is_json), tries
             except _Again as exc:
                 most = self.server.retries + 1
                 if not exc.reached and not self._has_answered:
@@ -291,14 +315,11 @@ class Client:
             hint = "is the server running, and is the URL right?"
         return f"{self.server.url}: {exc}, {tries} times; {hint}"
 
-    def _post(self, request: Request) -> tuple[int, Mapping[str, str], bytes]:
+    def _post(self, url: str, body: Mapping[str, Any]) -> tuple[int, Mapping[str, str], bytes]:
         """Send a request once; return status, headers and body. Raise _Again without a body."""
-        url = self.server.url + PATHS[0 if request.is_chat else 1]
         end = time.monotonic() + self.server.timeout
         data = bytearray()
         try:
-            is_openai = httpx2.URL(self.server.url).host == OPENAI
-            body = request.body(self.server.model, is_openai)
             with self._http.stream("POST", url, json=body) as response:
                 for part in response.iter_bytes():
                     data += part
@@ -325,9 +346,7 @@ class Client:
 
     # ----------------------------------------------------------------------------- replies
 
-    def _reply(
-        self, request: Request, status: int, headers: Mapping[str, str], data: bytes, tries: int
-    ) -> Reply:
+    def _values(self, status: int, headers: Mapping[str, str], data: bytes, is_json: bool) -> Any:
         """Read an answer. Raise _Again, Refused or UserError for anything that is none."""
         is_html = "html" in headers.get("content-type", "") or data.lstrip()[:1] == b"<"
         values: Any = None
@@ -343,16 +362,9 @@ class Client:
             raise self._refusal(status, what, headers.get("location", ""), is_html)
         if values is None and is_html:
             raise UserError(f"{self.server.url}: answers with a page, not JSON ({what}); {HINT}")
-        if values is None:
+        if values is None and is_json:
             raise _Again(f"its answer is cut, or no JSON ({what})")
-        try:
-            reply = _read(values, tries)
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as exc:
-            shown = short(values)
-            raise UserError(f"{self.server.url}: answers with {shown}; {HINT}") from exc
-        if request.top_logprobs and not reply.top_logprobs and reply.text:
-            raise UserError(f"{self.server.url}: returns no log-probabilities; use another server")
-        return reply
+        return values
 
     def _refusal(self, status: int, what: str, location: str, is_html: bool) -> UserError:
         url, model, name = self.server.url, self.server.model, self.server.key_variable
