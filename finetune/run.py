@@ -365,9 +365,11 @@ class Run:
         """Return the commands that use the exported model, one per line."""
         command, path, base = places.command(), self.directory.path, self.config.model.path
         lines = [f"  draw        {command} curves {path}"]
-        if self.objective.has_turns and base is not None:
-            lines.insert(0, f"  compare     {command} evaluate {self.to_compare()}")
-        if self.objective.has_turns and families.of(self.config) != families.SCORES:
+        if families.of(self.config) == families.SCORES:
+            lines.insert(0, f"  evaluate    {command} evaluate {self.to_compare()}")
+        elif self.objective.has_turns:
+            if base is not None:
+                lines.insert(0, f"  compare     {command} evaluate {self.to_compare()}")
             lines.insert(0, f"  chat        {command} chat {path}")
         if self.config.adapter.kind != "full":
             lines.append(f"  merge       {command} merge {path} --output {path}/merged")

@@ -20,6 +20,7 @@ from finetune.config import objective_fields as fields
 from finetune.data.conversations import Conversation, Message
 from finetune.data.places import Place
 from finetune.errors import DataError, ExportError, ModelError, UserError
+from finetune.evaluation import calibration, reward_runs
 from finetune.export.load import load as opened
 from finetune.generation.reward_model import RewardModel
 from finetune.models import attention, document_scores, head, load
@@ -367,3 +368,52 @@ def test_what_gives_no_score_or_holds_no_answer_is_refused(workshop, base):
         scores([conversation("only a question")])
     with pytest.raises(DataError, match="tokens, and the reward model has only 256 positions"):
         scores([conversation("1", "a" * 300)])
+
+
+# -------------------------------------------------------------------------------- evaluation
+
+
+def test_evaluate_shows_what_the_scores_of_held_out_pairs_are_worth(workshop, capsys):
+    from finetune.__main__ import main
+
+    own = settings(workshop, rows=polite(120, seed=0), data__max_length=256)
+    run = workshop.train(**own, data__eval_fraction=0.4, train__max_steps=None)
+    assert main(["evaluate", str(run)]) == 0
+    shown = capsys.readouterr().out
+    found = json.loads((run / "evaluation/scores.json").read_text())
+    by_run = read_jsonl(run / "eval.jsonl")[-1]
+    assert found["accuracy"] == pytest.approx(by_run["accuracy"])
+    leads = [pair["chosen"] - pair["rejected"] for pair in found["pairs"]]
+    assert np.mean(leads) == pytest.approx(by_run["margin"], abs=1e-5)
+    assert len(leads) == len(read_jsonl(run / "held_out.jsonl"))
+    assert found["low"] < found["accuracy"] <= found["high"]
+    assert "calibration error (ECE)" in shown
+    assert "correlation of a lead with how much longer" in shown
+    assert main(["evaluate", str(run), "--judge", "x"]) == 2
+    assert "--judge: would be ignored" in capsys.readouterr().err
+
+
+def test_calibration_compares_what_is_expected_with_what_comes_true():
+    found = calibration.of([0.55, 0.65, 0.95, 0.95], [True, False, True, True], low=0.5)
+    assert [(each.count, each.expected, each.true) for each in found.bins] == [
+        (1, 0.55, 1.0), (1, 0.65, 0.0), (2, 0.95, 1.0),
+    ]  # fmt: skip
+    assert found.ece == pytest.approx((0.45 + 0.65 + 2 * 0.05) / 4)
+    assert found.brier == pytest.approx((0.45**2 + 0.65**2 + 2 * 0.05**2) / 4)
+    random = np.random.default_rng(0)
+    drawn = random.random(20_000)
+    honest = calibration.of(drawn, random.random(20_000) < drawn)
+    assert honest.ece < 0.01 < calibration.of(drawn**3, random.random(20_000) < drawn).ece
+
+
+def test_length_that_decides_is_shown():
+    pairs = [reward_runs.Pair(f"r:{n}", float(n % 5), 2.0, n % 5 - 2) for n in range(50)]
+    found = reward_runs.measured(pairs, list(range(50)))
+    assert found["length_correlation"] == pytest.approx(1)
+    assert found["accuracy_by_length"] == {"chosen is longer": 1.0, "chosen is shorter": 0.0}
+    assert found["accuracy"] == found["accuracy_of_longer"] == 0.4, "equal scores are not right"
+    same = reward_runs.measured([replace(pair, longer=0) for pair in pairs], list(range(50)))
+    assert same["length_correlation"] is None
+    shown = "\n".join(reward_runs.lines(same, pairs, 25))
+    assert "50 held-out pairs of 25 rows\naccuracy 40.0% (" in shown
+    assert "chosen is longer -" in shown

@@ -25,6 +25,7 @@ from finetune.evaluation import (
     output,
     prompting,
     report_files,
+    reward_runs,
     scores,
     suites,
     table,
@@ -34,7 +35,7 @@ from finetune.evaluation import (
 from finetune.evaluation.answering import Asking, ask, score_references
 from finetune.evaluation.benchmark_options import Benches
 from finetune.evaluation.candidates import Candidate, candidates, other_argument, prompted
-from finetune.evaluation.held_out import Reading, note
+from finetune.evaluation.held_out import Reading
 from finetune.evaluation.judging import Judging
 from finetune.evaluation.results import BASE, TUNED, Beside, Results
 from finetune.evaluation.suites import Suite
@@ -181,6 +182,9 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.answers is not None:
         _rescore(arguments)
         return
+    if (run := _of_rewards(arguments)) is not None:
+        reward_runs.main(run, arguments, _defaults())
+        return
     request = Request.of(arguments)
     if request.data is None:
         _require_no_rows_needed(arguments)
@@ -189,6 +193,18 @@ def main(arguments: argparse.Namespace) -> None:
     report_files.require(arguments, request.run)
     with judging.opened(arguments, request.run) as judges:
         _compare(request, arguments, judges)
+
+
+def _of_rewards(arguments: argparse.Namespace) -> TrainedRun | None:
+    """Return the run to evaluate if its model gives scores, not answers."""
+    run = TrainedRun.open(arguments.run) if arguments.run is not None else None
+    return run if run is not None and run.gives_scores else None
+
+
+def _defaults() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args([])
 
 
 def _compare(request: Request, arguments: argparse.Namespace, judges: Judging) -> None:
@@ -228,7 +244,7 @@ def _read(data: str | Sequence[str], request: Request, arguments: argparse.Names
         prompts, trained = suite.prompts[: arguments.limit], dict[int, Trained]()
     else:
         prompts = held_out.read(data, request.reading, arguments.limit)
-        trained = trained_in(prompts, request.run)
+        trained = trained_rows.known(prompts, request.run)
     if arguments.trained_rows == "refuse":
         prompts, trained = trained_rows.refuse(prompts, trained), {}
     return Rows(prompts, trained, scorers_of(suite, asked, prompts))
@@ -359,17 +375,6 @@ def _examples(arguments: argparse.Namespace, request: Request) -> list[Prompt]:
         raise UserError("--few-shot: the examples are rows that a run was trained on; name the run")
     rows = trained_rows.prompts_of(request.run)
     return prompting.drawn(rows, arguments.few_shot, arguments.seed)
-
-
-def trained_in(prompts: Sequence[Prompt], run: TrainedRun | None) -> dict[int, Trained]:
-    """Return which prompts the run was trained on, or note that its rows cannot be read."""
-    if run is None:
-        return {}
-    try:
-        return trained_rows.find(prompts, run)
-    except trained_rows.Unread as exc:
-        note(f"the rows that {run.path} was trained on cannot be compared with these: {exc}")
-        return {}
 
 
 def score(

@@ -9,7 +9,7 @@ from typing import Any
 
 from finetune import own_code
 from finetune.data import clusters, rows, source_files, verdicts
-from finetune.data.conversations import Sample, without_thoughts
+from finetune.data.conversations import Conversation, Sample, without_thoughts
 from finetune.data.places import list_columns, short
 from finetune.data.problems import Problems
 from finetune.errors import DataError, UserError
@@ -39,8 +39,19 @@ def read(
 ) -> list[Prompt]:
     """Return the rows of files, folders, globs or Hub names. Raise DataError that lists wrong ones.
 
-    Each row ends with an answer, its reference.
+    Each row ends with an answer, its reference; of rated ones the good one, and none without it.
     """
+    found = samples(source, reading, limit)
+    if reading.format in ("preference", "unpaired"):
+        good = [each for each in found if 1.0 in each.fields["label"]]
+        found = [replace(each, conversations=(representative(each),)) for each in good]
+    return [prompt_of(sample) for sample in _with_one_answer(found)]
+
+
+def samples(
+    source: str | Sequence[str], reading: Reading = Reading(), limit: int | None = None
+) -> list[Sample]:
+    """Return the same rows with all their conversations."""
     found: list[str] = []
     for name in [source] if isinstance(source, str) else source:
         sources, notes = source_files.expand(name, "--data")
@@ -54,7 +65,7 @@ def read(
             "remove it"
         )
     try:
-        samples = _samples(found, reading, limit, problems, unread)
+        made = _samples(found, reading, limit, problems, unread)
     except UserError as exc:  # its message names settings of the run config
         message = str(exc).replace("data.columns", "--columns").replace("data.format", "--format")
         raise type(exc)(message) from exc
@@ -67,7 +78,7 @@ def read(
         listed = list_columns(sorted(unread))
         rates = ", and every answer counts as right" if _any_rates(tuple(sorted(unread))) else ""
         note(f"columns {listed} are not asked; slices, --group and scores can use them{rates}")
-    return [_prompt(sample) for sample in _with_one_answer(samples)]
+    return made
 
 
 def _any_rates(columns: tuple[str, ...]) -> bool:
@@ -88,8 +99,6 @@ def _samples(
         repair_turns=reading.repair_turns,
     )  # fmt: skip
     samples = list(islice(stream, limit))
-    if format in ("preference", "unpaired"):
-        samples = [found for each in samples if (found := _chosen(each))]
     if reading.thinking == "drop":
         for number, sample in enumerate(samples):
             with problems.noted(sample.row):
@@ -99,12 +108,10 @@ def _samples(
     return samples
 
 
-def _chosen(sample: Sample) -> Sample | None:
-    """Return a row of rated answers with the good one alone, as the right one; None without it."""
-    if 1.0 not in sample.fields["label"]:
-        return None
-    number = sample.fields["label"].index(1.0)
-    return replace(sample, conversations=(sample.conversations[number],))
+def representative(sample: Sample) -> Conversation:
+    """Return the conversation that stands for a row: of rated answers the first good one."""
+    labels = sample.fields.get("label", ())
+    return sample.conversations[labels.index(1.0) if 1.0 in labels else 0]
 
 
 def _with_one_answer(samples: Sequence[Sample]) -> Sequence[Sample]:
@@ -126,8 +133,9 @@ def _with_one_answer(samples: Sequence[Sample]) -> Sequence[Sample]:
     return samples
 
 
-def _prompt(sample: Sample) -> Prompt:
-    [conversation] = sample.conversations
+def prompt_of(sample: Sample) -> Prompt:
+    """Return what a row asks, with the answer of the conversation that stands for it."""
+    conversation = representative(sample)
     *asked, answer = conversation.messages
     values = sample.row.values if sample.row else {}
     return Prompt(replace(conversation, messages=tuple(asked)), answer.content, values)

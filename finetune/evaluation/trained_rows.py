@@ -19,7 +19,7 @@ from finetune.data.overlap import EXACT, NEAR, Overlap, Text
 from finetune.data.places import short
 from finetune.data.problems import Problems, Skipping
 from finetune.errors import DataError, FinetuneError
-from finetune.evaluation.held_out import note
+from finetune.evaluation.held_out import note, representative
 from finetune.evaluation.trained_run import TrainedRun
 from finetune.generation.completions import Prompt
 
@@ -56,6 +56,17 @@ def find(prompts: Sequence[Prompt], run: TrainedRun) -> dict[int, Trained]:
         left = [number for number in range(len(texts)) if number not in found]
         again = _passed(texts, left, iter(again), found)
     return found
+
+
+def known(prompts: Sequence[Prompt], run: TrainedRun | None) -> dict[int, Trained]:
+    """Return the same; without a run nothing, and where its rows are gone nothing with a note."""
+    if run is None:
+        return {}
+    try:
+        return find(prompts, run)
+    except Unread as exc:
+        note(f"the rows that {run.path} was trained on cannot be compared with these: {exc}")
+        return {}
 
 
 def _passed(
@@ -128,8 +139,7 @@ def _read(run: TrainedRun, names: Sequence[str]) -> Iterator[Sample]:
 
 
 def _of_sample(sample: Sample) -> Text:
-    messages = [message for each in sample.conversations for message in each.messages]
-    return _text(messages)
+    return _text(representative(sample).messages)
 
 
 def _text(messages: Sequence[Message]) -> Text:

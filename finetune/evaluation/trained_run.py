@@ -105,6 +105,12 @@ class TrainedRun:
         )  # fmt: skip
 
     @property
+    def gives_scores(self) -> bool:
+        """Whether its model scores answers, and writes none."""
+        kind = self.settings.get("objective", {}).get("kind", "sft")
+        return objective_kind(kind).family == "scores"
+
+    @property
     def held_out_file(self) -> list[str]:
         """Return the file of rows that training held out of data.train; empty without one."""
         return [str(self.path / HELD_OUT)] if (self.path / HELD_OUT).exists() else []
