@@ -358,6 +358,8 @@ class Client:
             if code == "insufficient_quota":
                 raise UserError(f"{self.server.url}: the account has no quota left: {what}")
             raise _Again(f"it answers {status} ({what})", _retry_after(headers))
+        if status in (404, 405) and not is_json:
+            raise Refused(f"{self.server.url}: {status}: {what}")
         if status != 200:
             raise self._refusal(status, what, headers.get("location", ""), is_html)
         if values is None and is_html:

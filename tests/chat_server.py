@@ -58,9 +58,12 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self._send(200, {"data": [{"id": "good-model"}, {"id": "other-model"}]})
 
+    def _body(self) -> Any:
+        return json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+
     def do_POST(self) -> None:
         server = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = self._body()
         with server.lock:
             server.tries += 1
             server.times.append(time.monotonic())
