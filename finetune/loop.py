@@ -15,7 +15,7 @@ from finetune.engine.checkpoint import contents, folder
 from finetune.engine.checkpoint import resume as resumption
 from finetune.engine.ema import Ema
 from finetune.engine.gpu import take_kernels
-from finetune.engine.passes import evaluate, try_pass
+from finetune.engine.passes import try_pass
 from finetune.engine.state import TrainState
 from finetune.engine.step import StepResult, train_step
 from finetune.errors import Preempted, TrainingDiverged
@@ -131,6 +131,11 @@ def loop(run: Run) -> None:
     best.fetch(run.storage)
     best.update(progress.step)
     while progress.step < num_steps and not best.stalled and not must_stop:
+        with metrics.pause():
+            must_stop = not run.batches.ready(progress.step)
+            if must_stop:  # while it sampled what this step learns from
+                run.save_unless_saved()
+                break
         result = one_step(run)
         must_stop, time_to_save, has_saved = result.requests
         with metrics.pause():
@@ -155,7 +160,8 @@ def loop(run: Run) -> None:
     if run.topology.any(must_stop or stop.is_set):
         saver.require(progress.step)
         reason = stop.reason or "another process"
-        raise Preempted(f"{reason} at step {progress.step}; saved, run the same command again")
+        saved = "saved" if progress.step else "nothing to save yet"
+        raise Preempted(f"{reason} at step {progress.step}; {saved}, run the same command again")
 
 
 def one_step(run: Run) -> StepResult:
@@ -183,7 +189,10 @@ def one_step(run: Run) -> StepResult:
     progress.epoch = int(epoch)
     if state.ema and not result.skipped:
         state.ema.update(step)
-    run.metrics.step(progress, result, lr=lr, epoch=epoch, memory_gb=topology.memory_gb())
+    run.metrics.step(
+        progress, result, lr=lr, epoch=epoch, memory_gb=topology.memory_gb(),
+        facts=run.batches.facts,
+    )  # fmt: skip
     return result
 
 
@@ -198,10 +207,7 @@ def evaluate_if_due(run: Run, at_the_end: bool = False) -> bool:
     samples = at_the_end or due(step, settings.sample_every_steps)
     if evaluates and rows and step not in topology.on_main(directory.logs.eval_losses):
         with run.state.averaged():
-            values = evaluate(
-                topology, run.policy(run.state.model), run.objective, run.config.objective,
-                rows.epoch(), rows.all_totals(), lambda: run.stop.is_set,
-            )  # fmt: skip
+            values = run.evaluate()
         if values is None:
             return True
         run.metrics.evaluation(step, values)

@@ -3,9 +3,9 @@
 import functools
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -37,6 +37,7 @@ from finetune.data.problems import Skipping
 from finetune.data.source_files import Sources
 from finetune.data.views import View
 from finetune.engine import optim, trackers
+from finetune.engine.metrics import log
 from finetune.engine.topology import Topology
 from finetune.errors import ConfigError, DataError, ModelError
 from finetune.export.publish import rehearse
@@ -57,6 +58,11 @@ from finetune.models import (
 )
 from finetune.objectives import Encoding, Objective, Own, chosen
 from finetune.objectives.base import with_blank_reference
+from finetune.rollouts import prompts
+from finetune.rollouts.asked import Asked
+
+if TYPE_CHECKING:
+    from finetune.rollouts.rewards import Rewards
 
 # Share of the evaluation rows that may also be training rows: common data sets have a few.
 MAX_EVAL_OVERLAP = 0.1
@@ -89,6 +95,8 @@ class Data:
     """Which columns are read, and from which names; empty for a format of the user's own."""
     teacher: teacher.Teacher | None
     """The model that the objective's `teacher` names."""
+    rewards: "Rewards | None" = None
+    """What completions are worth, where the run samples some."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +124,8 @@ def prepare(
     _require_packages(config, topology)
     remote.keep_in(config.cache_dir)
     wanted, objective = _in_format(config), chosen(config.objective)
-    sources, format = _checked_rows(wanted, topology)  # before anything is fetched from the Hub
+    # Before anything is fetched from the Hub
+    sources, format = _checked_rows(wanted, topology, config.rollouts is not None)
     model_config, tokenizer = _config_and_tokenizer(config)
     # Now, because building a model completes its config, and only some processes build one.
     architecture = base_identity.architecture(model_config)
@@ -124,6 +133,8 @@ def prepare(
     kernel = _attention(config, model_config, topology)
     teaches = _teacher(config, tokenizer, kernel, topology)
     options = _options(config, wanted, objective, model_config)
+    if config.rollouts and not options.is_own:
+        options = replace(options, format=format)
     template = _template(wanted, "text" if options.framed else format, tokenizer, date)
     if objective.has_turns:
         template = tokens.with_bos(template, tokenizer)
@@ -142,7 +153,10 @@ def prepare(
         _part_padding(model_config, tokenizer, [each.examples for each in (train, evals) if each])
     template = replace(template, learn_opening=train.examples.learn_opening)
     if objective.has_turns:
-        example = tokenised.first_that_fits(sources.train, template, options)
+        example = (
+            train.examples.answered() if config.rollouts
+            else tokenised.first_that_fits(sources.train, template, options)
+        )  # fmt: skip
         template = replace(template, example=example)
     _rehearse_export(config, topology, tokenizer, model_config, template)
     train_batches, eval_batches = _batched(
@@ -156,6 +170,7 @@ def prepare(
             check_lengths(parts, config, teaches.model_config)
     check_warmup(config, num_steps)
     topology.on_every(lambda: _rehearse_objective(config, objective, train_batches))
+    rewards = topology.on_every(lambda: _rewards(config, topology, parts))
     kind = objective_kind(config.objective.kind)
     for each in filter(None, (train_batches, eval_batches)):
         if kind.rates:
@@ -166,13 +181,13 @@ def prepare(
             each.mismatched = each.with_examples(beside)
     identity = {
         **_identity(train_batches, eval_batches, tokenizer, template), "model": architecture,
-        **code_identity(config),
+        **code_identity(config), **(rewards.identity() if rewards else {}),
     }  # fmt: skip
     new_ids = tokenizer.convert_tokens_to_ids(config.model.new_tokens)
     return Data(
         tokenizer, template, model_config, kernel, train_batches, eval_batches, num_steps, new_ids,
         sources, known, identity, format, num_rows, options, _columns(wanted, sources, format),
-        teaches,
+        teaches, rewards,
     )  # fmt: skip
 
 
@@ -288,8 +303,13 @@ def _require_packages(config: Config, topology: Topology) -> None:
     topology.on_main(lambda: trackers.check(config.tracking.trackers, config.tracking.wandb_mode))
 
 
-def _checked_rows(wanted: config_fields.Data, topology: Topology) -> tuple[Sources, str]:
-    """Return the files to read and the format of their rows. Raise UserError for wrong ones."""
+def _checked_rows(
+    wanted: config_fields.Data, topology: Topology, asks: bool = False
+) -> tuple[Sources, str]:
+    """Return the files to read and the format of their rows. Raise UserError for wrong ones.
+
+    `asks`: rows are prompts, whose answers are not learned.
+    """
     sources = source_files.sources(wanted.train, wanted.eval)
     files = [*sources.train, *sources.eval]
     if wanted.text_unit != "line" and not any(map(file_types.is_text, files)):
@@ -298,9 +318,11 @@ def _checked_rows(wanted: config_fields.Data, topology: Topology) -> tuple[Sourc
     format: str = wanted.format
     if format == "auto" or own_code.is_own(format):
         format = rows.detect_format(
-            files, wanted.text_unit, wanted.columns, format=format,
+            files, wanted.text_unit, wanted.columns, not asks, format=format,
             skips=wanted.on_bad_row == "skip",
         )  # fmt: skip
+    if asks:  # `prompts.prepare` checks all of them
+        return sources, format
     groups = [list(names) for names in (sources.train, sources.eval) if names]
     topology.on_main(
         lambda: rows.check(
@@ -366,7 +388,7 @@ def _sequences(
 ) -> tuple[Any, Any, int, int]:  # fmt: skip
     """Return (training sequences, those of evaluation or None, how many are in both, all rows)."""
     wanted, seed = config.data, config.run.seed
-    made = examples.prepare(sources.train, template, tokenizer, options, config.cache_dir)
+    made = _read(config, sources.train, template, tokenizer, options)
     train = replace(made, view=view)
     evals = _evaluation(config, sources, train, template, tokenizer, options, view)
     num_rows = train.num_rows
@@ -382,6 +404,17 @@ def _sequences(
         for each in (train, evals)
     )
     return found, held, known, num_rows
+
+
+def _read(
+    config: Config, sources: Mapping[str, str], template: templates.Template, tokenizer: Any,
+    options: tokenised.Options,
+) -> examples.Examples:  # fmt: skip
+    """Return the rows of sources as tokens: conversations, or where the run samples, prompts."""
+    if config.rollouts:
+        most = config.rollouts.max_new_tokens
+        return prompts.prepare(sources, template, tokenizer, options, most)
+    return examples.prepare(sources, template, tokenizer, options, config.cache_dir)
 
 
 def _streamed(
@@ -465,7 +498,7 @@ def _evaluation(
         return None
     same = replace(template, learn_opening=train.learn_opening)
     alike = replace(options, labels=tuple(train.labels))
-    made = examples.prepare(sources.eval, same, tokenizer, alike, config.cache_dir)
+    made = _read(config, sources.eval, same, tokenizer, alike)
     evals = replace(made, view=view)
     if evals.learn_opening != train.learn_opening:
         raise DataError(
@@ -511,6 +544,16 @@ def _batched(
         )  # fmt: skip
 
     size, micro_size = config.train.global_batch_size, config.micro_batch_size
+    if config.rollouts:
+        of_both = [
+            Asked(
+                each, objective, config.objective, seed=seed, global_batch_size=size,
+                micro_batch_size=micro_size, rank=topology.data_rank,
+                num_processes=topology.num_data, padded=padded, pad_id=pad_id,
+            )
+            for each in (train, evals) if each
+        ]  # fmt: skip
+        return of_both[0], of_both[1] if evals else None
     of_train = batched(train, size, micro_size, config.data.group_by_length)
     if not evals:
         return of_train, None
@@ -532,11 +575,22 @@ def _rehearse_export(
     _check_sample_prompts(config, kept, tokenizer)
 
 
+def _rewards(config: Config, topology: Topology, parts: Sequence[Any]) -> "Rewards | None":
+    """Return the rewards of a run that samples. Raise UserError for what is wrong with them."""
+    if not config.rollouts:
+        return None
+    from finetune.rollouts.rewards import Rewards  # which imports all scores
+
+    settings: Any = config.objective
+    made = Rewards(settings.rewards, log if topology.is_main else lambda text: None)
+    made.check(prompt for part in parts for prompt in part.every_prompt())
+    return made
+
+
 def _rehearse_objective(config: Config, objective: Objective, train: batches.Batches) -> None:
     if isinstance(objective, Own):
-        first, filler = (
-            with_blank_reference(each) for each in (train.of_all().at(0)[0], train.filler())
-        )
+        made = train.largest() if config.rollouts else train.of_all().at(0)[0]
+        first, filler = (with_blank_reference(each) for each in (made, train.filler()))
         objective.rehearse(first, filler, config.objective, config.adapter.kind != "full")
 
 

@@ -6,14 +6,15 @@ import os
 import shlex
 import sys
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from finetune import config as configs
-from finetune import failures, places, preflight
+from finetune import failures, files, places, preflight
 from finetune.config import Config, base, differences
 from finetune.config.choices import REFERENCE
 from finetune.data import held_out
@@ -25,7 +26,8 @@ from finetune.engine.checkpoint.saver import Saver
 from finetune.engine.checkpoint.storage import Storage
 from finetune.engine.companion import Companion
 from finetune.engine.gpu import with_compilation
-from finetune.engine.metrics import Metrics, log
+from finetune.engine.metrics import Metrics, log, of_rollouts
+from finetune.engine.passes import evaluate
 from finetune.engine.reference import Reference
 from finetune.engine.rundir import HELD_OUT, RunDirectory
 from finetune.engine.state import TrainState
@@ -41,6 +43,7 @@ from finetune.errors import (
     RunDirectoryError,
     TopologyError,
 )
+from finetune.export import save
 from finetune.export.publish import Writing
 from finetune.export.save import Base
 from finetune.export.verify import probe_logits
@@ -58,10 +61,15 @@ from finetune.models import (
 from finetune.models.policy import Policy
 from finetune.objectives import Objective, chosen
 from finetune.preflight import Data
+from finetune.rollouts.around import Around
+from finetune.rollouts.asked import Asked
+from finetune.rollouts.phases import Group
+from finetune.rollouts.rollouts import Rollouts
 from finetune.survival.preemption import StopFlag
 
 SCORED = 2  # documents, one pair, that an export scores
 EXPORT = "the export"  # where the run is after the last step
+MOST_SAMPLES = 8  # completions of a phase that go to samples.jsonl
 LATER: Any = None  # the value of a field until `loop` has come so far
 
 
@@ -90,7 +98,9 @@ class Run:
     """This and the next are set by `open_directory`."""
     saver: Saver = LATER
     best: BestCheckpoint = LATER
-    batches: Prefetch = LATER
+    batches: Prefetch | Rollouts = LATER
+    resources: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    """What is open until the run ends."""
 
     def log(self, message: str) -> None:
         """Print one line, from the main process only."""
@@ -189,7 +199,7 @@ class Run:
         self.metrics = self._metrics()
         self.saver = self._saver(resumed_from)
         topology = self.topology
-        self.batches = Prefetch(
+        self.batches = self._rollouts() if self.config.rollouts else Prefetch(
             self.data.train, self.data.num_steps, part=topology.part, device=topology.device,
             heartbeat=topology.watchdog.heartbeat,
         )  # fmt: skip
@@ -197,6 +207,86 @@ class Run:
             self.config.evaluation, self.directory, self.topology, lambda: self.saver.under_way,
             lambda terms: self.objective.runs_away(terms, self.config.objective),
         )  # fmt: skip
+
+    def _rollouts(self) -> Rollouts:
+        config, data, topology, model = self.config, self.data, self.topology, self.state.model
+        assert isinstance(data.train, Asked)
+        assert config.rollouts
+        bare = topology.unwrap(model)
+        template = data.template if self.objective.has_turns else None
+        given = save.stop_tokens(save.generation(bare, data.tokenizer, template))
+        ends = frozenset(given if isinstance(given, list) else [] if given is None else [given])
+        scores = self.directory.path / "rewards" / f"process-{topology.rank}"
+        assert data.rewards
+        rewards = self.resources.enter_context(data.rewards.opened(scores))
+        about = {
+            **self.identity(), "rollouts": config.rollouts.model_dump(), "seed": config.run.seed,
+            "completions of a step": config.train.global_batch_size,
+        }  # fmt: skip
+        around = Around(
+            self.directory.path, topology, lambda: self.policy(model), lambda: bare,
+            data.tokenizer, ends, self.objective, config.objective, rewards,
+            files.json_sha256(about), lambda: self.stop.is_set, self.log, self.storage,
+            self._before_training(), self._note_rollouts,
+        )  # fmt: skip
+        return Rollouts(data.train, around)
+
+    def _before_training(self) -> Callable[[], AbstractContextManager[Policy]] | None:
+        """Return what gives the policy as it was before the first step; None: it is not needed.
+
+        Fresh adapters are switched off; else a second, frozen model has those weights.
+        Raises ConfigError for adapters that start from neither.
+        """
+        config, topology, data = self.config, self.topology, self.data
+        adapter, policy = config.adapter, self.policy(self.state.model)
+        if not self.objective.wants_reference(config.objective):
+            return None
+        if adapters.leaves_base(adapter):
+
+            @contextlib.contextmanager
+            def switched_off() -> Iterator[Policy]:
+                with policy.without_adapters():
+                    yield policy
+
+            return switched_off
+        if adapter.kind != "full" and not adapter.path:
+            if not adapters.starts_at_zero(adapter):
+                raise ConfigError(
+                    f"adapter.init: {adapter.init} starts from other weights than the base's, "
+                    "which nothing keeps to compare with; use default, or set objective.beta to 0"
+                )
+            config = config.model_copy(update={"adapter": configs.Full()})
+        self.log("loading the weights before the first step once more, to compare with them")
+        frozen = companion.load(
+            config, topology, model_config=data.model_config, tokenizer=data.tokenizer,
+            attention=data.attention, new_token_ids=data.new_token_ids,
+        ).policy  # fmt: skip
+        return lambda: contextlib.nullcontext(frozen)
+
+    def _note_rollouts(
+        self, phase: int, groups: Sequence[Group], facts: Mapping[str, float]
+    ) -> None:
+        """Log what a phase is, and some of its completions, unless that was done before."""
+        assert isinstance(self.data.train, Asked)
+        step, logs = self.data.train.first_step(phase), self.directory.logs
+        if not self.topology.is_main or logs.has_rollouts(step):
+            return
+        self.log(f"phase {phase + 1}: {of_rollouts(facts)}")
+        decode = functools.partial(generate.decode, self.data.tokenizer)
+        self.metrics.rollouts(step, [
+            {
+                "prompt": decode(group.prompt_ids), "completion": group.rollouts[0].text,
+                "reward": group.rollouts[0].reward, **group.rollouts[0].parts,
+            }
+            for group in groups[:MOST_SAMPLES] if not group.failed
+        ])  # fmt: skip
+
+    def save_unless_saved(self) -> None:
+        """Save the state where a request to stop came before a step, unless that was done."""
+        step, stop = self.state.progress.step, self.stop
+        self.saver.settle()
+        if step and self.saver.last_step != step:
+            self.saver.save(self.state, self.best.step, stop.save_seconds())
 
     def _begin(self) -> None:
         config, data, step = self.config, self.data, self.state.progress.step
@@ -268,6 +358,7 @@ class Run:
         """Close batches, trackers and lock, after the outcome: trackers may upload for long."""
         if self.batches:
             self.batches.close()
+        self.resources.close()
         if self.metrics:
             self.metrics.close()
         if self.topology.is_main:
@@ -405,6 +496,18 @@ class Run:
             about={"config": self.config.model_dump(), "identity": self.identity()},
             resumed_from=resumed_from, log=self.log, record=self.metrics.saved,
             before=self.metrics.sync,
+        )  # fmt: skip
+
+    def evaluate(self) -> dict[str, float] | None:
+        """Evaluate the held-out rows; return None if a request to stop ended it. Collective."""
+        rows = self.data.eval
+        assert rows is not None
+        if isinstance(rows, Asked):
+            assert isinstance(self.batches, Rollouts)
+            return self.batches.evaluate(rows)
+        return evaluate(
+            self.topology, self.policy(self.state.model), self.objective, self.config.objective,
+            rows.epoch(), rows.all_totals(), lambda: self.stop.is_set,
         )  # fmt: skip
 
     def sample(self) -> None:

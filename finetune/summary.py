@@ -20,6 +20,7 @@ from finetune.engine.topology import Topology
 from finetune.errors import ConfigError, DataError
 from finetune.objectives import chosen
 from finetune.preflight import Data, ModelFacts
+from finetune.rollouts.asked import Asked
 
 GB = 1e9
 SHOWN_CHARACTERS = 600
@@ -52,7 +53,8 @@ def summary(
     train = data.train.sequences
     examples = train.examples
     shown = _marked(examples.first_ones(), data.tokenizer)
-    lines += ["first example, what is learned in [[ ]]:", shown]
+    what = "first prompt:" if config.rollouts else "first example, what is learned in [[ ]]:"
+    lines += [what, shown]
     on_gpu = topology.device.type == "cuda"
     if topology.is_main and (on_gpu or (check_only and total >= WORTH_A_FORECAST)):
         from finetune.forecast import outlook
@@ -153,12 +155,18 @@ def _data_lines(config: Config, topology: Topology, data: Data) -> list[str]:
         f"data        {_rows(config, data)} -> {_counted(len(examples), 'example')} -> "
         f"{_counted(train.num_known, 'sequence')} of at most {config.data.max_length} tokens"
         + _changed(config, examples),
-        f"tokens      {examples.num_tokens:,}, {examples.num_supervised_tokens:,} of them "
-        f"learned{_weights(examples)}; an example has {_quartiles(*examples.quartiles())}",
+        *(
+            _phases(config, data)
+            if config.rollouts
+            else [
+                f"tokens      {examples.num_tokens:,}, {examples.num_supervised_tokens:,} of them "
+                f"learned{_weights(examples)}; an example has {_quartiles(*examples.quartiles())}",
+            ]
+        ),
         f"template    {data.template.name}{_arguments(data.template)}, objective "
         f"{own_code.without_folder(config.objective.kind)}",
         f"steps       {_counted(data.num_steps, 'step')}, each of {config.train.global_batch_size} "
-        f"sequences ({config.micro_batch_size} at once x "
+        f"{'completions' if config.rollouts else 'sequences'} ({config.micro_batch_size} at once x "
         f"{accumulation_steps(config, topology.num_data)} x "
         f"{_counted(topology.num_data, 'process')})"
         + (f", each shared by {num_context}" if num_context > 1 else "")
@@ -177,6 +185,30 @@ def _data_lines(config: Config, topology: Topology, data: Data) -> list[str]:
             + (_of_eval_files(config, evals) if data.sources.eval else "")
         )
     return lines
+
+
+def _phases(config: Config, data: Data) -> Iterator[str]:
+    """Say what a phase of rollouts will be."""
+    settings, asked = config.rollouts, data.train
+    assert settings
+    assert isinstance(asked, Asked)
+    count, shortest_to_longest = asked.num_prompts(0), asked.prompts.quartiles()
+    completions = count * settings.group_size
+    last = asked.phase_of(data.num_steps - 1)[0] + 1
+    further = f", and at most {int(settings.dynamic_sampling * count):,} further prompts"
+    times = f" {settings.passes} times" if settings.passes > 1 else ""
+    yield (
+        f"prompts     {asked.prompts.num_tokens:,} tokens; a prompt has "
+        f"{_quartiles(*shortest_to_longest)}"
+    )
+    yield (
+        f"rollouts    {_counted(last, 'phase')}, each of {_counted(count, 'prompt')} x "
+        f"{_counted(settings.group_size, 'completion')} = {completions:,} completions of at most "
+        f"{settings.max_new_tokens} tokens ({completions * settings.max_new_tokens:,} together)"
+        + (further if settings.dynamic_sampling else "")
+        + f", learned{times} in {_counted(asked.passes_and_steps(0)[1], 'step')}; "
+        f"temperature {settings.temperature:g}"
+    )
 
 
 def _rows(config: Config, data: Data) -> str:

@@ -18,7 +18,7 @@ import pytest
 FILE = Path(__file__).with_suffix(".json")
 # Seconds of CPU: 580 took 5:35 on two idle cores. `make test` may take six minutes. "fast" is under
 # 90 seconds.
-BUDGET = {"all": 620.0, "fast": 182.0}
+BUDGET = {"all": 625.0, "fast": 182.0}
 LONG_FORMS = {
     "proof": "make proofs",
     "fault": "make faults",

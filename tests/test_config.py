@@ -471,7 +471,7 @@ def test_the_cache_avoids_an_unwritable_home(monkeypatch):
     [
         ("objective.kind", "ipo", "ipo is a loss of dpo here: objective.kind: dpo, objective.loss"),
         ("objective.kind", "rm", "rm is called reward here"),
-        ("objective.kind", "grpo", "reinforcement learning (grpo) is not yet supported"),
+        ("objective.kind", "dapo", "dapo is a loss of grpo here: objective.kind: grpo"),
         ("tracking.trackers", "mlflow", "MLflow is not yet supported; use tensorboard"),
         ("tracking.trackers", ["wandb", "mlflow"], "MLflow is not yet supported"),
         ("train.precision", "mps", "Apple GPUs (mps) are not yet supported"),

@@ -66,6 +66,8 @@ PREFERS = "to prefer the chosen answer"
 # A twentieth of the rates of SFT: the loss is unbounded in the margin, and answers decay first
 # (Rafailov et al., 2023: 1e-6; Meng et al., 2024: 3e-7 to 1e-6). ORPO starts from a base.
 PREFERENCE_LR = (1e-6, 1e-5)
+# TRL's default for all weights; each step learns from few completions (Shao et al., 2024: 1e-6).
+SAMPLED_LR = (1e-6, 1e-5)
 OBJECTIVES: Mapping[str, ObjectiveKind] = {
     "sft": ObjectiveKind(),
     "clm": ObjectiveKind(),
@@ -85,6 +87,9 @@ OBJECTIVES: Mapping[str, ObjectiveKind] = {
     ),
     # 1e-5 for all weights: Ouyang et al., 2022, take 9e-6; adapters ten times that.
     "reward": ObjectiveKind("scores", PREFERENCES, "scores of answers", (1e-5, 1e-4)),
+    **dict.fromkeys(
+        ("grpo", "rloo", "ppo"), ObjectiveKind(learns="which completions are good", lr=SAMPLED_LR)
+    ),
 }
 
 

@@ -21,10 +21,13 @@ from finetune.config.objective_fields import (
     Cpo,
     Distill,
     Dpo,
+    Grpo,
     Kto,
     MaskedLm,
     Orpo,
+    Ppo,
     Reward,
+    Rloo,
     Seq2Seq,
     SequenceClassification,
     Sft,
@@ -35,6 +38,7 @@ from finetune.config.objective_fields import (
 )
 from finetune.config.own import OwnName, OwnObjective, own_objective
 from finetune.config.paths import ExpandedPath, PathString
+from finetune.config.rollout_fields import Rollouts
 from finetune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -199,13 +203,14 @@ class Data(Section):
     format: (
         Literal[
             "auto", "text", "prompt_completion", "question_answer", "instruction", "messages",
-            "preference", "unpaired", "choices", "text_label", "token_labels",
+            "preference", "unpaired", "choices", "text_label", "token_labels", "prompt",
         ]
         | OwnName
     ) = "auto"  # fmt: skip
     """Format of the rows.
     auto: detect it from the columns of the first row; preference, unpaired, choices: rated answers
     (docs/preference.md); text_label, token_labels: for classification;
+    prompt: for reinforcement, with a reference answer or without one;
     FILE.py:NAME: a function of your own (docs/data.md).
     """
     columns: dict[str, str] = {}
@@ -454,14 +459,13 @@ class Config(Section):
     objective: Annotated[
         SerializeAsAny[
             Clm | MaskedLm | SequenceClassification | TokenClassification | Seq2Seq
-            | SpanCorruption | TextInfilling | Dpo | Orpo | Simpo | Cpo | Kto | Reward | Sft
-            | Distill
-            | OwnObjective
+            | SpanCorruption | TextInfilling | Dpo | Orpo | Simpo | Cpo | Kto | Reward | Distill
+            | Grpo | Rloo | Ppo | Sft | OwnObjective
         ],
         by_kind(
             Sft, Clm, MaskedLm, SequenceClassification, TokenClassification, Seq2Seq,
-            SpanCorruption, TextInfilling, Dpo, Orpo, Simpo, Cpo, Kto, Reward,
-            Distill,
+            SpanCorruption, TextInfilling, Dpo, Orpo, Simpo, Cpo, Kto, Reward, Distill, Grpo, Rloo,
+            Ppo,
             own=own_objective,
         ),
     ] = Sft()  # fmt: skip
@@ -503,6 +507,12 @@ class Config(Section):
         size = self.train.micro_batch_size
         assert size != "auto"
         return size
+
+    @property
+    def rollouts(self) -> Rollouts | None:
+        """Return how completions are sampled; None if the objective learns from rows alone."""
+        found: Rollouts | None = getattr(self.objective, "rollouts", None)
+        return found
 
     @property
     def trains_in_16_bits(self) -> bool:

@@ -137,8 +137,7 @@ _ADVICE = {
     "the reference of objective.kind: dpo and kto is the model as it was before the first step": (
         "ref_model"
     ),
-    "preference tuning and reinforcement learning are not yet supported; objective.kind is clm or "
-    "sft": "rl",
+    "reinforcement learning is objective.kind: grpo, rloo or ppo here": "rl",
 }
 ELSEWHERE = _by_name(_CALLED | _ADVICE)
 """Other tools' names -> the setting here or, if it contains a space, what to do instead."""
@@ -163,10 +162,8 @@ REMOVED: dict[str, tuple[object, str]] = {
 
 _PREFERENCE = "{} is a loss of dpo here: objective.kind: dpo, objective.loss; or orpo, simpo, cpo"
 _REWARD = "{} is called reward here"
-_REINFORCE = (
-    "reinforcement learning ({}) is not yet supported; sample answers, keep the good ones, and use "
-    "sft on them"
-)
+_REINFORCE = "reinforcement learning is objective.kind: grpo, rloo or ppo here"
+_GRPO = "{} is a loss of grpo here: objective.kind: grpo, objective.loss: {}"
 _DISTILL = "distillation is not yet supported; use sft on the teacher's answers"
 _LABELS = "{} is sequence_classification (a label for each row) or token_classification here"
 _TRACKER = (
@@ -179,7 +176,8 @@ _NOT_YET = {
     "objective.kind": {
         _PREFERENCE: "preference rlhf ipo bco apo robust hinge",
         _REWARD: "rm reward_model reward_modeling prm",
-        _REINFORCE: "ppo grpo rloo reinforce rl gspo dapo policy_gradient",
+        _REINFORCE: "reinforce rl rft policy_gradient",
+        _GRPO: "gspo dapo dr_grpo cispo bnpo",
         _DISTILL: "distill distillation gkd kd",
         "{} is called mlm here": "masked masked_lm",
         "{} is called seq2seq here": "s2s seq2seq_lm translation summarization",
@@ -222,4 +220,4 @@ NOT_YET = {key: _by_name(texts) for key, texts in _NOT_YET.items()}
 def not_yet(key: str, value: object) -> str | None:
     """Return what to do about a value that is not yet supported; None for other values."""
     text = NOT_YET.get(key, {}).get(value.lower()) if isinstance(value, str) else None
-    return text and text.format(value)
+    return text and text.replace("{}", str(value))

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from finetune.config.kinds import Kind, PositiveNumber, Section
 from finetune.config.paths import ExpandedPath
+from finetune.config.reward_fields import RewardList
 from finetune.config.rollout_fields import Rollouts
 
 Factor = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -215,6 +216,8 @@ class Orpo(Kind):
 class PolicyGradient(Section):
     """Settings of all objectives that learn from rewards of their own completions."""
 
+    rewards: RewardList
+    """What a completion is worth: the sum of weight x value (docs/reinforcement.md)."""
     rollouts: Rollouts = Rollouts()
     """How completions are sampled."""
     beta: Factor = 0.05
@@ -226,8 +229,7 @@ class PolicyGradient(Section):
     clip_high: Factor = 0.2
     """How far above 1 the ratio of probabilities still teaches where the advantage is positive."""
     dual_clip: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
-    """Largest ratio that counts where the advantage is negative (Ye et al., 2020); null: no limit.
-    """
+    """Largest ratio that counts where the advantage is negative; null: any (Ye et al., 2020)."""
     sampler_correction: Literal["sequence", "token", "none"] = "sequence"
     """How to weight completions of a sampler whose log-probabilities differ from the policy's.
     sequence: by the ratio of the whole completion, 0 beyond sampler_cap;

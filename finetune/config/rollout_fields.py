@@ -1,12 +1,24 @@
 """Settings of rollouts: completions that the policy samples and then learns from. No torch."""
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from finetune.config.kinds import PositiveNumber, Section
 
 Positive = Annotated[int, Field(gt=0)]
+# What other tools let alter sampling -> how to do without it.
+TRUNCATES = (
+    "learning divides by the probability that a token had, and a cut distribution has another one; "
+    "remove it"
+)
+NOT_HERE = {
+    "top_p": TRUNCATES, "top_k": TRUNCATES, "min_p": TRUNCATES,
+    "repetition_penalty": "learning would take the penalised choice for the policy's; remove it",
+    "num_generations": "it is called group_size here",
+    "max_completion_length": "it is called max_new_tokens here",
+    "num_iterations": "it is called passes here",
+}  # fmt: skip
 
 
 class Rollouts(Section):
@@ -22,3 +34,24 @@ class Rollouts(Section):
     """Optimizer steps for which a phase samples completions."""
     passes: Positive = 1
     """How often a phase's completions are learned from."""
+    shard_size: Positive = 8
+    """Prompts whose completions are sampled together, and by one process."""
+    dynamic_sampling: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """Ask further prompts in place of groups whose rewards are all equal (Yu et al., 2025).
+    At most this many times as many as a phase has; 0: none.
+    """
+    cut_answers: Literal["mask", "learn", "penalise"] = "mask"
+    """What becomes of completions that max_new_tokens cuts.
+    mask: their tokens are not learned; learn: as if they had ended there;
+    penalise: learn, with cut_penalty subtracted from their reward.
+    """
+    cut_penalty: PositiveNumber = 1.0
+    """What cut_answers: penalise subtracts."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_other_ways_to_sample(cls, values: Any) -> Any:
+        for name in values if isinstance(values, dict) else ():
+            if name in NOT_HERE:
+                raise ValueError(f"{name}: {NOT_HERE[name]}")
+        return values

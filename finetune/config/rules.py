@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 from finetune import own_code
+from finetune.config import rollout_rules
 from finetune.config.choices import (
     CLASSIFIERS,
     DECODERS,
@@ -105,6 +106,11 @@ def _objective_conflicts(config: Config) -> Iterator[str]:
     else:
         trains_on_all = objective.kind == "clm"
         has_turns = not trains_on_all
+    if config.rollouts:
+        yield from rollout_rules.conflicts(config, config.rollouts)
+        return
+    if data.format == "prompt":
+        yield f"data.format: prompt has no answers that objective.kind: {name} could learn"
     if objective_kind(objective.kind).is_framed:
         yield from _conflicts_of_rows(config)
         return

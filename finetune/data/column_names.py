@@ -27,6 +27,14 @@ LABELLED: dict[str, tuple[str, ...]] = {
     "text_label": ("text", "label"),
     "token_labels": ("tokens", "labels"),
 }
+# Rows that are asked: a prompt, and what is known of its answer, under the names of each.
+ASKED = "prompt"
+ASKED_COLUMNS: dict[str, tuple[str, ...]] = {
+    "prompt": ("prompt", "question", "problem", "messages"),
+    "answer": ("answer", "reference", "solution", "ground_truth", "target"),
+    "system": ("system", "system_prompt"),
+    "tools": ("tools",),
+}
 # Format -> columns that it reads where a row has them -> their names in rows.
 OPTIONAL: dict[str, dict[str, tuple[str, ...]]] = {
     "messages": {"system": ("system", "system_prompt"), "tools": ("tools",)},
@@ -90,6 +98,8 @@ def columns_of(format: str) -> tuple[str, ...]:
     """Return the names that data.columns may have for a format."""
     if format in LABELLED:
         return LABELLED[format]
+    if format == ASKED:
+        return tuple(ASKED_COLUMNS)
     if format in RATED:
         asked = [name for each in FORMATS.values() for name in each]
         more = ["margin"] if format == "preference" else []
@@ -122,9 +132,21 @@ def _taken(
     return MappingProxyType(taken)
 
 
+def asked_columns(row: Row, columns: Mapping[str, str]) -> dict[str, str]:
+    """Return the columns of a row of format prompt -> the row's own names of them."""
+    found = {}
+    for ours, names in ASKED_COLUMNS.items():
+        own = (columns[ours],) if ours in columns else names
+        if name := next((name for name in own if name in row.values), None):
+            found[ours] = name
+    return found
+
+
 def described(row: Row, format: str, columns: Mapping[str, str]) -> str:
     """Return the columns that are read, each with the row's own name of it, for the summary."""
     taken = {name: name for name in LABELLED.get(format, ())}
+    if format == ASKED:
+        taken = asked_columns(row, columns)
     if format in FORMATS:
         taken = dict(taken_from(row, format, columns))
     taken |= {name: columns[name] for name in columns if taken.get(name, name) == name}

@@ -7,6 +7,7 @@ from typing import Any
 
 from finetune.data import ratings, verdicts
 from finetune.data.column_names import (
+    ASKED,
     FORMATS,
     IN_MESSAGES,
     SHAPES,
@@ -39,6 +40,8 @@ def detect(
     """
     if name := fitting(row, columns):
         return name
+    if not for_training and columns.get(ASKED, ASKED) in row.values:
+        return ASKED
     for ours, theirs in columns.items():
         if theirs not in row.values and ours not in IN_MESSAGES:
             raise DataError(f"{row.place}: data.columns: {ours}: {no_column(row, theirs)}")

@@ -1,9 +1,9 @@
 """The batches of the next step, made on a thread while the current one is learned."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -18,6 +18,9 @@ class Prefetch:
     For a GPU, batches lie in page-locked memory, from where it copies them while it computes;
     copies from other memory make the host wait.
     """
+
+    facts: ClassVar[Mapping[str, float]] = {}
+    """What the logs say of where a step comes from."""
 
     def __init__(
         self, batches: Batches, num_steps: int, *,
@@ -36,6 +39,10 @@ class Prefetch:
         use_own_gpu = functools.partial(torch.cuda.set_device, device) if self.pin else None
         self._thread = ThreadPoolExecutor(1, "prefetch", initializer=use_own_gpu)
         self._next: tuple[int, Future[tuple[Sequence[Batch], Counts]]] | None = None
+
+    def ready(self, step: int) -> bool:
+        """Return whether a step can be made: always, unlike where it has to be sampled before."""
+        return True
 
     def at(self, step: int) -> tuple[Sequence[Batch], Counts]:
         """Return this process's micro-batches of a step, and the totals over all processes.

@@ -6,8 +6,15 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 from finetune import own_code
-from finetune.data import labels, own_rows, preferences, readers
-from finetune.data.column_names import IN_MESSAGES, LABELLED, RATED, described, taken_from
+from finetune.data import asked_rows, labels, own_rows, preferences, readers
+from finetune.data.column_names import (
+    ASKED,
+    IN_MESSAGES,
+    LABELLED,
+    RATED,
+    described,
+    taken_from,
+)
 from finetune.data.column_names import unread as unread_of
 from finetune.data.conversations import Sample
 from finetune.data.formats import detect, to_conversation
@@ -167,6 +174,10 @@ class _Reading:
         """Return the sample of a row, which a user's own function may part into several."""
         if format in RATED:
             sample, read = preferences.to_sample(row, format, self.columns, self.system_prompt)
+            self._count_unread(row, read)
+            return sample
+        if format == ASKED:
+            sample, read = asked_rows.to_sample(row, self.columns, self.system_prompt)
             self._count_unread(row, read)
             return sample
         if format in LABELLED:

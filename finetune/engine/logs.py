@@ -100,7 +100,12 @@ class Logs:
         return sorted(lines, key=lambda line: line["step"])
 
     def has_samples(self, step: int) -> bool:
-        return any(values["step"] == step for values in records(self.samples))
+        """Return whether the answers to evaluation.sample_prompts are there."""
+        return any(each["step"] == step and "answer" in each for each in records(self.samples))
+
+    def has_rollouts(self, step: int) -> bool:
+        """Return whether samples of the rollouts after a step are there."""
+        return any(each["step"] == step and "reward" in each for each in records(self.samples))
 
     def rewind(self, step: int) -> list[str]:
         """Remove lines of later steps, which will be trained again, and a partial last line.

@@ -2,8 +2,9 @@
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 from tqdm import tqdm
@@ -55,9 +56,13 @@ class Metrics:
         self.unwritten: dict[str, Any] | None = None
 
     def step(
-        self, progress: Progress, result: StepResult, *, lr: float, epoch: float, memory_gb: float
-    ) -> None:
-        """Record a step. `tokens` and `supervised_tokens` of a line are totals of the whole run."""
+        self, progress: Progress, result: StepResult, *, lr: float, epoch: float, memory_gb: float,
+        facts: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:  # fmt: skip
+        """Record a step. `tokens` and `supervised_tokens` of a line are totals of the whole run.
+
+        `facts`: of the rollouts that it learns from.
+        """
         if not self.is_main:
             return
         self.tokens += result.tokens
@@ -70,7 +75,8 @@ class Metrics:
         rate = self.tokens / max(seconds, 1e-9)
         line = {
             "step": step, "epoch": round(epoch, 4),
-            "loss": result.loss, **result.other_terms, "lr": lr, "grad_norm": result.grad_norm,
+            "loss": result.loss, **result.other_terms, **facts, "lr": lr,
+            "grad_norm": result.grad_norm,
             "tokens": progress.tokens, "supervised_tokens": progress.supervised_tokens,
             "tokens_per_second": round(rate, 1), "seconds": round(seconds, 4),
             "memory_gb": round(memory_gb, 3), **self._utilisation(rate),
@@ -81,11 +87,12 @@ class Metrics:
             return
         self.mark, self.tokens = now, 0
         self._record(self.steps, line)
-        self.bar.set_postfix_str(f"loss {result.loss:.4f}")
+        reward = f"  {of_rollouts(facts)}" if facts else ""
+        self.bar.set_postfix_str(f"loss {result.loss:.4f}{reward}")
         if now - self.last_line > LINE_SECONDS or last or step == self.first + 1:
             left = (now - self.started) / (step - self.first) * (self.num_steps - step)
             log(
-                f"step {step}/{self.num_steps}  epoch {epoch:.2f}  loss {result.loss:.4f} "
+                f"step {step}/{self.num_steps}  epoch {epoch:.2f}  loss {result.loss:.4f}{reward} "
                 f" lr {lr:.2e}  {rate:,.0f} tokens/s  {memory_gb:.1f} GB  {_duration(left)} left"
             )
             self.last_line = now
@@ -99,6 +106,9 @@ class Metrics:
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         if self.is_main:
             self._record(self.evals, {"step": step, **values})
+            if "reward" in values:
+                log(f"step {step}/{self.num_steps}  eval {of_evaluation(values)}")
+                return
             own, entropy = values["eval_loss"], values.get("cross_entropy")
             beside = "" if entropy in (own, None) else f"  cross-entropy {entropy:.4f}"
             shown = "accuracy" if entropy is None else "perplexity"
@@ -128,6 +138,17 @@ class Metrics:
                 )
             if (more := len(prompts) - SHOWN_SAMPLES) > 0:
                 log(f"step {step}/{self.num_steps}  {more} more in {self.samples.path}")
+
+    def rollouts(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Record some completions that the steps after `step` learn from, with their rewards."""
+        if self.is_main:
+            for sample in samples:
+                self.samples.add({"step": step, **sample})
+            for sample in samples[:SHOWN_SAMPLES]:
+                log(
+                    f"step {step}/{self.num_steps}  rollout  {_line(sample['prompt'])}  ->  "
+                    f"{_line(sample['completion']) or '(nothing)'}  reward {sample['reward']:g}"
+                )
 
     def sync(self) -> None:
         """Flush the logs to the disk, as a checkpoint needs its history there. Raises OSError."""
@@ -160,6 +181,26 @@ class Metrics:
             tokens_per_second, self.flops_per_token, self.peak, self.num_processes
         )
         return {} if mfu is None else {"mfu": mfu}
+
+
+def of_evaluation(values: Mapping[str, float]) -> str:
+    """Return what a line says of the rewards of held-out prompts."""
+    parts = ", ".join(
+        f"{name.removeprefix('reward_')} {value:.3f}" for name, value in values.items()
+        if name.startswith("reward_")
+    )  # fmt: skip
+    return (
+        f"reward {values['reward']:.3f}{f' ({parts})' if parts else ''}  "
+        f"length {values['completion_length']:.0f}  cut {values['cut_share']:.0%}"
+    )
+
+
+def of_rollouts(facts: Mapping[str, float]) -> str:
+    """Return what a progress line says of rollouts."""
+    return (
+        f"reward {facts['reward']:.3f}  length {facts['completion_length']:.0f}  "
+        f"cut {facts['cut_share']:.0%}  without signal {facts['no_signal_share']:.0%}"
+    )
 
 
 def _line(text: str) -> str:

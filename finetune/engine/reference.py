@@ -8,7 +8,6 @@ starts from an adapter compares with that adapter, as these are its weights.
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,12 @@ from tqdm import tqdm
 from finetune import failures, files
 from finetune.config.choices import REFERENCE
 from finetune.data.batches import Batch, Batches
+from finetune.engine.token_values import token_values, with_column
 from finetune.engine.topology import Topology
 from finetune.errors import Preempted, RunDirectoryError
 from finetune.models.policy import Policy
 
 FILE = "reference.safetensors"
-PLACE = "place"  # the number of each token in the arrays of the examples
-TOKENS_AT_ONCE = 1 << 24  # that processes add up together: 128 MB
 
 
 class Reference:
@@ -92,8 +90,7 @@ class Reference:
         begin = 0
         for part in self._parts:
             end = begin + len(part.in_memory.examples.input.ids)
-            examples = _with_column(part, REFERENCE, self.values[begin:end])
-            part.sequences = part.with_examples(examples).sequences
+            part.sequences = with_column(part, REFERENCE, self.values[begin:end]).sequences
             begin = end
 
 
@@ -104,41 +101,21 @@ def _damaged(path: Path) -> RunDirectoryError:
     )
 
 
-def _with_column(batches: Batches, name: str, values: np.ndarray) -> Any:
-    """Return the examples of batches with one more column of tokens."""
-    examples = batches.in_memory.examples
-    return replace(examples, token_columns={**examples.token_columns, name: values})
-
-
 def _of_part(
     topology: Topology, policy: Policy, batches: Batches, steps: Sequence[int],
     stop: Callable[[], bool],
 ) -> np.ndarray:  # fmt: skip
     """Return the log-probability of each token of the examples' arrays, float32 [tokens]."""
-    size = len(batches.in_memory.examples.input.ids)
-    numbers = np.arange(size, dtype=np.int32 if size < 2**31 else np.int64)
-    numbered = batches.with_examples(_with_column(batches, PLACE, numbers))
-    sums, times = np.zeros(size, np.float32), np.zeros(size, np.uint16)
-    was_training = policy.model.training
-    policy.model.eval()
-    try:
-        for batch in _watched(topology, numbered, steps, stop):
-            mine = topology.part(batch)
-            with torch.no_grad():
-                logprobs = policy(mine.to(topology.device), {"logprobs"}).logprobs
-            assert logprobs is not None
-            places = mine.token_columns[PLACE].numpy()
-            sums[places] += logprobs.float().cpu().numpy()
-            times[places] += 1
-    finally:
-        policy.model.train(was_training)
-    for begin in range(0, size, TOKENS_AT_ONCE):
-        part = slice(begin, begin + TOKENS_AT_ONCE)
-        sums[part], times[part] = topology.processes.add_arrays([sums[part], times[part]])
-    # A row that an epoch has twice may be in two micro-batches: the mean.
-    found = np.full(size, np.nan, np.float32)
-    np.divide(sums, times, out=found, where=times > 0, casting="unsafe")
-    return found
+
+    def walk(numbered: Batches) -> Iterator[Batch]:
+        return _watched(topology, numbered, steps, stop)
+
+    def answer(policy: Policy, batch: Batch) -> dict[str, torch.Tensor]:
+        logprobs = policy(batch, {"logprobs"}).logprobs
+        assert logprobs is not None
+        return {"logprobs": logprobs}
+
+    return token_values(topology, policy, batches, walk, answer)["logprobs"]
 
 
 def _watched(

@@ -334,6 +334,13 @@ def starts_at_zero(adapter: Adapter) -> bool:
     return adapter.path is None and ADAPTER_INITS[adapter.init].leaves_model
 
 
+def leaves_base(adapter: Adapter | Full) -> bool:
+    """Return whether a model with fresh adapters switched off is what training starts from."""
+    if isinstance(adapter, Full) or not starts_at_zero(adapter) or adapter.train_norms:
+        return False
+    return not isinstance(adapter, Lora) or adapter.bias == "none"
+
+
 def waits_for_other_factor(name: str) -> bool:
     """Return whether a weight's name is of the factor that cannot move in the first step.
 

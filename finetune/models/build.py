@@ -57,6 +57,8 @@ def build(
     scalar_heads.attach(base, heads, dtype if config.trains_in_16_bits else torch.float32)
     families.shift_positions(base)
     head.install(base)
+    if config.rollouts:
+        _without_dropout(base)
     if config.train.neftune_alpha is not None:
         embeddings.add_noise(base, config.train.neftune_alpha)
     if config.train.float8:
@@ -75,6 +77,19 @@ def build(
             f"as {broken[0]}"
         )
     return model, base
+
+
+def _without_dropout(base: Any) -> None:
+    """Switch off the dropout that a model's own config asks for; the config stays as it is.
+
+    The policy that learns would be another one than the policy that sampled.
+    """
+    for module in base.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():  # probabilities that functions get
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def _dtype(config: Config, precision: str) -> torch.dtype:

@@ -16,6 +16,7 @@ from finetune.config.choices import REFERENCE
 from finetune.data.batches import Batch
 from finetune.data.views import NEXT_TOKEN, View
 from finetune.models.policy import Policy
+from finetune.objectives.advantages import Scored
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,22 @@ class Objective:
     def runs_away(self, terms: Mapping[str, float], settings: Any) -> str:
         """Return why a step with these terms has to be the last, mostly ""; some may be missing."""
         return ""
+
+    def scored_by(self, settings: Any) -> frozenset[str]:
+        """Return what the policy is asked of each token of a phase of rollouts before its first
+        step: `logprobs`, perhaps `values`."""
+        return frozenset({"logprobs"})
+
+    def wants_reference(self, settings: Any) -> bool:
+        """Return whether the tokens of rollouts need log-probabilities of the weights before the
+        first step."""
+        return False
+
+    def columns(
+        self, scored: Scored, settings: Any
+    ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """Return (columns of the supervised tokens of a phase, [S] by name; facts for the log)."""
+        raise NotImplementedError("an objective that samples needs a method columns")
 
     def prepare(
         self, policy: Policy, batches: Sequence[Batch], settings: Any

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from finetune import failures, own_code
@@ -19,6 +20,7 @@ from finetune.models import scalar_heads
 from finetune.models.distributions import Distribution, Reference
 from finetune.models.logits import logprobs_and_entropy
 from finetune.models.policy import Answers, Policy, require_reference
+from finetune.objectives.advantages import Scored
 from finetune.objectives.base import Objective, Term, as_divisors, total
 
 # Columns of metrics.jsonl and eval.jsonl that terms may not use.
@@ -49,6 +51,25 @@ class Own(Objective):
     def supervises(self, loss_on: str) -> str:
         with self._blamed():
             return str(self.objective.supervises(loss_on))
+
+    def scored_by(self, settings: Any) -> frozenset[str]:
+        with self._blamed():
+            return frozenset(self.objective.scored_by(settings))
+
+    def wants_reference(self, settings: Any) -> bool:
+        with self._blamed():
+            return bool(self.objective.wants_reference(settings))
+
+    def columns(
+        self, scored: Scored, settings: Any
+    ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        with self._blamed():
+            made, facts = self.objective.columns(scored, settings)
+        count = len(scored.old_logprobs)
+        if wrong := [name for name, values in made.items() if np.shape(values) != (count,)]:
+            what = f"{wrong[0]!r} has the shape {list(np.shape(made[wrong[0]]))}"
+            raise self._wrong("columns", f"{what}; give a number for each of {count} tokens")
+        return dict(made), dict(facts)
 
     def prepare(
         self, policy: Policy, batches: Sequence[Batch], settings: Any

@@ -183,8 +183,8 @@ class Saver:
         return type(known)(str(known)) if known else CheckpointError(str(exc) or type(exc).__name__)
 
     def require(self, step: int) -> None:
-        """Raise CheckpointError if this step is not saved."""
-        if self.last_step != step:
+        """Raise CheckpointError if this step is not saved; before the first there is nothing."""
+        if step and self.last_step != step:
             raise CheckpointError(
                 f"step {step} could not be saved before the end; "
                 f"the newest checkpoint is of step {self.last_step}"

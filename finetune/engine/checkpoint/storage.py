@@ -169,6 +169,21 @@ class Storage:
         with path.open("rb") as file:
             return bool(there == file.read(HEADER_BYTES))
 
+    def upload_file(self, path: Path, name: str) -> None:
+        """Upload one file under a name, as a phase of rollouts."""
+        self.require_claim()
+        self._attempt(f"uploading {name}", self._put, [str(path)], [f"{self._root}/{name}"])
+
+    def fetch_file(self, name: str, path: Path) -> bool:
+        """Fetch one file, whole or not at all; return False if the store has none of this name."""
+        if not (content := self._content(name)):
+            return False
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with files.replacing(path) as file:
+            file.write(content)
+        files.flush(path.parent)
+        return True
+
     def upload_model(self, model: Path) -> None:
         """Upload the exported model and remove what an older one left.
 

@@ -1,0 +1,48 @@
+"""What rollouts need of a run."""
+
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from finetune.engine.checkpoint.storage import Storage
+from finetune.engine.topology import Topology
+from finetune.generation.completions import Completion
+from finetune.models.policy import Policy
+from finetune.rollouts.phases import Group
+
+if TYPE_CHECKING:
+    from finetune.rollouts.rewards import Reward
+
+
+class Rewards(Protocol):
+    def __call__(self, completions: Sequence[Completion]) -> "list[Reward]": ...
+
+
+@dataclass(frozen=True)
+class Around:
+    """What rollouts need of a run.
+
+    policy: as it is at the moment. model: the same without what shares it, for generation. ends:
+    tokens that end a completion. of: a hash of what completions depend on besides the weights.
+    reference: gives the policy as it was before the first step; None: it is not needed. opened:
+    gets the number of each phase that steps are about to learn from, its groups, and facts for the
+    logs.
+    """
+
+    run: Path
+    topology: Topology
+    policy: Callable[[], Policy]
+    model: Callable[[], Any]
+    tokenizer: Any
+    ends: Set[int]
+    objective: Any
+    settings: Any
+    rewards: Rewards
+    of: str
+    stop: Callable[[], bool]
+    log: Callable[[str], None]
+    storage: Storage | None = None
+    reference: Callable[[], AbstractContextManager[Policy]] | None = None
+    opened: Callable[[int, Sequence[Group], Mapping[str, float]], None] = lambda *_: None

@@ -1,0 +1,83 @@
+"""Groups of completions: sampled by the policy, and rewarded."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from finetune.generation import generate
+from finetune.generation.completions import Completion
+from finetune.rollouts.around import Around
+from finetune.rollouts.phases import Group, Rollout
+from finetune.rollouts.prompts import PromptExamples
+from finetune.rollouts.sampling import Drawn, Stopped, draw, numbers_of
+
+if TYPE_CHECKING:
+    from finetune.rollouts.rewards import Reward
+
+Members = Sequence[tuple[int, int]]
+"""(number of a prompt among those that are asked, its example) of each prompt of a shard."""
+
+
+class Collector:
+    """Samples and rewards groups for one process.
+
+    Processes that share the weights sample together: each token is a pass of all of them.
+    """
+
+    def __init__(self, around: Around, prompts: PromptExamples, seed: int, group_size: int) -> None:
+        self.around, self.prompts, self.seed = around, prompts, seed
+        self.settings, self.group_size = around.settings.rollouts, group_size
+        self.together = around.topology.parallel.generates_together
+
+    def drawn(self, of: Sequence[int], members: Members) -> list[Group]:
+        """Sample a group of completions of each prompt. Raises Stopped at a request to stop.
+
+        `of`: numbers that seed the sampling, beside those of the prompts. No members: take part in
+        the passes of the others.
+        """
+        size, around, most = self.group_size, self.around, self.settings.max_new_tokens
+        pad = generate.pad_of(around.tokenizer)
+        prompts, numbers = [[pad]], [np.zeros((1, 1))]
+        if members:
+            prompts = [self.prompts.ids(each).tolist() for _, each in members for _ in range(size)]
+            numbers = [
+                numbers_of(self.seed, *of, number, count=size, places=most) for number, _ in members
+            ]
+        with around.topology.arithmetic():
+            found = draw(
+                around.model(), prompts, np.concatenate(numbers),
+                temperature=self.settings.temperature, ends=around.ends, pad=pad,
+                together=self.together, beat=self._beat,
+            )  # fmt: skip
+        return [
+            self._group(number, example, found[place * size : (place + 1) * size])
+            for place, (number, example) in enumerate(members)
+        ]
+
+    def rewards(self, group: Group, example: int) -> "list[Reward]":
+        """Return the rewards of the completions of a group."""
+        watchdog, prompt = self.around.topology.watchdog, self.prompts.prompt(example)
+        watchdog.pause(f"the rewards of {group.place}")
+        found = self.around.rewards(
+            [Completion(prompt, each.text, each.finish_reason, each.ids) for each in group.rollouts]
+        )
+        watchdog.heartbeat()
+        return found
+
+    def _beat(self) -> None:
+        self.around.topology.watchdog.heartbeat()
+        if not self.together and self.around.stop():
+            raise Stopped
+
+    def _group(self, number: int, example: int, drawn: Sequence[Drawn]) -> Group:
+        made = tuple(
+            Rollout(each.ids, each.logprobs, each.finish_reason, self._text(each)) for each in drawn
+        )
+        ids = tuple(self.prompts.ids(example).tolist())
+        return Group(number, self.prompts.prompt(example).place, ids, made)
+
+    def _text(self, drawn: Drawn) -> str:
+        kept = drawn.ids[:-1] if drawn.finish_reason == "stop" else drawn.ids
+        text = generate.decode(self.around.tokenizer, list(kept))
+        return generate.without_opening(self.around.tokenizer, [text])[0]

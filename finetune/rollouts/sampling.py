@@ -1,0 +1,112 @@
+"""Sample completions of token ids by the policy, with the log-probability of each token.
+
+A token is the inverse of the cumulative distribution at a number between 0 and 1 that was drawn
+before, for this completion and this place alone. So a completion does not depend on which others
+are sampled beside it, but for rounding, and PyTorch's generators stay as they are.
+"""
+
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from finetune.generation import generate
+from finetune.generation.completions import FinishReason
+from finetune.models.attention_choice import own_attention
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A completion as tokens.
+
+    ids: with the one that ended it. logprobs: float32 [ids], of the distributions that they were
+    drawn from, at the temperature.
+    """
+
+    ids: tuple[int, ...]
+    logprobs: np.ndarray
+    finish_reason: FinishReason
+
+
+class Stopped(Exception):
+    """A request to stop came while completions were sampled."""
+
+
+def numbers_of(seed: int, *of: int, count: int, places: int) -> np.ndarray:
+    """Draw what completions are made of: float64 [count, places], by seed and what they are of."""
+    return np.stack(
+        [np.random.default_rng([seed, 0x5A3, *of, each]).random(places) for each in range(count)]
+    )
+
+
+@torch.no_grad()
+def draw(
+    model: Any, prompts: Sequence[Sequence[int]], numbers: np.ndarray, *, temperature: float,
+    ends: Set[int], pad: int, together: bool, beat: Callable[[], None],
+) -> list[Drawn]:  # fmt: skip
+    """Return a completion of each prompt, of at most as many tokens as `numbers` has.
+
+    `numbers`: float64 [prompts, tokens], from 0 to 1. `ends`: tokens that end a completion.
+    `together`: processes that share the weights call this at once. `beat` is called before each
+    token, and may raise.
+    """
+    device = next(model.parameters()).device
+    inputs = generate._padded([list(each) for each in prompts], pad, device)
+    width = inputs["input_ids"].shape[1]
+    drawing = _Drawing(torch.from_numpy(numbers).to(device), width, temperature, beat)
+    with _prepared(model, pad, ends):
+        out = model.generate(
+            **inputs, max_new_tokens=numbers.shape[1], synced_gpus=together,
+            logits_processor=LogitsProcessorList([drawing]),
+        )  # fmt: skip
+    logprobs = torch.stack(drawing.logprobs, 1).float().cpu().numpy()
+    return [_cut(row, logprobs[number], ends) for number, row in enumerate(out[:, width:].tolist())]
+
+
+def _cut(ids: list[int], logprobs: np.ndarray, ends: Set[int]) -> Drawn:
+    """Return a completion up to the token that ends it."""
+    place = next((place for place, token in enumerate(ids) if token in ends), None)
+    kept = ids if place is None else ids[: place + 1]
+    return Drawn(tuple(kept), logprobs[: len(kept)], "length" if place is None else "stop")
+
+
+class _Drawing(LogitsProcessor):
+    """Leaves the drawn token alone possible, so that greedy decoding takes it."""
+
+    def __init__(
+        self, numbers: torch.Tensor, start: int, temperature: float, beat: Callable[[], None]
+    ) -> None:
+        self.numbers, self.start, self.temperature, self.beat = numbers, start, temperature, beat
+        self.logprobs: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.beat()
+        logprobs = torch.log_softmax(scores.float() / self.temperature, -1)
+        reached = logprobs.double().exp().cumsum(-1)
+        whole = reached[:, -1:].contiguous()  # 1, but for rounding
+        wanted = self.numbers[:, input_ids.shape[1] - self.start, None] * whole
+        token = torch.searchsorted(reached, wanted, right=True)
+        # Rounding may reach the whole, behind which no token has a probability.
+        token = torch.minimum(token, torch.searchsorted(reached, whole))
+        self.logprobs.append(logprobs.gather(1, token)[:, 0])
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+
+@contextmanager
+def _prepared(model: Any, pad: int, ends: Set[int]) -> Iterator[None]:
+    """Let a model in training generate inside the block, and leave it as it was."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    was_training = model.training
+    before = [(each, each.generation_config) for each in (model, inner)]
+    try:
+        with own_attention(inner):
+            generate._configure(model, pad, ends, temperature=0.0)
+            yield
+    finally:
+        for each, config in before:
+            each.generation_config = config
+        model.train(was_training)
