@@ -297,7 +297,8 @@ def test_text_of_the_template_before_an_answer_is_not_scored(bytes_tokenizer):
         "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
     )
     answers = ["<think>\n\n</think>\n\nParis", "Rome", "<think>hm</think>Oslo"]
-    found = generate.without_opening(bytes_tokenizer, answers)
+    opening = generate.opening_of(bytes_tokenizer)
+    found = [generate.without_opening(answer, opening) for answer in answers]
     assert [answer.strip() for answer in found] == ["Paris", "Rome", answers[2]]
 
 

@@ -274,7 +274,7 @@ def test_saved_answers_of_models_with_context_and_of_equal_rows_are_read(tmp_pat
     ]
 
 
-def test_a_server_answers_as_a_model_and_what_it_refuses_is_counted(monkeypatch):
+def test_a_server_answers_as_a_model_and_what_it_refuses_is_counted(monkeypatch, tmp_path):
     monkeypatch.setattr(endpoint, "FIRST_WAIT", 0.01)
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
@@ -289,6 +289,11 @@ def test_a_server_answers_as_a_model_and_what_it_refuses_is_counted(monkeypatch)
         "re: what what what what what is 1",
         "re: what is 2",
     ]
+    assert [found[n].billed for n in range(3)] == [None, (10, 5), (10, 5)]
+    saved = Answers(tmp_path / "answers.jsonl")
+    for name in ("base", "tuned"):
+        saved.add(f"{name} 1", name, "x", found[1])
+    assert answers.read(str(tmp_path / "answers.jsonl"))["tuned"][0].billed == (10, 5)
     assert server.seen[-1]["messages"][0] == {"role": "system", "content": "Be brief."}
     assert server.seen[-1]["model"] == "good-model"
     assert "rows.jsonl:1" in notes[0]

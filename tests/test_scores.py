@@ -231,6 +231,9 @@ def test_consistency_compares_answers_to_the_same_question():
 def test_cost_comes_from_seconds_and_the_price_of_an_hour():
     assert value("seconds", "a", seconds=0.5) == 0.5
     assert value("cost=3.60", "a", seconds=0.5) == pytest.approx(0.5)
+    prices = "cost=3.60,0.15,0.60"  # of an hour, and of a million tokens at a server
+    assert value(prices, "a", seconds=0.5) == pytest.approx(0.5)
+    assert value(prices, "a", seconds=0.5, billed=(1_000, 100)) == pytest.approx(0.15 + 0.06)
 
 
 def test_json_is_checked_by_a_schema(tmp_path):
@@ -263,6 +266,7 @@ def test_json_is_checked_by_a_schema(tmp_path):
         ("number=-1", "such as 0.01"),
         ("cost=nan", "such as cost=2.50"),
         ("cost=x", "such as cost=2.50"),
+        ("cost=1,2", "such as cost=2.50,0.15,0.60, got '1,2'"),
         ("spelling=xx", "pyspellchecker has no words of this language; it has ar, de, en"),
         ("no_such.py:score", "no file no_such.py"),
     ],

@@ -179,7 +179,7 @@ def _model(results: Results, name: str) -> ModelFacts:
         answers=len(answers),
         cut=sum(each.is_cut for each in answers),
         failed=sum(each.finish_reason == "failed" for each in answers),
-        tokens=sum(len(each.token_ids) for each in answers),
+        tokens=sum(each.billed[1] if each.billed else len(each.token_ids) for each in answers),
         seconds=math.fsum(each.seconds for each in answers),
     )
 

@@ -233,7 +233,7 @@ def _line(key: str, model: str, identity: str, completion: Completion) -> bytes:
         "reference": prompt.reference, "answer": completion.text,
         "finish_reason": completion.finish_reason, "seed": completion.seed,
         "seconds": round(completion.seconds, 4), "token_ids": list(completion.token_ids),
-        "fields": dict(prompt.fields),
+        "billed": completion.billed, "fields": dict(prompt.fields),
     }  # fmt: skip
     return (json.dumps(values, default=str) + "\n").encode()
 
@@ -249,6 +249,7 @@ def _values(line: bytes) -> dict[str, Any] | None:
             and math.isfinite(values["seconds"])
             and list(map(type, values["row"])) == [str, int, int]
             and all(type(each) is int for each in values["token_ids"])
+            and list(map(type, values.get("billed") or (0, 0))) == [int, int]
             and all(isinstance(turn[name], str) for turn in values["prompt"] for name in TEXTS)
             and all(isinstance(turn.get("context", ""), str) for turn in values["prompt"])
         )
@@ -270,5 +271,5 @@ def _prompt(values: Mapping[str, Any]) -> Prompt:
 def _completion(values: Mapping[str, Any], prompt: Prompt) -> Completion:
     return Completion(
         prompt, values["answer"], values["finish_reason"], tuple(values["token_ids"]),
-        values["seed"], float(values["seconds"]),
+        values["seed"], float(values["seconds"]), tuple(values.get("billed") or ()) or None,
     )  # fmt: skip

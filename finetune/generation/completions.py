@@ -41,7 +41,8 @@ class Completion:
     """A model's answer to a prompt.
 
     token_ids: without the token that ended the answer; empty where a server does not give them.
-    seconds: of the request, or of the batch divided by its answers.
+    seconds: of the request, or of the batch divided by its answers. billed: tokens of the prompt and
+    of the answer as a server counts them; None of a model on this machine, or an unknown number.
     """
 
     prompt: Prompt
@@ -50,6 +51,7 @@ class Completion:
     token_ids: tuple[int, ...] = ()
     seed: int | None = None
     seconds: float = 0.0
+    billed: tuple[int, int] | None = None
 
     @property
     def is_cut(self) -> bool:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
 from typing import Any, Protocol
 
@@ -81,6 +82,10 @@ class Local:
     def _rendered(prompts: generate.Prompts) -> Callable[[Prompt], str]:
         return lambda prompt: prompts.of(prompt.conversation)
 
+    @cached_property
+    def _opening(self) -> str:
+        return generate.opening_of(self._tokenizer)
+
     def asked(self, prompt: Prompt) -> str:
         return self._asked(prompt)
 
@@ -103,7 +108,7 @@ class Local:
     ) -> Completion:
         place = next((place for place, token in enumerate(ids) if token in self._ends), None)
         kept = ids if place is None else ids[:place]
-        [text] = generate.without_opening(self._tokenizer, [generate.decode(self._tokenizer, kept)])
+        text = generate.without_opening(generate.decode(self._tokenizer, kept), self._opening)
         reason: FinishReason = "length" if place is None else "stop"
         return Completion(prompt, text, reason, tuple(kept), seed, seconds)
 

@@ -276,16 +276,17 @@ def texts_of(of: Callable[[Asked], str], asked: Sequence[Asked]) -> list[str]:
     return found
 
 
-def without_opening(tokenizer: Any, answers: Sequence[str]) -> list[str]:
-    """Remove from answers what the chat template itself writes before them.
-
-    This may be an empty thinking block.
-    """
+def opening_of(tokenizer: Any) -> str:
+    """Return what the chat template itself writes before answers, as an empty thinking block."""
     if not tokenizer.chat_template:
-        return list(answers)
+        return ""
     ids = tokenizer(_own_template(tokenizer).opening, add_special_tokens=False)["input_ids"]
-    opening = decode(tokenizer, ids).strip()
-    return [answer.lstrip().removeprefix(opening) if opening else answer for answer in answers]
+    return decode(tokenizer, ids).strip()
+
+
+def without_opening(answer: str, opening: str) -> str:
+    """Return an answer without what `opening_of` returns."""
+    return answer.lstrip().removeprefix(opening) if opening else answer
 
 
 def _own_template(tokenizer: Any, vocabulary: Mapping[str, int] = MappingProxyType({})) -> Template:

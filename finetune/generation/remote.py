@@ -76,5 +76,13 @@ class Remote:
                     continue
                 reason: FinishReason = "length" if reply.is_cut else "stop"
                 now = time.monotonic()
-                yield number, Completion(prompts[number], reply.text, reason, seconds=now - last)
+                billed = None
+                if reply.prompt_tokens is not None and reply.completion_tokens is not None:
+                    billed = reply.prompt_tokens, reply.completion_tokens
+                yield (
+                    number,
+                    Completion(
+                        prompts[number], reply.text, reason, seconds=now - last, billed=billed
+                    ),
+                )
                 last = now

@@ -55,7 +55,8 @@ class LocalModel:
         )  # fmt: skip
         texts = [answer.text for answer in found]
         if self._tokenizer.chat_template:
-            texts = generate.without_opening(self._tokenizer, texts)
+            opening = generate.opening_of(self._tokenizer)
+            texts = [generate.without_opening(text, opening) for text in texts]
         for (_, note, future), text, answer in zip(waiting, texts, found):
             reply = Reply(text, "length" if answer.is_cut else "stop")
             note(reply)

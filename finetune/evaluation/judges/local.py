@@ -57,7 +57,7 @@ class LocalJudge:
             title="evaluation steps",
         )  # fmt: skip
         self._loaded = None  # the models to judge come before its next question
-        return generate.without_opening(self._tokenizer, [answer.text])[0]
+        return generate.without_opening(answer.text, generate.opening_of(self._tokenizer))
 
     def weigh(self, questions: Sequence[Question], note: Note) -> None:
         context = getattr(self.model.config, "max_position_embeddings", None) or 1 << 30

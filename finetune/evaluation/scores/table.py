@@ -8,6 +8,7 @@ import json
 import re
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from difflib import get_close_matches
@@ -86,14 +87,14 @@ def _number(value: str | None) -> Scorer:
 
 
 def _cost(value: str | None) -> Scorer:
-    try:
-        price = float(value or "")
-        if 0 <= price < float("inf"):
-            return cost.cost(price)
-    except ValueError:
-        pass
+    with suppress(ValueError):
+        hour, *tokens = [float(part) for part in (value or "").split(",")]
+        if all(0 <= price < float("inf") for price in (hour, *tokens)) and len(tokens) in (0, 2):
+            return cost.cost(hour, (tokens[0], tokens[1]) if tokens else None)
     raise ConfigError(
-        f"--scores cost: should be the price of an hour, such as cost=2.50, got {value!r}"
+        "--scores cost: should be the price of an hour, such as cost=2.50, or with the prices of a "
+        "million tokens of prompts and of answers at a server, such as cost=2.50,0.15,0.60, got "
+        f"{value!r}"
     )
 
 
@@ -232,7 +233,10 @@ KINDS = {
         _moderation, "FILE|RUN",
     ),
     "seconds": Kind("seconds for an answer", _simple(cost.seconds)),
-    "cost": Kind("price of 1,000 such answers, from the PRICE of an hour", _cost, "PRICE"),
+    "cost": Kind(
+        "price of 1,000 such answers, by the PRICE of an hour, or at a server of 10^6 tokens", _cost,
+        "PRICE[,IN,OUT]",
+    ),
 }  # fmt: skip
 """Name -> score, in the order of the list."""
 
