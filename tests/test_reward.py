@@ -107,7 +107,8 @@ def test_peft_opens_an_adapter_with_its_head(workshop, base, kind):
     assert len(set(scores(ASKED))) == 3
 
 
-@pytest.mark.parametrize("kind", ["full", pytest.param("lora", marks=pytest.mark.proof)])
+@pytest.mark.proof
+@pytest.mark.parametrize("kind", ["full", "lora"])
 def test_an_export_that_scores_otherwise_is_refused(workshop, base, monkeypatch, kind):
     """A deliberate break: training reads the token before the last."""
     from finetune.models import document_scores
@@ -295,7 +296,8 @@ def test_a_learned_rule_holds_for_pairs_that_it_did_not_see(workshop):
     assert read_jsonl(run / "eval.jsonl")[-1]["accuracy"] > 0.95
 
 
-@pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.proof)])
+@pytest.mark.proof
+@pytest.mark.parametrize("kind", ["lora", "full"])
 def test_it_resumes_to_the_bit(workshop, base, kind):
     own = settings(workshop) | pretrained(base) | {
         "adapter__kind": kind, "optimizer__head_lr": 1e-2, "checkpoint__every_steps": 2,
@@ -347,6 +349,7 @@ def test_a_model_or_setting_that_does_not_fit_is_refused(workshop, changes, says
     assert says in str(refused.value)
 
 
+@pytest.mark.proof
 def test_a_reward_model_may_go_on_and_a_classifier_of_several_labels_may_not(workshop):
     first = workshop.train("first", **settings(workshop)) / "model"
     own = settings(workshop) | pretrained(first)
@@ -411,9 +414,94 @@ def test_length_that_decides_is_shown():
     found = reward_runs.measured(pairs, list(range(50)))
     assert found["length_correlation"] == pytest.approx(1)
     assert found["accuracy_by_length"] == {"chosen is longer": 1.0, "chosen is shorter": 0.0}
-    assert found["accuracy"] == found["accuracy_of_longer"] == 0.4, "equal scores are not right"
+    assert found["accuracy"] == found["share_longer"] == 0.4, "equal scores are not right"
     same = reward_runs.measured([replace(pair, longer=0) for pair in pairs], list(range(50)))
     assert same["length_correlation"] is None
-    shown = "\n".join(reward_runs.lines(same, pairs, 25))
+    shown = "\n".join(reward_runs.lines(same, 50, 25))
     assert "50 held-out pairs of 25 rows\naccuracy 40.0% (" in shown
     assert "chosen is longer -" in shown
+
+
+# ------------------------------------------------------------------------------------ steps
+
+
+def sums(count, seed=0):
+    """Additions step by step; from a wrong one on, steps are wrong."""
+    random, rows = np.random.default_rng(seed), []
+    for _ in range(count):
+        numbers, total, is_right = random.integers(1, 9, 4).tolist(), 0, True
+        steps, labels = [], []
+        for number in numbers[: random.integers(2, 5)]:
+            slips = random.random() < 0.25
+            steps.append(f"{total}+{number}={total + number}" + "!" * slips)
+            total, is_right = total + number, is_right and not slips
+            labels.append(is_right)
+        rows.append({"prompt": " ".join(map(str, numbers)), "steps": steps, "labels": labels})
+    return rows
+
+
+def steps(workshop, rows=None, **more):
+    return settings(workshop, rows or sums(60), objective__kind="process_reward", **more)
+
+
+def test_a_step_is_scored_as_if_the_answer_ended_there(workshop, capsys):
+    from finetune.__main__ import main
+
+    own = steps(workshop, data__eval_fraction=0.3, data__max_length=512)
+    run = workshop.train(**own, data__packing=True, train__max_steps=None)
+    *_, last = read_jsonl(run / "eval.jsonl")
+    rows = read_jsonl(run / "held_out.jsonl")
+    scores, labels = RewardModel(run), []
+    asked = [
+        conversation(row["prompt"], "\n".join(row["steps"][:end]))
+        for row in rows for end in range(1, len(row["steps"]) + 1)
+    ]  # fmt: skip
+    labels = torch.tensor([each for row in rows for each in row["labels"]], dtype=torch.float32)
+    found = torch.tensor(scores(asked))
+    wanted = torch.nn.functional.binary_cross_entropy_with_logits(found, labels)
+    assert last["eval_loss"] == pytest.approx(wanted.item(), abs=1e-5)
+    assert last["accuracy"] == pytest.approx(((found > 0) == labels.bool()).float().mean().item())
+    assert main(["evaluate", str(run)]) == 0
+    shown = capsys.readouterr().out
+    assert f"{len(labels)} held-out steps of {len(rows)} rows" in shown
+    kept = json.loads((run / "evaluation/scores.json").read_text())
+    assert kept["accuracy"] == pytest.approx(last["accuracy"])
+    assert [each["score"] for each in kept["steps"]] == pytest.approx(found.tolist(), abs=1e-6)
+
+
+@pytest.mark.proof
+def test_a_process_reward_model_finds_the_first_wrong_step(workshop):
+    unseen = write_jsonl(workshop.folder / "unseen.jsonl", sums(100, seed=1))
+    run = workshop.train(
+        **steps(workshop, rows=sums(600)), data__eval=str(unseen), data__max_length=512,
+        train__epochs=9, train__max_steps=200, evaluation__every_steps=200,
+    )  # fmt: skip
+    assert read_jsonl(run / "eval.jsonl")[-1]["accuracy"] > 0.95
+
+
+@pytest.mark.proof
+def test_single_answers_with_a_label_train_too(workshop):
+    rows = [{"prompt": str(n), "completion": "ab"[n % 2], "label": n % 2 == 0} for n in range(20)]
+    run = workshop.train(**steps(workshop, rows=rows, data__format="unpaired"))
+    assert (run / "model").is_dir()
+
+
+STEPS = {"prompt": "1 2", "steps": ["1+2=3", "so 3"], "labels": [True, False]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"labels": [True]}, "true or false for each of 2 steps, got 1 labels"),
+        ({"labels": [True, "perhaps"]}, "label 2 should be true or false, got"),
+        ({"steps": []}, "should be a list of texts, one for each step"),
+        ({"steps": ["a", ""]}, "should be a list of texts, one for each step"),
+        ({"steps": ["a", "b" * 99]}, "over data.max_length"),
+        ({"prompt": ""}, "no column with a question"),
+    ],
+)
+def test_wrong_steps_are_named_with_their_line(workshop, changes, says):
+    with pytest.raises(DataError) as refused:
+        workshop.check(**steps(workshop, rows=[STEPS, STEPS | changes]))
+    assert says in str(refused.value)
+    assert "pairs.jsonl:2" in str(refused.value)

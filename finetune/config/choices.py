@@ -12,7 +12,7 @@ LossOn = Literal["completion", "each_turn", "last_turn", "all"]
 """Which turns of a conversation to train on."""
 
 
-RATED = ("preference", "unpaired", "choices")
+RATED = ("preference", "unpaired", "choices", "steps")
 """Formats of answers that are rated."""
 PREFERENCES = ("preference",)
 REFERENCE = "reference"
@@ -68,6 +68,8 @@ PREFERS = "to prefer the chosen answer"
 PREFERENCE_LR = (1e-6, 1e-5)
 # TRL's default for all weights; each step learns from few completions (Shao et al., 2024: 1e-6).
 SAMPLED_LR = (1e-6, 1e-5)
+# Ouyang et al., 2022, take 9e-6 for all weights; adapters ten times that.
+REWARD_LR = (1e-5, 1e-4)
 OBJECTIVES: Mapping[str, ObjectiveKind] = {
     "sft": ObjectiveKind(),
     "clm": ObjectiveKind(),
@@ -85,8 +87,10 @@ OBJECTIVES: Mapping[str, ObjectiveKind] = {
     "kto": ObjectiveKind(
         formats=("unpaired", "preference"), learns="which answers are good", lr=PREFERENCE_LR
     ),
-    # 1e-5 for all weights: Ouyang et al., 2022, take 9e-6; adapters ten times that.
-    "reward": ObjectiveKind("scores", PREFERENCES, "scores of answers", (1e-5, 1e-4)),
+    "reward": ObjectiveKind("scores", PREFERENCES, "scores of answers", REWARD_LR),
+    "process_reward": ObjectiveKind(
+        "scores", ("steps", "unpaired"), "which steps are right", REWARD_LR
+    ),
     **dict.fromkeys(
         ("grpo", "rloo", "ppo"), ObjectiveKind(learns="which completions are good", lr=SAMPLED_LR)
     ),

@@ -26,6 +26,7 @@ from finetune.config.objective_fields import (
     MaskedLm,
     Orpo,
     Ppo,
+    ProcessReward,
     Reward,
     Rloo,
     Seq2Seq,
@@ -55,7 +56,7 @@ BatchSize = Annotated[int, Field(gt=0, le=1_000_000)]
 COLUMNS = (
     "text", "question", "answer", "prompt", "completion", "instruction", "input", "output",
     "messages", "system", "tools", "history", "chosen", "rejected", "label", "choices", "gold",
-    "margin", "tokens", "labels", "role", "content", "user", "assistant",
+    "margin", "steps", "tokens", "labels", "role", "content", "user", "assistant",
 )  # fmt: skip
 # These train padded rectangles; the others take sequences end to end in one row.
 PADDED_ATTENTION = ("sdpa", "eager")
@@ -460,12 +461,12 @@ class Config(Section):
         SerializeAsAny[
             Clm | MaskedLm | SequenceClassification | TokenClassification | Seq2Seq
             | SpanCorruption | TextInfilling | Dpo | Orpo | Simpo | Cpo | Kto | Reward | Distill
-            | Grpo | Rloo | Ppo | Sft | OwnObjective
+            | ProcessReward | Grpo | Rloo | Ppo | Sft | OwnObjective
         ],
         by_kind(
             Sft, Clm, MaskedLm, SequenceClassification, TokenClassification, Seq2Seq,
             SpanCorruption, TextInfilling, Dpo, Orpo, Simpo, Cpo, Kto, Reward, Distill, Grpo, Rloo,
-            Ppo,
+            Ppo, ProcessReward,
             own=own_objective,
         ),
     ] = Sft()  # fmt: skip

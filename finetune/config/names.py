@@ -175,7 +175,8 @@ _FLOAT16 = "weights in float16 are not supported; use bfloat16, or train.precisi
 _NOT_YET = {
     "objective.kind": {
         _PREFERENCE: "preference rlhf ipo bco apo robust hinge",
-        _REWARD: "rm reward_model reward_modeling prm",
+        _REWARD: "rm reward_model reward_modeling",
+        "{} is called process_reward here": "prm",
         _REINFORCE: "reinforce rl rft policy_gradient",
         _GRPO: "gspo dapo dr_grpo cispo bnpo",
         _DISTILL: "distill distillation gkd kd",

@@ -193,6 +193,15 @@ class Kto(Kind):
     """Weight of bad answers."""
 
 
+class ProcessReward(Kind):
+    """Process reward models."""
+
+    kind: Literal["process_reward"]
+    """Train a model that scores answers up to each step, on steps that are right or wrong
+    (Lightman et al., 2023).
+    """
+
+
 class Reward(Kind):
     """Reward models."""
 

@@ -21,7 +21,7 @@ from finetune.config.choices import (
     objective_kind,
 )
 from finetune.config.fields import COLUMNS, PADDED_ATTENTION, Config, Full, Lora, QLora
-from finetune.config.objective_fields import Distill, Dpo, Kto, Reward
+from finetune.config.objective_fields import Distill, Dpo, Kto, ProcessReward, Reward
 from finetune.config.own import OwnObjective
 
 PLACES = (
@@ -164,7 +164,7 @@ def _preference_conflicts(config: Config) -> Iterator[str]:
         )
     if data.truncation == "split":
         yield "data.truncation: split would part answers from their prompts; use drop"
-    if isinstance(objective, Kto) and data.truncation in ("right", "left"):
+    if isinstance(objective, Kto | ProcessReward) and data.truncation in ("right", "left"):
         yield (
             f"data.truncation: {data.truncation} would cut what a label judges as a whole; use drop"
         )
@@ -173,6 +173,9 @@ def _preference_conflicts(config: Config) -> Iterator[str]:
             f"data.loss_on: {data.loss_on}: a label judges answers; take completion, or last_turn "
             "for the last answer alone"
         )
+    if isinstance(objective, ProcessReward):
+        why = f"objective.kind: {objective.kind} scores answers as a whole"
+        yield from _ignored(config, why, "data.loss_on")
     if row.compares and data.loss_on != "completion":
         yield (
             f"data.loss_on: would be ignored: objective.kind: {objective.kind} compares the turns "
@@ -193,7 +196,7 @@ def _preference_conflicts(config: Config) -> Iterator[str]:
             f"data.columns: margin would be ignored: objective.kind: {objective.kind} takes none; "
             "remove it"
         )
-    if isinstance(objective, Reward) and config.evaluation.sample_prompts:
+    if row.family == "scores" and config.evaluation.sample_prompts:
         yield "evaluation.sample_prompts: a reward model does not write answers; remove it"
     if not isinstance(objective, Dpo):
         return

@@ -142,5 +142,5 @@ TOKENS = {
 USUAL = {
     "text": "plain", "prompt_completion": "plain", "question_answer": "question_answer",
     "instruction": "alpaca", "messages": "chatml",
-    **dict.fromkeys(("preference", "unpaired", "choices", "prompt"), "question_answer"),
+    **dict.fromkeys(("preference", "unpaired", "choices", "steps", "prompt"), "question_answer"),
 }  # fmt: skip

@@ -21,6 +21,7 @@ RATED: dict[str, tuple[str, ...]] = {
     "preference": ("chosen", "rejected"),
     "unpaired": ("label",),
     "choices": ("choices", "gold"),
+    "steps": ("steps", "labels"),
 }
 # Formats of classification, each for one objective.
 LABELLED: dict[str, tuple[str, ...]] = {

@@ -24,6 +24,7 @@ PAIRS = {"chosen", "rejected"}, {"preferred_output", "non_preferred_output"}
 MARGIN = "margin"
 """The field that says by how much the chosen answer should lead."""
 GOLD = ("gold", "answerKey", "answer", "label", "answer_index")
+STEPS, STEP_LABELS = ("steps", "completions"), ("labels", "step_labels")
 CHOICES = ("choices", "options", "endings")
 YES = {"true", "1", "1.0", "yes", "desirable", "good", "chosen", "up"}
 NO = {"false", "0", "0.0", "-1", "no", "undesirable", "bad", "rejected", "down"}
@@ -37,7 +38,7 @@ def to_sample(
     Raises DataError that names row and column.
     """
     formats.require_known(format, columns)
-    read = {"preference": _preference, "unpaired": _unpaired, "choices": _choices}[format]
+    read = READERS[format]
     conversations, labels, used = read(row, columns)
     if system_prompt is not None:
         conversations = [_with_system_prompt(each, system_prompt) for each in conversations]
@@ -245,6 +246,47 @@ def _choices(row: Row, columns: Mapping[str, str]) -> Found:
         Conversation((*asked, *_answer(row, name, text, columns)), row.place) for text in texts
     ]
     return conversations, [number == right for number in range(len(texts))], used | read
+
+
+def _steps(row: Row, columns: Mapping[str, str]) -> Found:
+    """Read a question, the steps of an answer, and whether each is right.
+
+    Each gives a conversation that ends with it, as if the answer ended there.
+    """
+    name = _require_name(row, columns, "steps", STEPS)
+    marks = _require_name(row, columns, "labels", STEP_LABELS)
+    asked, used = question_of(row, columns)
+    if not asked:
+        raise DataError(f"{row.place}: no column with a question; map it with data.columns, "
+                        "{question: NAME}")  # fmt: skip
+    steps, labels = row.values.get(name), row.values.get(marks)
+    if not isinstance(steps, list) or not steps or not all(map(formats.is_filled, steps)):
+        raise DataError(
+            f"{row.place}: column {name!r} should be a list of texts, one for each step, got "
+            f"{short(steps)}"
+        )
+    if not isinstance(labels, list) or len(labels) != len(steps):
+        count = f"{len(labels)} labels" if isinstance(labels, list) else short(labels)
+        raise DataError(
+            f"{row.place}: column {marks!r} should be a list with true or false for each of "
+            f"{len(steps)} steps, got {count}"
+        )
+    words = [str(each).strip().lower() for each in labels]
+    if wrong := next((n for n, word in enumerate(words) if word not in YES | NO), None):
+        raise DataError(
+            f"{row.place}: column {marks!r}: label {wrong + 1} should be true or false, got "
+            f"{short(labels[wrong])}"
+        )
+    texts = ["\n".join(steps[:end]) for end in range(1, len(steps) + 1)]
+    conversations = [
+        Conversation((*asked, *_answer(row, name, text, columns)), row.place) for text in texts
+    ]
+    return conversations, [word in YES for word in words], used | {name, marks}
+
+
+READERS = {
+    "preference": _preference, "unpaired": _unpaired, "choices": _choices, "steps": _steps,
+}  # fmt: skip
 
 
 def choices_of(

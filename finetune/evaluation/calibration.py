@@ -1,9 +1,10 @@
 """Whether probabilities mean what they say: the share that comes true beside them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Calibration:
 
 
 def of(
-    probabilities: Sequence[float], outcomes: Sequence[bool], low: float = 0.0, count: int = 5
+    probabilities: ArrayLike, outcomes: ArrayLike, low: float = 0.0, count: int = 5
 ) -> Calibration:
     """Compare probabilities from `low` to 1 with outcomes, in `count` bins of one width."""
     expected, true = np.asarray(probabilities, float), np.asarray(outcomes, float)

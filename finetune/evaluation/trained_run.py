@@ -10,7 +10,7 @@ from finetune import config as configs
 from finetune import files, own_code, places, replay
 from finetune.config import paths
 from finetune.config.base import is_model_or_adapter, kind_of_folder
-from finetune.config.choices import objective_kind
+from finetune.config.choices import ObjectiveKind, objective_kind
 from finetune.config.own import own_format
 from finetune.engine.rundir import HELD_OUT, OUTCOME
 from finetune.errors import RunDirectoryError
@@ -95,9 +95,8 @@ class TrainedRun:
     def reading(self) -> Reading:
         """Return how its rows are read."""
         data, format = self.settings["data"], self.settings["data"].get("format", "auto")
-        learns = objective_kind(self.settings.get("objective", {}).get("kind", "sft"))
-        if format == "auto" and learns.rates:
-            format = learns.formats[0]
+        if format == "auto" and self._learns.rates:
+            format = self._learns.formats[0]
         return Reading(
             format, dict(data.get("columns") or {}),
             data.get("text_unit", "line"), bool(data.get("repair_turns")),
@@ -105,10 +104,18 @@ class TrainedRun:
         )  # fmt: skip
 
     @property
+    def _learns(self) -> ObjectiveKind:
+        return objective_kind(self.settings.get("objective", {}).get("kind", "sft"))
+
+    @property
     def gives_scores(self) -> bool:
         """Whether its model scores answers, and writes none."""
-        kind = self.settings.get("objective", {}).get("kind", "sft")
-        return objective_kind(kind).family == "scores"
+        return self._learns.family == "scores"
+
+    @property
+    def compares(self) -> bool:
+        """Whether it learned from chosen answers beside rejected ones."""
+        return self._learns.compares
 
     @property
     def held_out_file(self) -> list[str]:

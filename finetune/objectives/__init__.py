@@ -12,13 +12,14 @@ from finetune.objectives.mlm import Mlm
 from finetune.objectives.own import Own
 from finetune.objectives.policy_gradient import Grpo, Ppo, Rloo
 from finetune.objectives.preference import Cpo, Dpo, Orpo, Simpo
-from finetune.objectives.reward import Reward
+from finetune.objectives.reward import ProcessReward, Reward
 from finetune.objectives.seq2seq import Answers, CorruptedSpans, Infilled
 from finetune.objectives.sft import Sft
 
 OBJECTIVES: dict[str, Objective] = {
     "clm": Clm(), "cpo": Cpo(), "dpo": Dpo(), "grpo": Grpo(), "kto": Kto(), "mlm": Mlm(),
-    "orpo": Orpo(), "ppo": Ppo(), "reward": Reward(), "rloo": Rloo(), "seq2seq": Answers(),
+    "orpo": Orpo(), "ppo": Ppo(), "process_reward": ProcessReward(), "reward": Reward(),
+    "rloo": Rloo(), "seq2seq": Answers(),
     "sequence_classification": SequenceLabels(), "sft": Sft(), "simpo": Simpo(),
     "span_corruption": CorruptedSpans(), "text_infilling": Infilled(),
     "token_classification": WordLabels(),

@@ -1,4 +1,4 @@
-"""Score answers: the chosen one of a row above each rejected one; every row counts once.
+"""Score answers: beside each other, or each by whether it is right.
 
 The model reads a whole conversation, and its head the last token, which ends the last turn.
 """
@@ -8,24 +8,33 @@ from typing import Any
 
 from pydantic import BaseModel
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from finetune import config
 from finetune.data.batches import Batch
+from finetune.data.pairs import LABEL
 from finetune.data.preferences import MARGIN
 from finetune.models.policy import Policy
 from finetune.objectives.base import Objective, Term
 from finetune.objectives.preference import Pairs
 
 
-class Reward(Objective):
-    """P(chosen is better) = sigmoid(score of chosen - score of rejected) (Bradley, Terry, 1952)."""
+class Scoring(Objective):
+    """Base of what trains a model whose head scores."""
 
-    Settings: type[BaseModel] = config.Reward
     reports_cross_entropy = True  # the model predicts no tokens, so there is none
 
     def supervises(self, loss_on: str) -> str:
         return "completion"
+
+
+class Reward(Scoring):
+    """P(chosen is better) = sigmoid(score of chosen - score of rejected) (Bradley, Terry, 1952).
+
+    Every row counts once, also with several rejected answers.
+    """
+
+    Settings: type[BaseModel] = config.Reward
 
     def loss(
         self, policy: Policy, batch: Batch, settings: Any, prepared: Mapping[str, Tensor]
@@ -45,4 +54,22 @@ class Reward(Objective):
             Term("margin", pairs.sum(lead), per="examples", weight=0.0),
             Term("chosen_score", pairs.only_chosen(scores).sum(), per="examples", weight=0.0),
             Term("rejected_score", pairs.sum(scores), per="examples", weight=0.0),
+        ]
+
+
+class ProcessReward(Scoring):
+    """P(the answer is right up to this step) = sigmoid(score); every step counts once."""
+
+    Settings: type[BaseModel] = config.ProcessReward
+
+    def loss(
+        self, policy: Policy, batch: Batch, settings: Any, prepared: Mapping[str, Tensor]
+    ) -> list[Term]:
+        scores, labels = policy(batch, {"scores"}).scores, batch.columns[LABEL]
+        assert scores is not None
+        found = binary_cross_entropy_with_logits(scores, labels, reduction="sum")
+        right = ((scores > 0) == (labels > 0.5)).float().sum()
+        return [
+            Term("loss", found, per="documents"),
+            Term("accuracy", right, per="documents", weight=0.0),
         ]

@@ -31,7 +31,7 @@ PAIRS = {
 }
 COMPARED = ("preference", "openai", "sharegpt")  # what rows of a chosen answer become
 SEVERAL = ("messages", "openai", "sharegpt")  # what holds several answers
-FORMATS = (*READ, "sharegpt", "openai", *RATED)
+FORMATS = (*READ, "sharegpt", "openai", *rated.MAKERS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     frames.add_rejects(parser)
     what = f"{', '.join(FORMATS)} (default: as it is, for another type of file)"
     add("--to", choices=FORMATS, metavar="FORMAT", help=what)
-    frames.add_format(parser, also=tuple(RATED))
+    frames.add_format(parser, also=tuple(rated.MAKERS))
     what = "drop rows that the new format cannot hold, and count them"
     add("--drop", action="store_true", help=what)
 

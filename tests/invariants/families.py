@@ -124,6 +124,16 @@ def judged(count=40):
     ]  # fmt: skip
 
 
+def sums(count=40):
+    """Additions in one to three steps, some of them wrong, and all behind those."""
+    rows = []
+    for i in range(count):
+        texts = [f"{i}+{n}={i + n + (i % 3 == n)}" for n in range(1 + i % 3)]
+        labels = [i % 3 > n for n in range(len(texts))]
+        rows.append({"prompt": str(i), "steps": texts, "labels": labels})
+    return rows
+
+
 def scored_preferences(count=40):
     """The same with a number by which the chosen answer leads."""
     return [{**row, "lead": (i % 4) / 2} for i, row in enumerate(preferences(count))]
@@ -134,13 +144,13 @@ ROWS = {
     "seq2seq": orders, "span_corruption": texts, "text_infilling": texts,
     "dpo": preferences, "simpo": preferences, "orpo": preferences, "kto": judged,
     "distill": pairs,
-    "reward": scored_preferences,
+    "reward": scored_preferences, "process_reward": sums,
 }  # fmt: skip
 MODELS = {"seq2seq": T5, "span_corruption": T5, "text_infilling": BART}
 SETTINGS = {
     name: {"model__config": MODELS.get(name, BERT), "objective__kind": name} for name in ROWS
 }
-for name in ("dpo", "simpo", "orpo", "kto", "reward", "distill"):
+for name in ("dpo", "simpo", "orpo", "kto", "reward", "distill", "process_reward"):
     SETTINGS[name]["model__config"] = TINY_LLAMA
 # The tokens of longer answers count half, and those of chosen answers a second time.
 SETTINGS["dpo"] |= {"objective__ld_alpha": 0.5, "objective__sft_weight": 0.5}
@@ -152,7 +162,9 @@ SETTINGS["distill"] |= {
     "objective__beta": 0.3, "objective__temperature": 2.0, "objective__sft_weight": 0.5,
 }  # fmt: skip
 TEACHER = {**TINY_LLAMA, "hidden_size": 48, "tie_word_embeddings": True}
-PACKED = ["mlm", "token_classification", "dpo", "simpo", "orpo", "kto", "reward", "distill"]
+SETTINGS["process_reward"] |= {"data__max_length": 160}
+PACKED = ["mlm", "token_classification", "dpo", "simpo", "orpo", "kto", "reward", "process_reward",
+          "distill"]  # fmt: skip
 
 
 def settings(workshop, name):
