@@ -41,8 +41,8 @@ class Completion:
     """A model's answer to a prompt.
 
     token_ids: without the token that ended the answer; empty where a server does not give them.
-    seconds: of the request, or of the batch divided by its answers. billed: tokens of the prompt and
-    of the answer as a server counts them; None of a model on this machine, or an unknown number.
+    seconds: of the request, or of the batch divided by its answers. billed: tokens of the prompt
+    and of the answer as a server counts them; None of a model here, or where it does not say.
     """
 
     prompt: Prompt

@@ -1,6 +1,7 @@
 """Groups of completions: sampled by the policy, and rewarded."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -80,4 +81,8 @@ class Collector:
     def _text(self, drawn: Drawn) -> str:
         kept = drawn.ids[:-1] if drawn.finish_reason == "stop" else drawn.ids
         text = generate.decode(self.around.tokenizer, list(kept))
-        return generate.without_opening(self.around.tokenizer, [text])[0]
+        return generate.without_opening(text, self._opening)
+
+    @cached_property
+    def _opening(self) -> str:
+        return generate.opening_of(self.around.tokenizer)

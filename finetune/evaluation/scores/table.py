@@ -234,8 +234,8 @@ KINDS = {
     ),
     "seconds": Kind("seconds for an answer", _simple(cost.seconds)),
     "cost": Kind(
-        "price of 1,000 such answers, by the PRICE of an hour, or at a server of 10^6 tokens", _cost,
-        "PRICE[,IN,OUT]",
+        "price of 1,000 such answers, by the PRICE of an hour, or at a server of 10^6 tokens",
+        _cost, "PRICE[,IN,OUT]",
     ),
 }  # fmt: skip
 """Name -> score, in the order of the list."""
