@@ -93,6 +93,11 @@ class Request:
     """None: what the server takes by itself."""
     top_logprobs: int = 0
     """How many likeliest tokens to return at each place of the answer."""
+    echo: bool = False
+    """Return the prompt before the answer, its tokens by their ids (a method of vLLM)."""
+
+    token_ids: tuple[int, ...] = ()
+    """A prompt of completions, in place of an empty text."""
 
     @property
     def is_chat(self) -> bool:
@@ -112,7 +117,9 @@ class Request:
             limits["temperature"] = self.temperature
         if not self.is_chat:
             logprobs = {"logprobs": self.top_logprobs} if self.top_logprobs else {}
-            return {"model": model, "prompt": self.prompt, **limits, **logprobs}
+            echo = {"echo": True, "return_tokens_as_token_ids": True} if self.echo else {}
+            prompt = list(self.token_ids) or self.prompt
+            return {"model": model, "prompt": prompt, **limits, **logprobs, **echo}
         logprobs = {"top_logprobs": self.top_logprobs} if self.top_logprobs else {}
         logprobs = {"logprobs": True, **logprobs} if logprobs else {}
         messages = [dict(message) for message in self.prompt]  # type: ignore[arg-type]
@@ -130,6 +137,8 @@ class Reply:
     tries: int = 1
     top_logprobs: tuple[Mapping[str, float], ...] = ()
     """The likeliest tokens and their log-probabilities, at each place of the answer."""
+    tokens: tuple[str, ...] = ()
+    """Of the answer, where a server names them beside their log-probabilities."""
 
     @property
     def is_cut(self) -> bool:
@@ -452,8 +461,9 @@ def _read(values: Any, tries: int) -> Reply:
     tokens = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
     prompt, answer = (count if type(count) is int and count >= 0 else None for count in tokens)
     logprobs = tuple(_top_logprobs(choice.get("logprobs") or {}))
+    words = tuple(map(str, (choice.get("logprobs") or {}).get("tokens") or ()))
     reason = choice.get("finish_reason")
-    return Reply(_whole(content or ""), str(reason or ""), prompt, answer, tries, logprobs)
+    return Reply(_whole(content or ""), str(reason or ""), prompt, answer, tries, logprobs, words)
 
 
 def _top_logprobs(logprobs: Mapping[str, Any]) -> Iterator[Mapping[str, float]]:

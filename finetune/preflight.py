@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from finetune import extras, kernels, own_code
-from finetune.config import Config, base, code_identity
+from finetune.config import Config, Distill, base, code_identity
 from finetune.config import fields as config_fields
 from finetune.config.choices import OPTIMIZERS, objective_kind
 from finetune.data import (
@@ -26,6 +26,7 @@ from finetune.data import (
     shards,
     source_files,
     stream,
+    taught,
     templates,
     tokenised,
     tokens,
@@ -148,6 +149,9 @@ def prepare(
         if wanted.streaming
         else _sequences(config, sources, template, tokenizer, options, view)
     )
+    if isinstance(config.objective, Distill) and config.objective.teacher is None:
+        for part in filter(None, (train, evals)):
+            _attach_taught(part, config.objective, model_config, wanted.text_unit)
     families.set_labels(model_config, train.examples.labels)
     if families.of(config) == families.SCORES:
         _part_padding(model_config, tokenizer, [each.examples for each in (train, evals) if each])
@@ -365,6 +369,14 @@ def _teacher(
         config, tokenizer, kernel, topology.device, topology.precision,
         topology.parallel.num_context,
     )  # fmt: skip
+
+
+def _attach_taught(part: Any, objective: Distill, model_config: Any, text_unit: str) -> None:
+    """Give the examples of sequences what their rows hold of a teacher."""
+    size = model_config.get_text_config().vocab_size
+    found = taught.columns(part.examples, text_unit, objective.temperature, size)
+    unread = {name: n for name, n in part.examples.unread.items() if name != taught.COLUMN}
+    part.examples = replace(part.examples, token_columns=found, unread=unread)
 
 
 def _template(

@@ -23,7 +23,7 @@ class ChatServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, answer: Callable[[dict[str, Any]], str] = echoed) -> None:
+    def __init__(self, answer: Callable[[dict[str, Any]], Any] = echoed) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.answer = answer
         self.faults: list[str] = []
@@ -91,7 +91,8 @@ class _Handler(BaseHTTPRequestHandler):
         text = self.server.answer(body)
         with self.server.lock:
             self.server.seen.append(body)
-        self._send(200, reply(body, text, self.server.usage))
+        whole = text if isinstance(text, dict) else reply(body, text, self.server.usage)
+        self._send(200, whole)
 
     def _misbehave(self, fault: str, body: dict[str, Any]) -> None:
         kind, _, more = fault.partition(" ")

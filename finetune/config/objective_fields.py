@@ -104,7 +104,9 @@ class Distill(Kind):
     kind: Literal["distill"]
     """Train on what a teacher expects at each token of answers, not on the token alone."""
     teacher: Annotated[str | None, ExpandedPath] = None
-    """Folder or Hub id of the teacher, a model with the same tokenizer."""
+    """Folder or Hub id of the teacher, a model with the same tokenizer.
+    null: rows have a column teacher, written by `finetune data teach`.
+    """
     teacher_revision: str | None = None
     """Revision of the teacher on the Hub: a branch, tag or commit."""
     teacher_dtype: Literal["auto", "float32", "bfloat16"] = "auto"

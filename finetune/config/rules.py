@@ -139,7 +139,6 @@ def _objective_conflicts(config: Config) -> Iterator[str]:
 def _distill_conflicts(config: Config, objective: Distill) -> Iterator[str]:
     """List settings that do not fit where the teacher's distributions come from."""
     if objective.teacher is None:
-        yield "objective.teacher: is required: a folder or Hub id of a model"
         why = "the column teacher of the rows has what the teacher said"
         yield from _ignored(config, why, "objective.teacher_revision", "objective.teacher_dtype")
         if config.data.streaming:

@@ -261,7 +261,8 @@ class Batches:
         of_tokens = {}
         known = self.sequences.examples.token_columns
         for name, kind in view.token_columns(known).items():
-            parts = [np.zeros(0, kind), *(each.token_columns[name] for each in documents)]
+            shape = known[name].shape[1:] if name in known else ()
+            parts = [np.zeros((0, *shape), kind), *(e.token_columns[name] for e in documents)]
             of_tokens[name] = torch.from_numpy(np.concatenate(parts))
         beside = self.mismatched._collated(sequences, epoch) if self.mismatched else None
         return replace(
@@ -270,7 +271,11 @@ class Batches:
 
     def of_sequence(self, sequence: int) -> Batch:
         """Return one sequence alone, as it stands in its micro-batch."""
-        return self._collated(np.array([sequence]))
+        return self.of_sequences(np.array([sequence]))
+
+    def of_sequences(self, sequences: np.ndarray) -> Batch:
+        """Return some sequences together, as a micro-batch of them is."""
+        return self._collated(sequences)
 
     def filler(self) -> Batch:
         """Return what a process gets that has no sequence left: nothing in it is supervised."""

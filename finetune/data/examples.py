@@ -101,7 +101,7 @@ class Examples:
     """Names of the labels that rows have, in the order of their numbers."""
     view: View = NEXT_TOKEN
     """What a model gets of each document in an epoch."""
-    token_columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    token_columns: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.source)

@@ -27,16 +27,16 @@ class Teacher:
 
 def prepare(
     config: Config, tokenizer: Any, attention: str, device: torch.device, precision: str,
-    num_context: int = 1,
+    num_context: int = 1, name: str = KEY,
 ) -> Teacher:  # fmt: skip
     """Return the teacher of a config, without weights. Raises ModelError, ConfigError.
 
     `tokenizer`, `attention`: of the model that learns. `num_context`: processes that share a
-    sequence.
+    sequence. `name`: of what names the teacher, in messages.
     """
     wanted: Any = config.objective
     model = _section(wanted, precision)
-    with named():
+    with named(name):
         if problem := base.name_problem(model.path) or _folder_problem(str(model.path)):
             raise ModelError(problem)
         about = load.load_config(model, config.objective.kind)
@@ -69,13 +69,13 @@ def _folder_problem(path: str) -> str | None:
 
 
 @contextmanager
-def named() -> Iterator[None]:
+def named(key: str = KEY) -> Iterator[None]:
     """Name the teacher's setting in errors of what else loads the model that learns."""
     try:
         yield
     except (ModelError, ConfigError) as exc:
         what = str(exc).removeprefix("model.path: ")
-        raise type(exc)(what if what.startswith(KEY) else f"{KEY}: {what}") from exc
+        raise type(exc)(what if what.startswith(key) else f"{key}: {what}") from exc
 
 
 def _attention(

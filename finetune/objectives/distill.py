@@ -12,13 +12,11 @@ from pydantic import BaseModel
 
 from finetune import config
 from finetune.data.batches import Batch
+from finetune.data.taught import IDS, LOGPROBS
 from finetune.models.distributions import Reference, TopK
 from finetune.models.policy import Policy
 from finetune.objectives.base import Objective, Term
 from finetune.objectives.sft import CROSS_ENTROPY
-
-TOP_IDS, TOP_LOGPROBS = "teacher_ids", "teacher_logprobs"
-"""Columns of tokens: what a teacher stored of its distributions, [S, K] each."""
 
 
 class Distill(Objective):
@@ -60,7 +58,7 @@ class Distill(Objective):
     def _reference(self, policy: Policy, batch: Batch) -> Reference:
         """Return the teacher's distributions: stored beside the tokens, or of a pass of it."""
         if policy.companion is None:
-            ids, logprobs = (batch.token_columns[name] for name in (TOP_IDS, TOP_LOGPROBS))
+            ids, logprobs = (batch.token_columns[name] for name in (IDS, LOGPROBS))
             return TopK(ids.long(), logprobs)
         found = policy.companion(batch, {"distribution"}).distribution
         assert found is not None

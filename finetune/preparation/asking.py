@@ -63,6 +63,7 @@ class Answers:
     def append(self, key: str, request: Request, reply: Reply) -> None:
         values = asdict(reply)
         values.pop("top_logprobs")
+        values.pop("tokens")
         line = {
             "key": key, "prompt_hash": prompt_hash(request), "prompt": request.prompt,
             "reply": values,

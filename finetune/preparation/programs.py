@@ -17,6 +17,7 @@ PROGRAMS = {
     "validate": "check every row as training does",
     "convert": "convert rows to another format, and files to another type",
     "generate": "new rows from another model: tasks like given ones, or answers to prompts",
+    "teach": "write what a teacher expects at each token into rows, for distillation",
     "dedup": "remove rows that are the same as, or nearly the same as, another row",
     "decontaminate": "remove rows that overlap with evaluation rows",
     "split": "split rows into train, dev and test; near-duplicates never part",
