@@ -197,6 +197,7 @@ def test_a_run_comes_near_its_teacher_and_resumes_exactly(workshop):
     assert one == other
 
 
+@pytest.mark.proof
 def test_a_run_does_not_resume_beside_another_teacher(workshop):
     teacher = teacher_of(workshop)
     own = {

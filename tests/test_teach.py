@@ -133,6 +133,7 @@ def vllm(teacher, cuts=None, words=False):
     return answer
 
 
+@pytest.mark.proof
 def test_a_server_says_what_the_model_itself_says(workshop, teacher):
     here = read_jsonl(teach(workshop, teacher, top=5))
     with chat_server.running(answer=vllm(teacher)) as server:
