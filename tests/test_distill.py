@@ -273,3 +273,36 @@ def test_another_architecture_with_its_tokenizer_teaches(workshop):
     run = workshop.train(objective__kind="distill", objective__teacher=str(teacher),
                          train__max_steps=1)  # fmt: skip
     assert read_jsonl(run / "metrics.jsonl")[0]["divergence"] > 0
+
+
+# ------------------------------------------------------------------------------------------ memory
+
+
+@pytest.mark.proof
+def test_the_forecast_counts_the_teacher(workshop):
+    """Whole where each process has a copy, a part and a whole projection where they have shards."""
+    from finetune import config as configs
+    from finetune.engine.topology.launch import ParallelConfig
+    from finetune.forecast.choice import Chooser
+
+    teacher = teacher_of(workshop)
+
+    def forecast(parallel, **changes):
+        file = workshop.write(workshop.config("plan", **changes))
+        config = configs.parse(["--config", str(file)])[0]
+        return Chooser(config, precision="fp32", on_gpu=False).forecast(parallel, 1)
+
+    own = {"objective__kind": "distill", "objective__teacher": str(teacher)}
+    one, four = ParallelConfig("single", 1), ParallelConfig("fsdp2", 4)
+    alone, beside = forecast(one), forecast(one, **own)
+    size = 4 * sum(p.numel() for p in _opened(teacher).parameters())
+    assert beside.device["teacher"] == pytest.approx(size)
+    assert beside.peak >= alone.peak + size
+    shared = forecast(four, **own).device["teacher"]
+    assert shared == pytest.approx(size / 4 + 4 * 48 * 261)
+
+
+def _opened(model):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(model)

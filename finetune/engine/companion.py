@@ -25,12 +25,6 @@ from finetune.models import attention_probe, base_identity, build, head
 from finetune.models.distributions import Distribution, Project
 from finetune.models.policy import Answers, Policy
 
-UNCHANGED = {
-    "neftune_alpha": None, "float8": False, "compile": False, "gradient_checkpointing": False,
-    "activation_offload": False,
-}  # fmt: skip
-"""Settings of `train` under which a pass without gradient is the model's own."""
-
 
 @dataclass(frozen=True)
 class Companion:
@@ -66,7 +60,7 @@ def load(
     The config's sections model and adapter say which; adapters need a path, as fresh ones are
     drawn. `attention`: has to take the batches of the run. Raises ModelError.
     """
-    config = config.changed("train", **UNCHANGED)
+    config = build.frozen(config)
     with_weights = topology.is_main or config.adapter.kind == "qlora"
     whole, base = topology.on_every(lambda: build.build(
         config, model_config, tokenizer, attention=attention, precision=topology.precision,

@@ -16,7 +16,7 @@ from finetune.engine.topology.launch import ParallelConfig
 from finetune.errors import ConfigError, ModelError
 from finetune.forecast.memory import Forecast, Forecaster
 from finetune.forecast.trace import Shape
-from finetune.models import attention_choice, families, float8, load
+from finetune.models import attention_choice, families, float8, load, teacher
 
 # Share of memory to leave free: on a GPU for fragmentation, on a machine for other processes.
 SLACK = 0.05
@@ -92,9 +92,19 @@ class Chooser:
             self.attention = attention_choice.choose(
                 wanted, kind, self.model_config, device, precision, family=family
             )
+        self._teacher = self._prepared_teacher()
         self._forecasters: dict[str, Forecaster] = {}
         if self.may_recompute and not self.num_layers:
             self._given = self.config = self._not_recomputed
+
+    def _prepared_teacher(self) -> teacher.Teacher | None:
+        """Return the model that the objective's `teacher` names, without weights."""
+        if getattr(self.config.objective, "teacher", None) is None:
+            return None
+        device = torch.device("cuda" if self.on_gpu else "cpu")
+        # Other kernels hold as much, and their packages may be missing here.
+        config = self.config.changed("model", attention="auto")
+        return teacher.prepare(config, self.tokenizer, self.attention, device, self.precision)
 
     def require_possible(self) -> None:
         """Raise UserError for what every run would refuse, and a forecast would not."""
@@ -118,7 +128,7 @@ class Chooser:
         if key not in self._forecasters:
             self._forecasters[key] = Forecaster(
                 config, self.model_config, self.tokenizer, attention=self.attention,
-                precision=self.precision, on_gpu=self.on_gpu,
+                precision=self.precision, on_gpu=self.on_gpu, teacher=self._teacher,
             )  # fmt: skip
         return self._forecasters[key]
 

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
-from finetune.config import Config
+from finetune.config import Config, Distill
 from finetune.engine.topology.launch import ParallelConfig
-from finetune.forecast.trace import Rehearsal, Shape, Trace
+from finetune.forecast.trace import Beside, Rehearsal, Shape, Trace
 from finetune.forecast.weights import count
 from finetune.models import float8, recompute
 from finetune.models.attention_choice import is_padded
+from finetune.models.build import frozen
+from finetune.models.teacher import Teacher
 
 # A process of train.py with all its libraries but no model: measured with torch 2.13 for CPUs on
 # Linux. Builds for GPUs, pip's default, need 0.2 GB more (2.11.0+cu130, on a CPU).
@@ -66,8 +68,16 @@ class Forecaster:
 
     def __init__(
         self, config: Config, model_config: Any, tokenizer: Any, *, attention: str, precision: str,
-        on_gpu: bool,
+        on_gpu: bool, teacher: Teacher | None = None,
     ) -> None:  # fmt: skip
+        """`teacher`: the model that the objective names."""
+        self.teacher: Forecaster | None = None
+        if teacher is not None:
+            self.teacher = Forecaster(
+                frozen(teacher.config), teacher.model_config, teacher.tokenizer,
+                attention=teacher.attention, precision=precision, on_gpu=on_gpu,
+            )  # fmt: skip
+        self._beside = self._compared(config)
         self.config, self.precision, self.on_gpu = config, precision, on_gpu
         self._about = (model_config, tokenizer, attention)
         self._rehearsal = functools.cache(self._rehearse)
@@ -89,6 +99,7 @@ class Forecaster:
     def of(self, parallel: ParallelConfig, shape: Shape) -> Forecast:
         """Return the forecast of a whole step in micro-batches of `shape`."""
         held, traced = self._held(parallel), self._trace(parallel, shape)
+        teaching = self._teaching(parallel, shape, held)
         at_once = shape.num_sequences * parallel.num_processes // parallel.num_context
         if self.config.train.float8:
             tokens = shape.num_sequences * shape.length / parallel.num_context
@@ -101,7 +112,11 @@ class Forecaster:
         pass_itself = traced.passing + (held.gradients if accumulates else 0.0)
         if parallel.kind == "single" and not accumulates:
             pass_itself = traced.both  # gradients grow while activations go
-        moving = max(sum(held.passing.values()) + pass_itself, held.gradients + held.at_end)
+        moving = max(
+            sum(held.passing.values()) + pass_itself,
+            held.gradients + held.at_end,
+            held.gradients + teaching,
+        )
         evaluating = 0.0
         if self.config.evaluation.micro_batch_size:
             evaluating = self._evaluation(parallel, shape)
@@ -115,6 +130,7 @@ class Forecaster:
             # One process reads all weights, and opens the export next to its own copy.
             w = self.weights
             whole = 2 * w.stored if w.num == w.num_trained else w.stored
+            whole = max(whole, self.teacher.weights.stored if self.teacher else 0.0)
             moved = {"activations": traced.moved} if traced.moved else {}
             host = {"process": PROCESS, **held.waiting, **moved, **copied, WHOLE: whole}
             device["cuBLAS"] = float(WORKSPACE)
@@ -122,6 +138,33 @@ class Forecaster:
             return Forecast(device, peak + device["cuBLAS"] + device["CUDA"], host)
         peak += sum(held.waiting.values()) + copied["checkpoint"]
         return Forecast({**device, **held.waiting, **copied, "process": PROCESS}, peak + PROCESS)
+
+    def _compared(self, config: Config) -> Beside | None:
+        """Return what the loss compares distributions with, if it does."""
+        is_teacher = self.teacher is None and getattr(config.objective, "teacher", None)
+        if not isinstance(config.objective, Distill) or is_teacher:
+            return None
+        with_nll = config.objective.sft_weight > 0
+        if self.teacher is None:
+            return Beside(None, with_nll)
+        projection = self.teacher.model.get_output_embeddings().weight
+        return Beside((projection.shape[0], projection.shape[1]), with_nll)
+
+    def _teaching(self, parallel: ParallelConfig, shape: Shape, held: _Held) -> float:
+        """Return the bytes of a pass of the teacher; add to `held` what stays of it."""
+        if self.teacher is None:
+            return 0.0
+        w, passing = self.teacher.weights, self.teacher._trace(parallel, shape, False).passing
+        if parallel.kind != "fsdp2":
+            held.staying["teacher"] = w.used if parallel.is_zero else w.stored
+            return passing
+        # Shards, and a whole projection beside them; a pass gathers a layer and the next.
+        shards = w.stored / (parallel.num_processes // parallel.num_replicas)
+        projection = self.teacher.model.get_output_embeddings().weight
+        held.staying["teacher"] = float(projection.numel() * projection.element_size())
+        where = held.waiting if parallel.offload else held.staying
+        where["teacher"] = where.get("teacher", 0.0) + shards
+        return passing + 2 * w.layer + w.outside_stored
 
     def _evaluation(self, parallel: ParallelConfig, shape: Shape) -> float:
         """Return the bytes of an evaluation's pass, at its own micro-batch."""
@@ -155,7 +198,7 @@ class Forecaster:
         model_config, tokenizer, attention = self._about
         return Rehearsal(
             self.config, model_config, tokenizer, attention=attention, precision=self.precision,
-            halved=halved, on_gpu=self.on_gpu,
+            halved=halved, on_gpu=self.on_gpu, beside=self._beside,
         )  # fmt: skip
 
     def _held(self, parallel: ParallelConfig) -> _Held:

@@ -66,7 +66,11 @@ def speed_of(
     case, rate, measurement = found
     share = speed.share_recomputed(config, forecaster.num_layers)
     work = speed.work_of(forecaster.model, chooser.model_config, length, share)
-    tokens = 1e12 * rate.tflops / work.total * parallel.num_processes
+    total = work.total
+    if forecaster.teacher:  # its forward pass is a third of what training it would take
+        beside = forecaster.teacher
+        total += speed.work_of(beside.model, beside.model.config, length, 0.0).total / 3
+    tokens = 1e12 * rate.tflops / total * parallel.num_processes
     hours = f", {num_tokens / tokens / 3600:.1f} hours" if num_tokens else ""
     alike = f"as fast as {case!r}, {rate.tflops:,.0f} TFLOP/s ({measurement.source})"
     return f"about {tokens:,.0f} tokens/s{hours}, if {alike}"

@@ -31,6 +31,7 @@ from finetune.models import (
     recompute,
 )
 from finetune.models.build import build
+from finetune.models.distributions import Distribution, Reference, TopK
 
 # Attention's backward passes on a CPU, in whose place a GPU's kernel runs; their first arguments
 # are the gradient of the output, queries, keys: [.., heads, tokens, width].
@@ -41,6 +42,7 @@ ATTENTION_BACKWARD = (
 # long: about 0.2 GB too much, and eight blocks for a chunk.
 KERNEL_BLOCK_BYTES = 64 * 2**20
 LOSS = Mark("loss")  # forward is over
+TOP = 64  # likeliest tokens of a teacher that rows usually hold
 
 
 @dataclass(frozen=True)
@@ -162,21 +164,41 @@ def attention_workspace(query: torch.Tensor, key: torch.Tensor) -> int:
     return 4 * query.numel() + own
 
 
+@dataclass(frozen=True)
+class Beside:
+    """What distributions are compared with: a teacher's projection [V, H]; None: stored tokens."""
+
+    shape: tuple[int, int] | None
+    with_nll: bool
+    """Whether the loss has the cross-entropy of the tokens, too."""
+
+    def reference(self, count: int, dtype: torch.dtype) -> Reference:
+        """Make the distributions at `count` tokens, on tensors without memory."""
+        if self.shape is None:
+            ids = torch.zeros(count, TOP, dtype=torch.long)
+            return TopK(ids, torch.zeros(count, TOP))
+        size, width = self.shape
+        states = torch.zeros(count, width, dtype=dtype)
+        # Its weights are counted with the teacher's: a row of them stands for all.
+        row = torch.zeros(1, width, dtype=dtype)
+        return Distribution(states, lambda part: (part @ row.T).repeat(1, size).float())
+
+
 class Rehearsal:
     """The model of a run without memory, to trace with any number of tokens."""
 
     def __init__(
         self, config: Config, model_config: Any, tokenizer: Any, *, attention: str, precision: str,
-        halved: bool = False, on_gpu: bool = False,
+        halved: bool = False, on_gpu: bool = False, beside: Beside | None = None,
     ) -> None:  # fmt: skip
         """Build the model. `precision`: of the arithmetic; `halved`: of all weights too.
 
-        ZeRO keeps weights halved, and FSDP2 gathers them so.
+        ZeRO keeps weights halved, and FSDP2 gathers them so. `beside`: what the loss compares with.
         """
         offloads = on_gpu and config.train.activation_offload
         plain = {"compile": False, "float8": False, "activation_offload": offloads}
         uncompiled = config.changed("train", **plain)
-        self.attention, self.on_gpu = attention, on_gpu
+        self.attention, self.on_gpu, self._beside = attention, on_gpu, beside
         self.dtype = None if precision == "fp32" else torch.bfloat16
         self.model, self.base = build(
             uncompiled, model_config, tokenizer, attention=attention, precision=precision,
@@ -247,7 +269,7 @@ class Rehearsal:
             is_half, dtype = self.dtype is not None, self.dtype or torch.bfloat16
             with ledger, torch.set_grad_enabled(backward):
                 with torch.autocast("cpu", dtype, enabled=is_half, cache_enabled=False):
-                    loss = _loss(self.model, self.base, inputs, supervised, block_bytes)
+                    loss = self._loss(inputs, supervised, block_bytes)
                 ledger.mark(LOSS)
                 if backward:
                     loss.backward()
@@ -258,6 +280,23 @@ class Rehearsal:
             for parameter in self.model.parameters():
                 parameter.grad = None
         return _added(layers.whole(ledger.segments, rows_of_layers))
+
+    def _loss(
+        self, inputs: dict[str, Any], supervised: torch.Tensor, block_bytes: int
+    ) -> torch.Tensor:
+        """Return the loss; `supervised`: int64 [S] of zeros, as only their number matters."""
+        want, reference = {"nll"}, None
+        if families.of_model(self.base) == families.SCORES:
+            want = {"scores"}
+        elif self._beside is not None:
+            want = {"nll", "divergence"} if self._beside.with_nll else {"divergence"}
+            reference = self._beside.reference(len(supervised), self.dtype or torch.float32)
+        question = head.Question(
+            supervised, supervised, frozenset(want), block_bytes=block_bytes, ends=supervised[:1],
+            reference=reference, beta=0.5,
+        )  # fmt: skip
+        found = self.model(**inputs, question=question)
+        return torch.stack([found[name].sum() for name in sorted(want)]).sum()
 
 
 def _added(segments: Sequence[tuple[Mark, Segment]]) -> Trace:
@@ -284,18 +323,6 @@ def _block_bytes(on_gpu: bool) -> int:
     else:
         has_kernel = not kernels.is_left_out("cross_entropy_kernel")
     return KERNEL_BLOCK_BYTES if has_kernel else cross_entropy.block_bytes("cuda")
-
-
-def _loss(
-    model: Any, base: Any, inputs: dict[str, Any], supervised: torch.Tensor, block_bytes: int
-) -> torch.Tensor:
-    """Return the loss; `supervised`: int64 [S] of zeros, as only their number matters."""
-    want = "scores" if families.of_model(base) == families.SCORES else "nll"
-    question = head.Question(
-        supervised, supervised, frozenset({want}), block_bytes=block_bytes, ends=supervised[:1]
-    )
-    loss: torch.Tensor = model(**inputs, question=question)[want].sum()
-    return loss
 
 
 def _disable_attention_dropout(model: Any) -> None:

@@ -92,6 +92,14 @@ def _without_dropout(base: Any) -> None:
                 setattr(module, name, 0.0)
 
 
+def frozen(config: Config) -> Config:
+    """Return the config of the same model, to build it for passes without gradient alone."""
+    return config.changed(
+        "train", neftune_alpha=None, float8=False, compile=False, gradient_checkpointing=False,
+        activation_offload=False,
+    )  # fmt: skip
+
+
 def _dtype(config: Config, precision: str) -> torch.dtype:
     """Return the dtype of the base: as model.dtype says, or what suits the method."""
     if config.model.dtype != "auto":
