@@ -1,0 +1,151 @@
+"""Completions of a vLLM server, which gets the policy's weights before each phase.
+
+    served.require()                     # before weights load
+    served.hand_over(topology, phase, save)
+    served.draw(prompts, numbers, ...)
+    served.rest(topology)
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence, Set
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from finetune.config.engine_fields import ServerEngine
+from finetune.endpoint import Client, Server
+from finetune.engine.topology import Topology
+from finetune.errors import ConfigError, Outage, UserError
+from finetune.generation.vllm_server import Sampled, VllmServer
+
+SETTING = "objective.rollouts.engine"
+BEAT_SECONDS = 1.0  # between looks at a request to stop, while requests are under way
+PROBES, PROBE_TOKENS = 4, 32
+"""Completions of the probe, and their tokens at most: 128 numbers are compared."""
+
+
+class Served:
+    """Samples at a server. ends: tokens that end a completion. A context manager.
+
+    is_adapter: whether it gets adapters; else all weights.
+    """
+
+    def __init__(
+        self, settings: ServerEngine, folder: Path, *, is_adapter: bool, temperature: float,
+        ends: Set[int], log: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self.settings, self._is_adapter = settings, is_adapter
+        self._folder = Path(settings.folder) if settings.folder else folder / "server"
+        self._temperature, self._ends = temperature, ends
+        self._client = Client(
+            Server(
+                settings.url, settings.model, settings.key_variable, settings.at_once,
+                timeout=settings.seconds,
+            ), log,
+        )  # fmt: skip
+        self._server = VllmServer(self._client)
+        self._pool = ThreadPoolExecutor(settings.at_once)
+
+    def __enter__(self) -> "Served":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        self._client.__exit__(*exc)
+
+    # ------------------------------------------------------------------------------- weights
+
+    def require(self) -> None:
+        """Raise ConfigError unless the server answers with tokens; let it sleep, if it should."""
+        try:
+            if self.settings.sleep:
+                self._server.wake_up()
+            self._server.sample(
+                [0], count=1, max_new_tokens=1, temperature=1.0, seed=0, ends=self._ends
+            )
+            if self.settings.sleep:
+                self._server.sleep(keeps_weights=True)
+        except (Outage, UserError) as exc:
+            raise ConfigError(f"{SETTING}: {exc}") from exc
+
+    def hand_over(self, topology: Topology, title: str, save: Callable[[Path], None]) -> None:
+        """Give the server the policy's weights, which `save` writes to a folder. Collective."""
+        save(self._folder)
+        name: str = topology.on_main(lambda: self._load(title))
+        self._server.model = name  # also of the processes that did not load it
+
+    def _load(self, title: str) -> str:
+        server, sleeps = self._server, self.settings.sleep
+        if self._is_adapter:
+            if sleeps:
+                server.wake_up()
+            # A new name each time: no request can meet earlier weights, nor a cache of theirs.
+            server.load_adapter(f"{title}-{time.time_ns():x}", self._folder)
+            return server.model
+        if sleeps:
+            server.wake_up("weights")
+        server.load_weights(self._folder)
+        if sleeps:
+            server.wake_up("kv_cache")
+        return server.model
+
+    def require_same(self, sampled: Sequence[Sampled], logprobs: np.ndarray) -> float:
+        """Return how far the policy's log-probabilities of a probe are from the server's, in nats.
+
+        logprobs: [tokens] of the policy. Raises UserError if they are too far.
+        """
+        given = np.concatenate([each.logprobs for each in sampled])
+        gap = float(np.abs(given - logprobs).mean())
+        if not gap <= self.settings.probe_tolerance:
+            raise UserError(
+                f"{SETTING}: log-probabilities of {self.settings.url} are {gap:.3g} nats from the "
+                f"policy's, on average over {len(given)} tokens, and may be "
+                f"{self.settings.probe_tolerance:g}: it does not have the policy's weights, or "
+                "computes in another precision, or gives log-probabilities at another temperature "
+                "(start vLLM with --logprobs-mode processed_logprobs); nothing was sampled with it"
+            )
+        return gap
+
+    @contextmanager
+    def rested(self, topology: Topology) -> Iterator[None]:
+        """Let the server sleep at the end of the block, where it should. Collective."""
+        yield
+        if self.settings.sleep:
+            topology.on_main(lambda: self._server.sleep(keeps_weights=self._is_adapter))
+
+    # ------------------------------------------------------------------------------ sampling
+
+    def probe(self, prompt: Sequence[int], max_new_tokens: int, seed: int) -> list[Sampled]:
+        """Return completions to compare with the policy."""
+        return self._sample(prompt, PROBES, min(PROBE_TOKENS, max_new_tokens), seed)
+
+    def draw(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], count: int,
+        max_new_tokens: int, beat: Callable[[], None],
+    ) -> list[list[Sampled]]:  # fmt: skip
+        """Return `count` completions of each prompt. `beat` is called meanwhile, and may raise."""
+        asked = [
+            self._pool.submit(self._sample, prompt, count, max_new_tokens, seed)
+            for prompt, seed in zip(prompts, seeds)
+        ]
+        try:
+            missing = set(asked)
+            while missing:
+                done, missing = wait(missing, BEAT_SECONDS, FIRST_EXCEPTION)
+                for each in done:
+                    each.result()
+                beat()
+        finally:
+            for each in asked:
+                each.cancel()
+        return [each.result() for each in asked]
+
+    def _sample(
+        self, prompt: Sequence[int], count: int, max_new_tokens: int, seed: int
+    ) -> list[Sampled]:
+        return self._server.sample(
+            prompt, count=count, max_new_tokens=max_new_tokens, temperature=self._temperature,
+            seed=seed, ends=self._ends,
+        )  # fmt: skip
