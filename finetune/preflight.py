@@ -13,6 +13,7 @@ from finetune import extras, kernels, own_code
 from finetune.config import Config, Distill, base, code_identity
 from finetune.config import fields as config_fields
 from finetune.config.choices import OPTIMIZERS, objective_kind
+from finetune.config.engine_fields import ServerEngine
 from finetune.data import (
     batches,
     building,
@@ -592,10 +593,13 @@ def _rewards(config: Config, topology: Topology, parts: Sequence[Any]) -> "Rewar
     if not config.rollouts:
         return None
     from finetune.rollouts.rewards import Rewards  # which imports all scores
+    from finetune.rollouts.served import require_server
 
     settings: Any = config.objective
     made = Rewards(settings.rewards, log if topology.is_main else lambda text: None)
     made.check(prompt for part in parts for prompt in part.every_prompt())
+    if isinstance(engine := config.rollouts.engine, ServerEngine) and topology.is_main:
+        require_server(engine)
     return made
 
 

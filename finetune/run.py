@@ -6,9 +6,10 @@ import os
 import shlex
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from finetune import config as configs
 from finetune import failures, files, places, preflight
 from finetune.config import Config, base, differences
 from finetune.config.choices import REFERENCE
+from finetune.config.engine_fields import ServerEngine
 from finetune.data import held_out
 from finetune.data.prefetch import Prefetch
 from finetune.engine import companion, receipt, reference
@@ -65,6 +67,7 @@ from finetune.rollouts.around import Around
 from finetune.rollouts.asked import Asked
 from finetune.rollouts.phases import Group
 from finetune.rollouts.rollouts import Rollouts
+from finetune.rollouts.served import Served
 from finetune.survival.preemption import StopFlag
 
 SCORED = 2  # documents, one pair, that an export scores
@@ -220,16 +223,35 @@ class Run:
         assert data.rewards
         rewards = self.resources.enter_context(data.rewards.opened(scores))
         about = {
-            **self.identity(), "rollouts": config.rollouts.model_dump(), "seed": config.run.seed,
-            "completions of a step": config.train.global_batch_size,
+            **self.identity(), "rollouts": config.rollouts.model_dump(exclude={"engine"}),
+            "seed": config.run.seed, "completions of a step": config.train.global_batch_size,
         }  # fmt: skip
         around = Around(
             self.directory.path, topology, lambda: self.policy(model), lambda: bare,
             data.tokenizer, ends, self.objective, config.objective, rewards,
             files.json_sha256(about), lambda: self.stop.is_set, self.log, self.storage,
-            self._before_training(), self._note_rollouts,
+            self._served(ends), self._save_policy, self._before_training(), self._note_rollouts,
         )  # fmt: skip
         return Rollouts(data.train, around)
+
+    def _served(self, ends: Set[int]) -> Served | None:
+        """Return the server that samples, if one does."""
+        rollouts, folder = self.config.rollouts, self.directory.path / FOLDER
+        if rollouts is None or not isinstance(rollouts.engine, ServerEngine):
+            return None
+        made = Served(
+            rollouts.engine, folder, is_adapter=self.config.adapter.kind != "full",
+            temperature=rollouts.temperature, ends=ends, log=self.log,
+        )  # fmt: skip
+        return self.resources.enter_context(made)
+
+    def _save_policy(self, folder: Path) -> None:
+        """Save the weights as they are, for a server. Collective."""
+        config, topology, data = self.config, self.topology, self.data
+        model, is_adapter = topology.unwrap(self.state.model), config.adapter.kind != "full"
+        weights = topology.full_weights(self.state.model, trained_only=is_adapter)
+        weights = scalar_heads.without(weights, model)
+        topology.on_main(lambda: save.save(model, weights, data.tokenizer, None, folder))
 
     def _before_training(self) -> Callable[[], AbstractContextManager[Policy]] | None:
         """Return what gives the policy as it was before the first step; None: it is not needed.

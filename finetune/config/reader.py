@@ -231,6 +231,8 @@ def differences(old: dict[str, Any], new: Config) -> list[str]:
     for values in (before, now):
         own = [key for key in OWN_CODE if own_code.is_own(values.get(key))]
         values |= {key: own_code.without_folder(values[key]) for key in own}
+        if isinstance(rollouts := values.get("objective.rollouts"), dict):
+            values["objective.rollouts"] = {n: v for n, v in rollouts.items() if n != "engine"}
         if isinstance(rewards := values.get("objective.rewards"), list):
             values["objective.rewards"] = [
                 each | {"kind": own_code.without_folder(each["kind"])} for each in rewards

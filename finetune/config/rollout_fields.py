@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from finetune.config.engine_fields import Engine, LocalEngine
 from finetune.config.kinds import PositiveNumber, Section
 
 Positive = Annotated[int, Field(gt=0)]
@@ -47,6 +48,8 @@ class Rollouts(Section):
     """
     cut_penalty: PositiveNumber = 1.0
     """What cut_answers: penalise subtracts."""
+    engine: Engine = LocalEngine()
+    """What samples: {kind: local}, the processes of the run, or {kind: server}, a vLLM server."""
 
     @model_validator(mode="before")
     @classmethod

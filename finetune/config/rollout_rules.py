@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 
 from finetune import own_code
+from finetune.config.choices import ADAPTER_INITS
+from finetune.config.engine_fields import ServerEngine
 from finetune.config.fields import Config, Full
 from finetune.config.rollout_fields import Rollouts
 
@@ -38,8 +40,26 @@ def conflicts(config: Config, rollouts: Rollouts) -> Iterator[str]:
         yield "adapter.dropout: " + _CHANCE
     if train.neftune_alpha is not None:
         yield "train.neftune_alpha: " + _CHANCE
+    if isinstance(rollouts.engine, ServerEngine):
+        yield from _server_conflicts(config)
     if rollouts.cut_answers != "penalise" and rollouts.cut_penalty != 1.0:
         yield "objective.rollouts: cut_penalty is only for cut_answers: penalise; remove it"
+
+
+def _server_conflicts(config: Config) -> Iterator[str]:
+    """List adapters that vLLM does not serve."""
+    adapter, instead = config.adapter, "; change it, or sample with engine: {kind: local}"
+    if isinstance(adapter, Full):
+        return
+    if adapter.dora:
+        yield f"adapter.dora: a vLLM server has no DoRA{instead}"
+    if adapter.modules_to_save or config.model.new_tokens:
+        name = "adapter.modules_to_save" if adapter.modules_to_save else "model.new_tokens"
+        yield f"{name}: a vLLM server loads adapters alone, no whole modules beside them{instead}"
+    if getattr(adapter, "bias", "none") != "none":
+        yield f"adapter.bias: a vLLM server loads no biases with adapters{instead}"
+    if ADAPTER_INITS[adapter.init].rewrites_base or adapter.init == "loftq":
+        yield f"adapter.init: {adapter.init} changes the base, which the server keeps{instead}"
 
 
 _CHANCE = (

@@ -67,36 +67,41 @@ class VllmServer:
 
         Raises UserError for a server that gives no tokens, or ends answers at others than `ends`.
         """
-        body = {
+        body = self._body(prompt, count, max_new_tokens, temperature, seed, ends)
+        found = self._asked(body)
+        if len(found) != count:
+            raise UserError(f"{self.url}: gives {len(found)} of {count} completions of a prompt")
+        for each in found:
+            if each.finish_reason == "stop" and each.ids[-1] not in ends:
+                listed = ", ".join(map(str, sorted(ends)))
+                raise UserError(
+                    f"{self.url}: ends an answer with token {each.ids[-1]}, and the run ends "
+                    f"answers with {listed}; give the server the run's tokenizer"
+                )
+        return found
+
+    def _body(
+        self, prompt: Sequence[int], count: int, max_new_tokens: int, temperature: float,
+        seed: int, ends: Set[int],
+    ) -> dict[str, Any]:  # fmt: skip
+        return {
             "model": self.model, "prompt": list(prompt), "n": count, "max_tokens": max_new_tokens,
             "temperature": temperature, "seed": seed, "stop_token_ids": sorted(ends), "logprobs": 1,
             "return_token_ids": True, "skip_special_tokens": False, "add_special_tokens": False,
             **ONLY_TEMPERATURE,
         }  # fmt: skip
+
+    def require_tokens(self) -> None:
+        """Raise UserError unless it gives tokens and their log-probabilities."""
+        self._asked(self._body([0], 1, 1, 1.0, 0, frozenset()))
+
+    def _asked(self, body: dict[str, Any]) -> list[Sampled]:
         values = self._client.call("/v1/completions", body)
         try:
-            found = [self._sampled(each, ends) for each in values["choices"]]
+            return [_sampled(each) for each in values["choices"]]
         except WRONG_SHAPE as exc:
             what = f"gives no tokens with log-probabilities, but {short(values)}"
             raise UserError(f"{self.url}: {what}; rollouts need vLLM 0.10.2 or newer") from exc
-        if len(found) != count:
-            raise UserError(f"{self.url}: gives {len(found)} of {count} completions of a prompt")
-        return found
-
-    def _sampled(self, choice: Any, ends: Set[int]) -> Sampled:
-        ids = tuple(int(each) for each in choice["token_ids"])
-        logprobs = np.array(choice["logprobs"]["token_logprobs"], np.float32)
-        if not ids or logprobs.shape != (len(ids),):
-            raise ValueError("as many log-probabilities as tokens, and at least one")
-        if choice["finish_reason"] == "length":
-            return Sampled(ids, logprobs, "length")
-        if ids[-1] not in ends:
-            listed = ", ".join(map(str, sorted(ends)))
-            raise UserError(
-                f"{self.url}: ends an answer with token {ids[-1]}, and the run ends answers with "
-                f"{listed}; give the server the run's tokenizer"
-            )
-        return Sampled(ids, logprobs, "stop")
 
     # ------------------------------------------------------------------------------- weights
 
@@ -135,3 +140,12 @@ class VllmServer:
             self._client.call(path, body)
         except Refused as exc:
             raise UserError(f"{exc} (of {path}); {hint}") from exc
+
+
+def _sampled(choice: Any) -> Sampled:
+    """Read one completion of an answer. Raise what another shape raises."""
+    ids = tuple(int(each) for each in choice["token_ids"])
+    logprobs = np.array(choice["logprobs"]["token_logprobs"], np.float32)
+    if not ids or logprobs.shape != (len(ids),):
+        raise ValueError("as many log-probabilities as tokens, and at least one")
+    return Sampled(ids, logprobs, "length" if choice["finish_reason"] == "length" else "stop")

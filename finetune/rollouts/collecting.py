@@ -11,7 +11,8 @@ from finetune.generation.completions import Completion
 from finetune.rollouts.around import Around
 from finetune.rollouts.phases import Group, Rollout
 from finetune.rollouts.prompts import PromptExamples
-from finetune.rollouts.sampling import Drawn, Stopped, draw, numbers_of
+from finetune.rollouts.sampling import Drawn, Stopped, draw, numbers_of, seed_of
+from finetune.rollouts.served import Served
 
 if TYPE_CHECKING:
     from finetune.rollouts.rewards import Reward
@@ -29,7 +30,7 @@ class Collector:
     def __init__(self, around: Around, prompts: PromptExamples, seed: int, group_size: int) -> None:
         self.around, self.prompts, self.seed = around, prompts, seed
         self.settings, self.group_size = around.settings.rollouts, group_size
-        self.together = around.topology.parallel.generates_together
+        self.together = around.served is None and around.topology.parallel.generates_together
 
     def drawn(self, of: Sequence[int], members: Members) -> list[Group]:
         """Sample a group of completions of each prompt. Raises Stopped at a request to stop.
@@ -37,6 +38,8 @@ class Collector:
         `of`: numbers that seed the sampling, beside those of the prompts. No members: take part in
         the passes of the others.
         """
+        if self.around.served is not None:
+            return self._at_server(self.around.served, of, members)
         size, around, most = self.group_size, self.around, self.settings.max_new_tokens
         pad = generate.pad_of(around.tokenizer)
         prompts, numbers = [[pad]], [np.zeros((1, 1))]
@@ -54,6 +57,17 @@ class Collector:
         return [
             self._group(number, example, found[place * size : (place + 1) * size])
             for place, (number, example) in enumerate(members)
+        ]
+
+    def _at_server(self, served: Served, of: Sequence[int], members: Members) -> list[Group]:
+        """Let a server sample a group of completions of each prompt, by a seed for each."""
+        prompts = [self.prompts.ids(example).tolist() for _, example in members]
+        seeds = [seed_of(self.seed, *of, number) for number, _ in members]
+        found = served.draw(
+            prompts, seeds, self.group_size, self.settings.max_new_tokens, self._beat
+        )
+        return [
+            self._group(number, example, drawn) for (number, example), drawn in zip(members, found)
         ]
 
     def rewards(self, group: Group, example: int) -> "list[Reward]":

@@ -13,7 +13,7 @@ never sampled again: a step is a function of the file and of the weights.
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +29,8 @@ from finetune.rollouts import group_examples
 from finetune.rollouts.around import Around
 from finetune.rollouts.asked import Asked, PhaseBatches
 from finetune.rollouts.collecting import Collector, Members
-from finetune.rollouts.phases import Group, PhaseFiles, ShardFile
-from finetune.rollouts.sampling import Stopped
+from finetune.rollouts.phases import Group, PhaseFiles, Rollout, ShardFile
+from finetune.rollouts.sampling import Drawn, Stopped
 
 if TYPE_CHECKING:
     from finetune.rollouts.rewards import Reward
@@ -64,7 +64,8 @@ class Rollouts:
         found: Sealed | None = self.around.topology.on_main(lambda: self._read(phase))
         if found is None:
             began = time.monotonic()
-            groups = self._sampled(phase)
+            with self._serving(f"phase-{phase + 1}"):
+                groups = self._sampled(phase)
             if groups is None:
                 return False
             found = self._sealed(phase, step, groups, time.monotonic() - began)
@@ -166,6 +167,47 @@ class Rollouts:
         is_learned = batches.in_memory.examples.supervised
         of_tokens = {name: values[is_learned] for name, values in found.items()}
         return group_examples.with_values(groups, chosen, of_tokens, self.settings)
+
+    # ------------------------------------------------------------------------------ at a server
+
+    @contextmanager
+    def _serving(self, title: str) -> Iterator[None]:
+        """Let the server, if one samples, have the policy's weights in the block. Collective."""
+        around, topology = self.around, self.around.topology
+        served = around.served
+        if served is None:
+            yield
+            return
+        with served.rested(topology):
+            topology.watchdog.pause("the weights of the server")
+            served.hand_over(topology, f"{around.run.name}-{title}", around.save)
+            ids = tuple(self.asked.prompts.ids(0).tolist())
+            probe: list[Drawn] = topology.on_main(
+                lambda: served.probe(ids, self.settings.max_new_tokens, self.asked.seed)
+            )
+            group = Group(0, "", ids, tuple(
+                Rollout(each.ids, each.logprobs, "stop") for each in probe
+            ))  # fmt: skip
+            logprobs = self._logprobs(group)
+            gap = topology.on_main(lambda: served.require_same(probe, logprobs))
+            around.log(f"the server has the policy's weights: {gap:.2g} nats a token apart")
+            yield
+
+    def _logprobs(self, group: Group) -> np.ndarray:
+        """Return the policy's log-probabilities of the completions of a group. Collective."""
+        batches = self._batches_of(0, [group], {})
+
+        def walk(numbered: Batches) -> Iterator[Batch]:
+            for step in range(batches.steps):
+                yield from numbered.at(step)
+
+        def answers(policy: Policy, batch: Batch) -> dict[str, torch.Tensor]:
+            given = policy(batch, {"logprobs"}, temperature=self.settings.temperature).logprobs
+            assert given is not None
+            return {"logprobs": given}
+
+        found = token_values(self.around.topology, self.around.policy(), batches, walk, answers)
+        return found["logprobs"][batches.in_memory.examples.supervised]
 
     # ---------------------------------------------------------------------------------- sampling
 
@@ -270,6 +312,10 @@ class Rollouts:
         Each evaluation draws by the same numbers, so that two differ by the weights alone. None if
         a request to stop ended it.
         """
+        with self._serving("evaluation"):
+            return self._evaluated(asked)
+
+    def _evaluated(self, asked: Asked) -> dict[str, float] | None:
         topology, prompts = self.around.topology, asked.prompts
         collector = Collector(self.around, prompts, asked.seed, 1)
         shards = _shards(list(enumerate(range(len(prompts)))), self.settings.shard_size * 8)

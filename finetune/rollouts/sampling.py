@@ -43,6 +43,11 @@ def numbers_of(seed: int, *of: int, count: int, places: int) -> np.ndarray:
     )
 
 
+def seed_of(seed: int, *of: int) -> int:
+    """Return the seed of a group at a server: 31 bits, by what `numbers_of` takes."""
+    return int(np.random.default_rng([seed, 0x5A3, *of]).integers(1 << 31))
+
+
 @torch.no_grad()
 def draw(
     model: Any, prompts: Sequence[Sequence[int]], numbers: np.ndarray, *, temperature: float,

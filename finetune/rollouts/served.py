@@ -1,9 +1,8 @@
 """Completions of a vLLM server, which gets the policy's weights before each phase.
 
-    served.require()                     # before weights load
-    served.hand_over(topology, phase, save)
-    served.draw(prompts, numbers, ...)
-    served.rest(topology)
+require_server(settings)             # before weights load
+served.hand_over(topology, phase, save)
+served.draw(prompts, seeds, ...)
 """
 
 import time
@@ -18,12 +17,35 @@ from finetune.config.engine_fields import ServerEngine
 from finetune.endpoint import Client, Server
 from finetune.engine.topology import Topology
 from finetune.errors import ConfigError, Outage, UserError
-from finetune.generation.vllm_server import Sampled, VllmServer
+from finetune.generation.vllm_server import VllmServer
+from finetune.rollouts.sampling import Drawn
 
 SETTING = "objective.rollouts.engine"
 BEAT_SECONDS = 1.0  # between looks at a request to stop, while requests are under way
 PROBES, PROBE_TOKENS = 4, 32
 """Completions of the probe, and their tokens at most: 128 numbers are compared."""
+
+
+def require_server(settings: ServerEngine) -> None:
+    """Raise ConfigError unless the server answers with tokens; let it sleep, if it should."""
+    try:
+        with _client(settings) as client:
+            server = VllmServer(client)
+            if settings.sleep:
+                server.wake_up()
+            server.require_tokens()
+            if settings.sleep:
+                server.sleep(keeps_weights=True)
+    except (Outage, UserError) as exc:
+        raise ConfigError(f"{SETTING}: {exc}") from exc
+
+
+def _client(settings: ServerEngine, log: Callable[[str], None] = lambda text: None) -> Client:
+    server = Server(
+        settings.url, settings.model, settings.key_variable, settings.at_once,
+        timeout=settings.seconds,
+    )  # fmt: skip
+    return Client(server, log)
 
 
 class Served:
@@ -39,12 +61,7 @@ class Served:
         self.settings, self._is_adapter = settings, is_adapter
         self._folder = Path(settings.folder) if settings.folder else folder / "server"
         self._temperature, self._ends = temperature, ends
-        self._client = Client(
-            Server(
-                settings.url, settings.model, settings.key_variable, settings.at_once,
-                timeout=settings.seconds,
-            ), log,
-        )  # fmt: skip
+        self._client = _client(settings, log)
         self._server = VllmServer(self._client)
         self._pool = ThreadPoolExecutor(settings.at_once)
 
@@ -56,19 +73,6 @@ class Served:
         self._client.__exit__(*exc)
 
     # ------------------------------------------------------------------------------- weights
-
-    def require(self) -> None:
-        """Raise ConfigError unless the server answers with tokens; let it sleep, if it should."""
-        try:
-            if self.settings.sleep:
-                self._server.wake_up()
-            self._server.sample(
-                [0], count=1, max_new_tokens=1, temperature=1.0, seed=0, ends=self._ends
-            )
-            if self.settings.sleep:
-                self._server.sleep(keeps_weights=True)
-        except (Outage, UserError) as exc:
-            raise ConfigError(f"{SETTING}: {exc}") from exc
 
     def hand_over(self, topology: Topology, title: str, save: Callable[[Path], None]) -> None:
         """Give the server the policy's weights, which `save` writes to a folder. Collective."""
@@ -91,7 +95,7 @@ class Served:
             server.wake_up("kv_cache")
         return server.model
 
-    def require_same(self, sampled: Sequence[Sampled], logprobs: np.ndarray) -> float:
+    def require_same(self, sampled: Sequence[Drawn], logprobs: np.ndarray) -> float:
         """Return how far the policy's log-probabilities of a probe are from the server's, in nats.
 
         logprobs: [tokens] of the policy. Raises UserError if they are too far.
@@ -117,14 +121,14 @@ class Served:
 
     # ------------------------------------------------------------------------------ sampling
 
-    def probe(self, prompt: Sequence[int], max_new_tokens: int, seed: int) -> list[Sampled]:
+    def probe(self, prompt: Sequence[int], max_new_tokens: int, seed: int) -> list[Drawn]:
         """Return completions to compare with the policy."""
         return self._sample(prompt, PROBES, min(PROBE_TOKENS, max_new_tokens), seed)
 
     def draw(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], count: int,
         max_new_tokens: int, beat: Callable[[], None],
-    ) -> list[list[Sampled]]:  # fmt: skip
+    ) -> list[list[Drawn]]:  # fmt: skip
         """Return `count` completions of each prompt. `beat` is called meanwhile, and may raise."""
         asked = [
             self._pool.submit(self._sample, prompt, count, max_new_tokens, seed)
@@ -144,8 +148,9 @@ class Served:
 
     def _sample(
         self, prompt: Sequence[int], count: int, max_new_tokens: int, seed: int
-    ) -> list[Sampled]:
-        return self._server.sample(
+    ) -> list[Drawn]:
+        found = self._server.sample(
             prompt, count=count, max_new_tokens=max_new_tokens, temperature=self._temperature,
             seed=seed, ends=self._ends,
         )  # fmt: skip
+        return [Drawn(each.ids, each.logprobs, each.finish_reason) for each in found]

@@ -1,0 +1,129 @@
+"""Runs that sample at a vLLM server, by a server that speaks its protocol."""
+
+import json
+
+import pytest
+from conftest import pretrained, read_jsonl
+from invariants import sampled
+from vllm_server import running
+
+from finetune.errors import ConfigError, Outage, UserError
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A model that was trained for a moment."""
+    from conftest import Workshop
+
+    return str(
+        Workshop(tmp_path_factory.mktemp("base")).train("base", train__max_steps=1) / "model"
+    )
+
+
+@pytest.fixture
+def vllm(base, monkeypatch):
+    monkeypatch.setattr("finetune.endpoint.FIRST_WAIT", 0.01)
+    with running(base) as found:
+        yield found
+
+
+def settings(workshop, vllm, engine=None, **more):
+    engine = {"kind": "server", "url": vllm.url, "model": "policy"} | (engine or {})
+    given = {"train__max_steps": 2, **pretrained(vllm.start)} | more
+    return sampled.settings(workshop, rollouts={"engine": engine}, **given)
+
+
+def groups(run, phase):
+    lines = read_jsonl(run / f"rollouts/phase-{phase:05}.jsonl")
+    return [line for line in lines if "rollouts" in line]
+
+
+def of_policy(run):
+    """Return how far sampler and policy are from each other, over all tokens of all phases."""
+    found = []
+    for path in sorted((run / "rollouts").glob("phase-*.jsonl")):
+        for line in read_jsonl(path):
+            for each in line.get("rollouts", ()):
+                pairs = zip(each["sampler_logprobs"], each["old_logprobs"])
+                found += [abs(sampler - policy) for sampler, policy in pairs]
+    return max(found)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_each_phase_is_sampled_with_the_weights_of_its_step(workshop, vllm, adapter):
+    run = workshop.train(**settings(workshop, vllm, {"sleep": True}, adapter__kind=adapter))
+    assert of_policy(run) < 1e-4
+    assert len(groups(run, 2)) == 4
+    assert vllm.asleep
+    if adapter == "lora":
+        names = [body["model"] for body in vllm.sampled]
+        assert names[0] == "policy"  # before the first step
+        assert len(set(names)) == 3
+        assert names[1].startswith("run-phase-1-")
+        assert len(vllm.adapters) == 1
+    seeds = [body["seed"] for body in vllm.sampled if body["seed"]]  # without probes
+    assert len(set(seeds)) == len(seeds) == 8
+
+
+def test_a_server_with_other_weights_ends_the_run_before_it_samples(workshop, vllm):
+    vllm.ignores_weights = True
+    with pytest.raises(UserError, match=r"nats from the policy's, .* nothing was sampled with it"):
+        workshop.train(**settings(workshop, vllm, adapter__kind="lora", adapter__init="random"))
+    run = workshop.run_dir()
+    assert not list(run.glob("rollouts/phase*"))
+    assert workshop.outcome()["state"] == "failed"
+    vllm.ignores_weights, vllm.off_by = False, 0.05
+    with pytest.raises(UserError, match="0.05 nats .* --logprobs-mode processed_logprobs"):
+        workshop.train(**settings(workshop, vllm, adapter__kind="lora", adapter__init="random"))
+
+
+def test_a_server_that_is_not_there_is_an_error_before_weights_load(workshop, vllm, monkeypatch):
+    monkeypatch.setenv("VLLM_KEY", "very-secret")
+    for changes, message in (
+        ({"url": "http://127.0.0.1:9/v1"}, "is the server running"),
+        ({"model": "other"}, "has no model 'other'"),
+        ({"key_variable": "NO_SUCH_KEY"}, "the environment has no NO_SUCH_KEY"),
+    ):
+        with pytest.raises(ConfigError, match=f"objective.rollouts.engine: .*{message}"):
+            workshop.check(**settings(workshop, vllm, changes))
+    vllm.without = "token_ids"
+    with pytest.raises(ConfigError, match="rollouts.engine: .* needs? vLLM 0.10.2 or newer"):
+        workshop.check(**settings(workshop, vllm, {"key_variable": "VLLM_KEY"}))
+    assert "Bearer very-secret" in vllm.keys
+    for adapter, message in (
+        ({"adapter__dora": True}, "adapter.dora: a vLLM server has no DoRA"),
+        ({"adapter__init": "pissa"}, "adapter.init: pissa changes the base"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            workshop.check(**settings(workshop, vllm, adapter__kind="lora", **adapter))
+
+
+def test_a_phase_goes_on_where_its_server_died(workshop, vllm, monkeypatch):
+    """The server fails after two of four prompts, forgets its adapters, and comes back."""
+    inner, asked = vllm._completions, []
+
+    def dying(body):
+        asked.append(body["seed"])
+        return inner(body) if len(asked) <= 4 else (500, {"error": {"message": "gone"}})
+
+    monkeypatch.setattr(vllm, "_completions", dying)
+    own = settings(workshop, vllm, {"at_once": 1}, adapter__kind="lora", train__max_steps=1)
+    with pytest.raises(Outage, match="gone"):
+        workshop.train(**own)
+    recorded = [
+        json.loads(line)["prompt"]
+        for path in workshop.run_dir().glob("rollouts/phase-00001.partial/*")
+        for line in path.read_text().splitlines() if '"rollouts"' in line
+    ]  # fmt: skip
+    monkeypatch.undo()
+    monkeypatch.setattr("finetune.endpoint.FIRST_WAIT", 0.01)
+    vllm.restart()
+    before = len(vllm.sampled)
+    run = workshop.train(**own)
+    after = [body["seed"] for body in vllm.sampled[before:] if body["seed"]]
+    assert len(recorded) == 2
+    assert len(after) == 2, "what was recorded is not sampled again"
+    assert not set(after) & set(asked[2:4])
+    assert of_policy(run) < 1e-4
