@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import pytest
 from chat_server import ChatServer, reply, serving
 from conftest import read_jsonl, write_jsonl
+from invariants import sampled
 from pydantic import TypeAdapter, ValidationError
 
 from finetune import own_code, sandbox
@@ -19,7 +20,7 @@ from finetune.config.messages import describe
 from finetune.config.reward_fields import RewardList
 from finetune.data.conversations import Conversation, Message
 from finetune.data.places import Place
-from finetune.errors import ConfigError, DataError, Outage
+from finetune.errors import ConfigError, DataError, Outage, UserError
 from finetune.evaluation.scores.normalise import NORMALISATIONS
 from finetune.generation.completions import Completion, Prompt, Score
 from finetune.generation.reward_model import RewardModel
@@ -197,6 +198,35 @@ def test_the_config_names_the_normalisations_of_scores():
     [listed] = reward_fields.ExactMatch.model_fields["ignore"].annotation.__args__
     assert listed.__args__ == tuple(NORMALISATIONS)
     assert set(parts.MAKE) == {*reward_fields.BUILT_IN, reward_fields.OwnReward}
+
+
+def test_a_run_names_what_is_wrong_with_its_rewards_before_weights_load(workshop, tmp_path):
+    for given, message in (
+        ({"kind": "regex", "patern": "x"}, "rewards.0.patern: unknown key; did you mean pattern"),
+        ({"kind": f"{tmp_path}/none.py:reward"}, "objective.rewards.0.kind: no file"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            workshop.check(**sampled.settings(workshop, rewards=[given]))
+    tests = {"kind": "code_tests", "column": "answer"}
+    if not sandbox._why_unavailable():
+        workshop.check(**sampled.settings(workshop, rewards=[tests]))
+        with pytest.raises(DataError, match="prompts.jsonl:1: .*no text of tests in its column t"):
+            workshop.check(**sampled.settings(workshop, rewards=[tests | {"column": "t"}]))
+
+
+def test_a_run_learns_by_a_function_whose_content_it_keeps(workshop):
+    """A changed function is not resumed with; where it stands does not matter."""
+    code = workshop.folder / "mine.py"
+    code.write_text("def reward(text, row):\n    return float(len(text.split()))\n")
+    rewards = [{"kind": f"{code}:reward"}]
+    own = sampled.settings(workshop, rewards=rewards, train__max_steps=1)
+    run = workshop.train(**own)
+    lines = [line for line in read_jsonl(run / "metrics.jsonl") if "reward" in line]
+    assert lines
+    assert "code of objective.rewards.0: mine.py:reward" in workshop.receipt()["identity"]
+    code.write_text("def reward(text, row):\n    return 1.0\n")
+    with pytest.raises(UserError, match="code of objective.rewards.0"):
+        workshop.train(**own)
 
 
 # ---------------------------------------------------------------------- a user's own, and limits

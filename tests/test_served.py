@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import pretrained, read_jsonl
+from conftest import ROOT, launch, launcher, pretrained, read_jsonl
 from invariants import sampled
 from vllm_server import running
 
@@ -127,3 +127,21 @@ def test_a_phase_goes_on_where_its_server_died(workshop, vllm, monkeypatch):
     assert len(after) == 2, "what was recorded is not sampled again"
     assert not set(after) & set(asked[2:4])
     assert of_policy(run) < 1e-4
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("topology", ["cpu_debug", "fsdp2_offload"])
+def test_two_processes_hand_over_whole_weights_and_sample_their_shards(workshop, vllm, topology):
+    """Shards of two prompts, so that each process samples; one process gives the same rollouts."""
+    own = settings(workshop, vllm, adapter__kind="full", train__micro_batch_size=4)
+    alone = workshop.train("alone", **own)
+    config = workshop.write(workshop.config("both", **own))
+    result = launch([*launcher(topology, 2), str(ROOT / "train.py"), "--config", str(config)])
+    assert result.returncode == 0, result.stdout + result.stderr
+    both = workshop.run_dir("both")
+    assert workshop.receipt("both")["num_processes"] == 2
+    assert of_policy(both) < 1e-4
+    for phase in (1, 2):
+        pairs = zip(groups(alone, phase), groups(both, phase), strict=True)
+        for one, two in pairs:
+            assert [r["ids"] for r in one["rollouts"]] == [r["ids"] for r in two["rollouts"]]
