@@ -20,6 +20,7 @@ def reasoning_task(setting: str = "--scores reasoning-gym") -> OfAnswer:
     The answer is what stands in the last <answer></answer>, or all of it.
     """
     extras.require("reasoning-gym", setting)
+    tasks()  # the import takes seconds, which would count against the first answer
 
     def of(completion: Completion) -> Value:
         if problem := lacks_task(completion.prompt):
