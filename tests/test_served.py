@@ -1,13 +1,18 @@
 """Runs that sample at a vLLM server, by a server that speaks its protocol."""
 
 import json
+import threading
+import time
 
 import pytest
 from conftest import ROOT, launch, launcher, pretrained, read_jsonl
 from invariants import sampled
 from vllm_server import running
 
+from finetune.config.engine_fields import ServerEngine
 from finetune.errors import ConfigError, Outage, UserError
+from finetune.rollouts.sampling import Stopped
+from finetune.rollouts.served import Served
 
 pytestmark = pytest.mark.slow
 
@@ -51,7 +56,7 @@ def of_policy(run):
     return max(found)
 
 
-@pytest.mark.parametrize("adapter", ["lora", "full"])
+@pytest.mark.parametrize("adapter", ["lora", pytest.param("full", marks=pytest.mark.proof)])
 def test_each_phase_is_sampled_with_the_weights_of_its_step(workshop, vllm, adapter):
     run = workshop.train(**settings(workshop, vllm, {"sleep": True}, adapter__kind=adapter))
     assert of_policy(run) < 1e-4
@@ -100,6 +105,7 @@ def test_a_server_that_is_not_there_is_an_error_before_weights_load(workshop, vl
             workshop.check(**settings(workshop, vllm, adapter__kind="lora", **adapter))
 
 
+@pytest.mark.proof
 def test_a_phase_goes_on_where_its_server_died(workshop, vllm, monkeypatch):
     """The server fails after two of four prompts, forgets its adapters, and comes back."""
     inner, asked = vllm._completions, []
@@ -127,6 +133,24 @@ def test_a_phase_goes_on_where_its_server_died(workshop, vllm, monkeypatch):
     assert len(after) == 2, "what was recorded is not sampled again"
     assert not set(after) & set(asked[2:4])
     assert of_policy(run) < 1e-4
+
+
+def test_a_request_to_stop_does_not_wait_for_a_slow_answer(vllm, tmp_path):
+    def beat():
+        raise Stopped
+
+    vllm.faults = ["slow 20"] * 3
+    engine = ServerEngine(kind="server", url=vllm.url, model="policy")
+    began = time.monotonic()
+    with (
+        Served(engine, tmp_path, is_adapter=True, temperature=1.0, ends={2}, log=print) as served,
+        pytest.raises(Stopped),
+    ):
+        served.draw([[1], [2], [3]], [1, 2, 3], 2, 4, beat)
+    assert time.monotonic() - began < 10
+    waiting = [each for each in threading.enumerate() if "work" in each.name]
+    assert waiting
+    assert all(each.daemon for each in waiting)
 
 
 @pytest.mark.proof

@@ -34,7 +34,7 @@ class ServerEngine(Kind):
     """
     at_once: Annotated[int, Field(gt=0, le=1_024)] = 32
     """Prompts that each process asks at once."""
-    seconds: Annotated[float, Field(gt=0, le=86_400)] = 600.0
+    seconds: Annotated[float, Field(gt=0, le=86_400)] = 300.0
     """Time limit for the completions of a prompt, in seconds."""
     probe_tolerance: Annotated[float, Field(gt=0, le=1)] = 0.02
     """How far, in nats, log-probabilities of server and policy may differ, on average over the

@@ -5,11 +5,13 @@ served.hand_over(topology, phase, save)
 served.draw(prompts, seeds, ...)
 """
 
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence, Set
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -63,13 +65,11 @@ class Served:
         self._temperature, self._ends = temperature, ends
         self._client = _client(settings, log)
         self._server = VllmServer(self._client)
-        self._pool = ThreadPoolExecutor(settings.at_once)
 
     def __enter__(self) -> "Served":
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
         self._client.__exit__(*exc)
 
     # ------------------------------------------------------------------------------- weights
@@ -129,22 +129,36 @@ class Served:
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], count: int,
         max_new_tokens: int, beat: Callable[[], None],
     ) -> list[list[Drawn]]:  # fmt: skip
-        """Return `count` completions of each prompt. `beat` is called meanwhile, and may raise."""
-        asked = [
-            self._pool.submit(self._sample, prompt, count, max_new_tokens, seed)
-            for prompt, seed in zip(prompts, seeds)
-        ]
-        try:
-            missing = set(asked)
-            while missing:
-                done, missing = wait(missing, BEAT_SECONDS, FIRST_EXCEPTION)
-                for each in done:
-                    each.result()
+        """Return `count` completions of each prompt. `beat` is called meanwhile, and may raise.
+
+        The threads are daemons: a process that has to stop does not wait for a slow answer.
+        """
+        found: list[Any] = [None] * len(prompts)
+        waiting = deque(range(len(prompts)))
+
+        def work() -> None:
+            while waiting:
+                with suppress(IndexError):  # another thread took the last one
+                    place = waiting.popleft()
+                    try:
+                        found[place] = self._sample(
+                            prompts[place], count, max_new_tokens, seeds[place]
+                        )
+                    except BaseException as exc:
+                        found[place] = exc
+                        waiting.clear()
+
+        number = min(self.settings.at_once, len(prompts))
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(number)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(BEAT_SECONDS)
                 beat()
-        finally:
-            for each in asked:
-                each.cancel()
-        return [each.result() for each in asked]
+                _raise_any(found)
+        _raise_any(found)
+        return found
 
     def _sample(
         self, prompt: Sequence[int], count: int, max_new_tokens: int, seed: int
@@ -154,3 +168,9 @@ class Served:
             seed=seed, ends=self._ends,
         )  # fmt: skip
         return [Drawn(each.ids, each.logprobs, each.finish_reason) for each in found]
+
+
+def _raise_any(found: Sequence[Any]) -> None:
+    for each in found:
+        if isinstance(each, BaseException):
+            raise each
