@@ -65,7 +65,7 @@ from finetune.objectives import Objective, chosen
 from finetune.preflight import Data
 from finetune.rollouts.around import Around
 from finetune.rollouts.asked import Asked
-from finetune.rollouts.phases import Group
+from finetune.rollouts.phases import FOLDER, Group
 from finetune.rollouts.rollouts import Rollouts
 from finetune.rollouts.served import Served
 from finetune.survival.preemption import StopFlag

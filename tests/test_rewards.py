@@ -214,6 +214,7 @@ def test_a_run_names_what_is_wrong_with_its_rewards_before_weights_load(workshop
             workshop.check(**sampled.settings(workshop, rewards=[tests | {"column": "t"}]))
 
 
+@pytest.mark.proof
 def test_a_run_learns_by_a_function_whose_content_it_keeps(workshop):
     """A changed function is not resumed with; where it stands does not matter."""
     code = workshop.folder / "mine.py"
@@ -321,6 +322,7 @@ def test_code_of_a_reward_is_found_and_read_with_the_config(tmp_path):
 # ------------------------------------------------------------------------- models and tasks
 
 
+@pytest.mark.proof
 def test_a_reward_model_scores_whole_conversations_once(tmp_path, workshop):
     pairs = [{"prompt": f"{n}", "chosen": "good", "rejected": "bad"} for n in range(8)]
     run = workshop.train(

@@ -5,12 +5,14 @@ import threading
 import time
 
 import pytest
-from conftest import ROOT, launch, launcher, pretrained, read_jsonl
+import torch
+from conftest import ROOT, launch, launcher, pretrained, read_jsonl, tiny_llama
 from invariants import sampled
 from vllm_server import running
 
 from finetune.config.engine_fields import ServerEngine
 from finetune.errors import ConfigError, Outage, UserError
+from finetune.models.load import bytes_tokenizer
 from finetune.rollouts.sampling import Stopped
 from finetune.rollouts.served import Served
 
@@ -19,12 +21,15 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A model that was trained for a moment."""
-    from conftest import Workshop
+    """A small model that no run has trained."""
+    from transformers import AutoModelForCausalLM
 
-    return str(
-        Workshop(tmp_path_factory.mktemp("base")).train("base", train__max_steps=1) / "model"
-    )
+    folder, tokenizer = tmp_path_factory.mktemp("base"), bytes_tokenizer()
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(3)
+    config = tiny_llama(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture
@@ -37,7 +42,7 @@ def vllm(base, monkeypatch):
 def settings(workshop, vllm, engine=None, **more):
     engine = {"kind": "server", "url": vllm.url, "model": "policy"} | (engine or {})
     given = {"train__max_steps": 2, **pretrained(vllm.start)} | more
-    return sampled.settings(workshop, rollouts={"engine": engine}, **given)
+    return sampled.settings(workshop, rollouts={"engine": engine, "max_new_tokens": 5}, **given)
 
 
 def groups(run, phase):
@@ -79,7 +84,11 @@ def test_a_server_with_other_weights_ends_the_run_before_it_samples(workshop, vl
     run = workshop.run_dir()
     assert not list(run.glob("rollouts/phase*"))
     assert workshop.outcome()["state"] == "failed"
-    vllm.ignores_weights, vllm.off_by = False, 0.05
+
+
+@pytest.mark.proof
+def test_log_probabilities_of_another_temperature_end_the_run(workshop, vllm):
+    vllm.off_by = 0.05
     with pytest.raises(UserError, match="0.05 nats .* --logprobs-mode processed_logprobs"):
         workshop.train(**settings(workshop, vllm, adapter__kind="lora", adapter__init="random"))
 
