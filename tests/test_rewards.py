@@ -207,11 +207,11 @@ def test_a_run_names_what_is_wrong_with_its_rewards_before_weights_load(workshop
     ):
         with pytest.raises(ConfigError, match=message):
             workshop.check(**sampled.settings(workshop, rewards=[given]))
-    tests = {"kind": "code_tests", "column": "answer"}
-    if not sandbox._why_unavailable():
-        workshop.check(**sampled.settings(workshop, rewards=[tests]))
-        with pytest.raises(DataError, match="prompts.jsonl:1: .*no text of tests in its column t"):
-            workshop.check(**sampled.settings(workshop, rewards=[tests | {"column": "t"}]))
+    rows = [{"prompt": "1 + 1?", "answer": "2"}, {"prompt": "2 + 2?", "answer": "four"}]
+    own = sampled.settings(workshop, rewards=[{"kind": "number"}])
+    write_jsonl(workshop.folder / "prompts.jsonl", rows)
+    with pytest.raises(DataError, match="prompts.jsonl:2: .*number: the reference holds no number"):
+        workshop.check(**own)
 
 
 @pytest.mark.proof
