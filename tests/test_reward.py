@@ -22,6 +22,7 @@ from finetune.data.places import Place
 from finetune.errors import DataError, ExportError, ModelError, UserError
 from finetune.evaluation import calibration, reward_runs
 from finetune.export.load import load as opened
+from finetune.export.load import load_chat_tokenizer
 from finetune.generation.reward_model import RewardModel
 from finetune.models import attention, document_scores, head, load
 from finetune.models.policy import Policy
@@ -337,7 +338,7 @@ def test_a_wrong_row_is_named_with_its_line(workshop, wrong):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"model__config": {**TINY_LLAMA, "model_type": "cohere"}}, "has no model for sequence"),
+        ({"model__config": {**TINY_LLAMA, "model_type": "cohere"}}, "has no class for sequence"),
         ({"model__config": {"model_type": "bert"}}, "is an encoder, and objective.kind: reward"),
         ({"evaluation__sample_prompts": ["hi"]}, "a reward model does not write answers"),
         ({"objective__kind": "dpo", "data__columns": {"margin": "m"}}, "margin would be ignored"),
@@ -366,7 +367,10 @@ def test_a_reward_model_may_go_on_and_a_classifier_of_several_labels_may_not(wor
 def test_what_gives_no_score_or_holds_no_answer_is_refused(workshop, base):
     with pytest.raises(ModelError, match="gives no single score"):
         RewardModel(base)
-    scores = RewardModel(workshop.train(**settings(workshop)))
+    run = workshop.train(**settings(workshop))
+    with pytest.raises(ModelError, match="writes no answers; evaluate a reward run by its"):
+        load_chat_tokenizer(str(run / "model"), False)
+    scores = RewardModel(run)
     with pytest.raises(DataError, match="asked:1: ends with a message of the user"):
         scores([conversation("only a question")])
     with pytest.raises(DataError, match="tokens, and the reward model has only 256 positions"):

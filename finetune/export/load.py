@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from finetune.config.base import (
     adapter_problem,
+    config_of,
     folder_problem,
     is_adapter,
     model_argument,
@@ -18,6 +19,7 @@ from finetune.config.base import (
     require_model,
     tokenizer_problem,
 )
+from finetune.config.model_files import object_in
 from finetune.errors import ModelError
 from finetune.models import adapters, base_identity, embeddings, families
 from finetune.models.families import Family
@@ -189,7 +191,17 @@ def load_tokenizer(
 
 
 def load_chat_tokenizer(path: str, trust_remote_code: bool) -> Any:
-    """Return the same as `load_tokenizer`. Raises ModelError without a chat template."""
+    """Return the same as `load_tokenizer`.
+
+    Raises ModelError without a chat template, or if the model scores and writes no answers.
+    """
+    adapter = object_in(Path(path, "adapter_config.json"))[0].get("task_type")
+    named = str((config_of(path).get("architectures") or [""])[0])
+    if adapter == families.SCORES.task or named.endswith("ForSequenceClassification"):
+        raise ModelError(
+            f"{path}: scores or labels conversations and writes no answers; evaluate a reward run "
+            "by its directory"
+        )
     tokenizer = load_tokenizer(path, trust_remote_code)
     if not tokenizer.chat_template:
         raise ModelError(

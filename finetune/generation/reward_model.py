@@ -12,7 +12,7 @@ from finetune.data.conversations import Conversation
 from finetune.data.tokenised import answered
 from finetune.data.tokens import with_bos
 from finetune.errors import DataError, ModelError
-from finetune.export.load import load, load_chat_tokenizer
+from finetune.export.load import load, load_tokenizer
 from finetune.models import document_scores, families
 
 BATCH_TOKENS = 16_384  # of a forward pass, padding included
@@ -32,7 +32,7 @@ class RewardModel:
         inner = Path(path, "model")
         folder = str(inner if inner.is_dir() else path)
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.tokenizer = load_chat_tokenizer(folder, trust_remote_code)
+        self.tokenizer = load_tokenizer(folder, trust_remote_code)
         self.model = load(folder, trust_remote_code=trust_remote_code, device=self.device).eval()
         base = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
         if families.of_model(base) != families.SCORES:

@@ -125,13 +125,15 @@ def model_class(config: Any, family: Family = CAUSAL) -> Any:
         raise ModelError(
             f"model_type {config.model_type!r} has no {TITLES[family.name]} in transformers "
             f"{transformers.__version__}"
+            + "; take another, such as llama or qwen2"
+            * (family == SCORES)
         ) from None
 
 
 TITLES = {
     "causal": "causal language model", "masked": "masked language model",
     "sequences": "classifier of rows", "tokens": "classifier of words",
-    "scores": "model for sequence classification, which holds the scores,",
+    "scores": "class for sequence classification, as which reward models are exported,",
     "seq2seq": "encoder-decoder",
 }  # fmt: skip
 
