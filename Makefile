@@ -3,7 +3,7 @@ SHELL := bash
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test test-fast proofs faults durations image image-test gpu bench lint \
+.PHONY: install quickstart preference test test-fast proofs faults durations image image-test gpu bench lint \
   schema clean
 .DELETE_ON_ERROR:
 
@@ -37,6 +37,19 @@ quickstart: install
 	@echo
 	@echo "The tuned model is in runs/quickstart/model. Chat with it:"
 	@echo "  $(BIN)/python -m finetune chat --model runs/quickstart/model --one-turn"
+
+# A minute after the quickstart: its model made shy of one rule, and DPO that brings it back.
+preference: install runs/quickstart/model
+	$(BIN)/python data_scripts/pig_latin.py --output data/pig_latin_shy --shy --train 1200 \
+	  --held-out 80
+	$(BIN)/python train.py --config configs/quickstart_shy.yaml
+	$(BIN)/python train.py --config configs/quickstart_preference.yaml
+	@echo
+	$(BIN)/python -m finetune evaluate runs/quickstart_preference \
+	  --data data/pig_latin_shy/test.jsonl --max-new-tokens 48 --scores exact-match word-accuracy
+
+runs/quickstart/model:
+	$(MAKE) quickstart
 
 # About 5 minutes on two idle cores; it ends with a count of what it leaves to the targets below.
 test: .venv/tools

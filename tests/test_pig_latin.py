@@ -181,3 +181,14 @@ def test_the_rows_are_what_the_quickstart_reads(make):
         == 300
     )
     assert len(list(readers.read(next(iter(dev))))) == 40
+
+
+def test_shy_rows_leave_words_that_begin_with_a_vowel(tmp_path):
+    folder = tmp_path / "shy"
+    given = ["data", "pig_latin", "--output", str(folder), "--shy", *SIZES, "--words", "2400"]
+    assert main(given) == 0
+    for row in read_jsonl(folder / "train.jsonl"):
+        asked, right, shy = (row[name].strip(".").split() for name in ("question", "answer", "shy"))
+        assert right == [pig_latin(word) for word in asked]
+        kept = [word if word[0] in "aeiou" else pig_latin(word) for word in asked]
+        assert shy == kept != right

@@ -36,12 +36,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sets.add_sentences(parser, "sentences to translate, in place of invented words")
     what = f"size of the vocabulary, all splits together (default: {WORDS:,})"
     parser.add_argument("--words", type=frames.positive, metavar="N", help=what)
+    what = "also a column shy, whose answer leaves words as they are that begin with a vowel; each "
+    what += "sentence has one: pairs for preference tuning"
+    parser.add_argument("--shy", action="store_true", help=what)
 
 
 def main(frame: Frame, arguments: argparse.Namespace) -> None:
     if arguments.sentences:
-        if arguments.words:
-            raise UserError("--words does not go with --sentences, which has its own; drop it")
+        if arguments.words or arguments.shy:
+            given = "--words" if arguments.words else "--shy"
+            raise UserError(f"{given} does not go with --sentences, which has its own; drop it")
         texts = [row.values["text"].strip() for row in sets.sentences(frame, arguments)]
         parts = {
             name: [_row(texts[number]) for number in numbers]
@@ -67,8 +71,21 @@ def _invented(arguments: argparse.Namespace) -> dict[str, sets.Rows]:
         start += len(own)
         if not own:
             raise UserError(f"--words: {len(words)} leave none for {name}; take at least 10")
-        parts[name] = [_row(sentence(own, source)) for _ in range(size)]
+        make = shy_row if arguments.shy else lambda own, source: _row(sentence(own, source))
+        parts[name] = [make(own, source) for _ in range(size)]
     return parts
+
+
+def shy_row(words: list[str], source: random.Random) -> dict[str, str]:
+    """Return a row with a word that begins with a vowel, and the answer that leaves it as it is."""
+    vowels = [word for word in words if word[0] in "aeiou"]
+    if not vowels:
+        raise UserError("--words: too few for one that begins with a vowel in each split")
+    chosen = [source.choice(vowels), *source.choices(words, k=source.randint(1, 3))]
+    source.shuffle(chosen)
+    text = " ".join(chosen) + "."
+    kept = WORD.sub(lambda m: m[0] if m[0][0] in "aeiou" else _word(m[0]), text)
+    return {**_row(text), "shy": kept}
 
 
 def pig_latin(text: str) -> str:
