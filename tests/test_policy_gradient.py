@@ -9,12 +9,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import losses, read_jsonl, short
+from faults.forked import weights
+from invariants import sampled
+from invariants.test_topologies import several
 from test_preference import as_trl_wants, policy_of
 
+from finetune import config as configs
 from finetune.config import objective_fields as fields
 from finetune.data.batches import Batches
 from finetune.data.examples import Examples, Ragged
 from finetune.data.order import Sequences
+from finetune.errors import ConfigError
 from finetune.models.policy import Answers, Policy
 from finetune.objectives import advantages
 from finetune.objectives.advantages import Scored
@@ -31,7 +36,8 @@ def chosen(kind="grpo", **values):
     """(objective, settings); short completions at most 10 tokens long."""
     objective, cls = KINDS[kind]
     rollouts = {"max_new_tokens": 10, "temperature": values.pop("temperature", 1.0)}
-    return objective, cls(kind=kind, rollouts=rollouts, **values)
+    rewards = [{"kind": "exact_match"}]
+    return objective, cls(kind=kind, rollouts=rollouts, rewards=rewards, **values)
 
 
 def completions_of(count=8, masked=()):
@@ -598,6 +604,21 @@ def test_ppo_gives_the_reward_at_the_end_and_the_divergence_at_each_token():
     assert "no_signal_share" not in facts, "a group of one has nothing to compare with"
 
 
+def test_a_value_head_learns_known_returns():
+    objective, settings = chosen("ppo", value_clip=10.0, value_weight=1.0)
+    examples, (model, policy) = completions_of(), make("ppo")
+    columns, _ = objective.columns(scored_of(examples), settings)
+    columns = {**columns, "advantages": 0 * columns["advantages"]}
+    batches = batches_of(examples, columns, 8)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    errors = []
+    for _ in range(80):
+        means, _ = step("ppo", model, policy, settings, batches)
+        errors.append(means["value_loss"])
+        optimizer.step()
+    assert errors[-1] < 0.05 * errors[0]
+
+
 def test_values_learn_the_returns_and_move_no_further_than_the_clip():
     objective, settings = chosen("ppo", value_clip=0.5, value_weight=1.0)
     columns = {"old_values": torch.full((4,), 0.1), "returns": torch.tensor([1.0, 1, 1, -1])}
@@ -643,3 +664,72 @@ def test_a_run_that_runs_away_ends_early_also_after_a_resume(workshop, monkeypat
     assert outcome["reason"].startswith(
         f"stopped early, of {len(full)} steps, because it fell; the last weights, of step 3"
     )
+
+
+# ----------------------------------------------------------------------------------------- runs
+
+
+@pytest.mark.parametrize("kind", short(["rloo", "ppo"], "ppo"))
+def test_rewards_rise(workshop, kind):
+    more = {"optimizer__lr": 3e-2, "schedule__kind": "constant", "objective__beta": 0.0}
+    run = workshop.train(**sampled.settings(workshop, kind, train__max_steps=12, **more))
+    lines = read_jsonl(run / "metrics.jsonl")
+    rewards = [line["reward"] for line in lines]
+    assert sum(rewards[-3:]) > 1.25 * sum(rewards[:3])
+    assert all(line["ratio"] == 1 for line in lines)
+    assert "value_head.weight" not in weights(run)
+
+
+@pytest.mark.proof
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("kind", ["grpo", "rloo", "ppo"])
+def test_several_processes_and_passes_learn_the_same(workshop, kind):
+    """The sum of a surrogate is near 0, where rounding is all of it: its gradient counts."""
+    own = {
+        "train__max_steps": 4, "train__micro_batch_size": 2, "optimizer__lr": 1e-3,
+        "rollouts": {"steps_per_phase": 2, "passes": 2},
+    }  # fmt: skip
+    alone = workshop.train("alone", **sampled.settings(workshop, kind, **own))
+    arguments, runs = [], []
+    for topology in ("ddp", "fsdp2", "zero3"):
+        config = workshop.config(topology, **sampled.settings(workshop, kind, **own))
+        arguments += [f"topology:{topology}", workshop.write(config)]
+        runs.append(workshop.run_dir(topology))
+    launched = several(workshop.folder, "ddp", 2, *arguments)
+    assert launched.codes() == [0, 0], launched.output()
+    names = ("grad_norm", "entropy", "ratio", "reward", "clip_share_high", "kl", "value_loss")
+    for run in runs:
+        for one, other in zip(*(read_jsonl(each / "metrics.jsonl") for each in (run, alone))):
+            for name in names:
+                assert (name in one) == (name in other)
+                assert one.get(name, 0) == pytest.approx(other.get(name, 0), rel=1e-3, abs=1e-6)
+        one, other = (weights(each) for each in (run, alone))
+        assert all((one[key] - other[key]).abs().max() < 1e-5 for key in one)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "says"),
+    [
+        ("grpo", {"rollouts": {"group_size": 1}}, "group_size: 1 completion has no others"),
+        ("rloo", {"rollouts": {"group_size": 1}}, "group_size: 1 completion has no others"),
+        ("grpo", {"objective__kl": "in_reward"}, "objective.kl: would be ignored"),
+        ("grpo", {"objective__loss": "cispo", "objective__dual_clip": 3.0}, "cispo caps every"),
+        (
+            "ppo",
+            {"objective__sampler_correction": "none", "objective__sampler_cap": 2.0},
+            "_cap: w",
+        ),
+        ("ppo", {"objective__stop_entropy": [3.0, 1.0]}, "give the lower limit first"),
+        ("grpo", {"optimizer__head_lr": 1e-3}, "optimizer.head_lr: would be ignored"),
+        ("ppo", {"objective__kl": "in_loss"}, "objective.kind is ppo; it belongs to grpo"),
+    ],
+)
+def test_settings_that_do_not_fit_are_errors(workshop, kind, values, says):
+    with pytest.raises(ConfigError, match=says):
+        configs.from_dict(workshop.config(**sampled.settings(workshop, kind, **values)))
+
+
+def test_a_value_head_has_a_rate_of_its_own_and_one_completion_of_a_prompt_is_enough(workshop):
+    own = sampled.settings(workshop, "ppo", optimizer__head_lr=1e-3, rollouts={"group_size": 1})
+    config = configs.from_dict(workshop.config(**own))
+    assert (config.optimizer.head_lr, config.objective.rollouts.group_size) == (1e-3, 1)

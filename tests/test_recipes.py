@@ -6,14 +6,24 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, TINY_LLAMA, Workshop, forget_process_state, losses, tracked, write_jsonl
-from invariants import families
+from conftest import (
+    ROOT,
+    TINY_LLAMA,
+    Workshop,
+    forget_process_state,
+    losses,
+    read_jsonl,
+    tracked,
+    write_jsonl,
+)
+from invariants import families, sampled
 
 from finetune import config as configs
 
 RECIPES = [
     ROOT / name for name in tracked() if re.fullmatch(r"configs/(?!quickstart)\w+\.yaml", name)
 ]
+STAGES = [path for path in RECIPES if path.stem.startswith("stages_")]
 SOME = ("llama2_7b_chat_qlora_medical", "qwen25_7b_long_context")  # each runs by make proofs
 SIZES = {k: v for k, v in TINY_LLAMA.items() if k != "model_type"}
 # What stands in for a published model: the smallest of its kind. Llama-3.1 and Phi-3.5 bring a chat
@@ -86,6 +96,13 @@ def rows_for(recipe: dict, folder: Path) -> str:
         return str(write_jsonl(folder / "r.jsonl", asked))
     if objective in families.ROWS:
         return str(write_jsonl(folder / "r.jsonl", families.ROWS[objective](300)))
+    if "puzzles" in data["train"]:
+        pytest.importorskip("reasoning_gym")
+        from reasoning_gym import create_dataset
+
+        entries = create_dataset("chain_sum", size=40, seed=0)
+        puzzles = [{**entry, "task": "chain_sum", "entry": entry} for entry in entries]
+        return str(write_jsonl(folder / "r.jsonl", puzzles))
     if data["train"].endswith(".txt"):
         path = folder / "field.txt"
         path.write_text("\n\n".join(f"paragraph {n} says {'words ' * (n % 9)}" for n in range(400)))
@@ -103,10 +120,27 @@ def rows_for(recipe: dict, folder: Path) -> str:
     return str(write_jsonl(folder / "r.jsonl", values))
 
 
+def short_rollouts(recipe: dict) -> dict:
+    """What makes rollouts of a random model short, and their rewards differ."""
+    objective = recipe["objective"]
+    rollouts = {
+        **objective["rollouts"], "group_size": 2, "max_new_tokens": 8, "cut_answers": "learn",
+    }  # fmt: skip
+    rewards = [*objective["rewards"], sampled.WORDS]
+    return {
+        "objective.rollouts": json.dumps(rollouts), "objective.rewards": json.dumps(rewards),
+        "train.global_batch_size": 8, "train.micro_batch_size": 2,
+    }  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(p, marks=() if p.stem in SOME else pytest.mark.proof) for p in RECIPES],
+    [
+        pytest.param(p, marks=() if p.stem in SOME else pytest.mark.proof)
+        for p in RECIPES
+        if p not in STAGES
+    ],
     ids=lambda p: p.stem,
 )
 def test_a_recipe_runs_as_it_is(workshop, bytes_tokenizer, path):
@@ -123,15 +157,16 @@ def test_a_recipe_runs_as_it_is(workshop, bytes_tokenizer, path):
         "checkpoint.every_steps": 2, "tracking.log_every_steps": 1,
     }  # fmt: skip
     if "eval" in recipe["data"]:
-        arguments["data.eval"] = write_jsonl(
-            workshop.folder / "eval.jsonl", [{"question": "new?", "answer": "yes"}]
-        )
+        new = {"question": "new?", "answer": "yes", "task": "chain_sum", "entry": {"answer": "1"}}
+        arguments["data.eval"] = write_jsonl(workshop.folder / "eval.jsonl", [new])
     if recipe["train"].get("precision") == "fp16":
         arguments["train.precision"] = "fp32"  # fp16 needs a GPU
     if recipe["schedule"]["kind"] == "constant":
         del arguments["schedule.warmup_steps"]
     if recipe["data"].get("packing"):
         arguments |= {"train.global_batch_size": recipe["train"]["micro_batch_size"] * 2}
+    if "rollouts" in recipe.get("objective", {}):
+        arguments |= short_rollouts(recipe)
     forget_process_state()
     config, check = configs.parse(
         ["--config", str(path), *(f"--{key}={value}" for key, value in arguments.items())]
@@ -140,6 +175,41 @@ def test_a_recipe_runs_as_it_is(workshop, bytes_tokenizer, path):
     run = workshop.run_dir(config.run.name)
     assert len(losses(run)) == 3
     assert json.loads((run / "outcome.json").read_text())["state"] == "complete"
+
+
+@pytest.mark.proof
+def test_three_stages_follow_each_other(workshop, bytes_tokenizer):
+    """Answers, a model that scores them, and a policy that it rewards: the files as they are."""
+    from finetune import loop
+    from finetune.survival.preemption import StopFlag
+
+    made = {
+        "stages_1_sft": families.orders(), "stages_2_reward": families.preferences(),
+        "stages_3_ppo": [{"prompt": each["prompt"]} for each in families.preferences()],
+    }  # fmt: skip
+    base, runs = stand_in(workshop, "Qwen/Qwen2.5-0.5B", bytes_tokenizer), workshop.folder / "runs"
+    for path in sorted(STAGES):
+        recipe = yaml.safe_load(path.read_text().replace("runs/stages_", f"{runs}/stages_"))
+        if recipe["model"]["path"].startswith("Qwen"):
+            recipe["model"]["path"] = base
+        recipe["run"]["dir"] = str(runs)
+        recipe["data"] |= {
+            "train": str(write_jsonl(workshop.folder / f"{path.stem}.jsonl", made[path.stem])),
+            "cache_dir": str(workshop.folder / "cache"),
+        }
+        recipe["train"] |= {"max_steps": 4, "global_batch_size": 8, "micro_batch_size": 4}
+        if "rollouts" in recipe.get("objective", {}):
+            recipe["objective"]["rollouts"] |= {"max_new_tokens": 8}
+        (workshop.folder / "stage.yaml").write_text(yaml.safe_dump(recipe))
+        forget_process_state()
+        config, check = configs.parse(["--config", str(workshop.folder / "stage.yaml")])
+        loop.run(config, check, StopFlag())
+        outcome = json.loads((runs / path.stem / "outcome.json").read_text())
+        assert outcome["state"] == "complete"
+    first = read_jsonl(runs / "stages_3_ppo/metrics.jsonl")[0]
+    assert first["kl"] == 0
+    assert first["ratio"] == 1
+    assert first["reward_std"] > 0
 
 
 def test_the_medical_recipe_is_the_one_that_was_asked_for():

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 
 from finetune import own_code
-from finetune.config import rollout_rules
+from finetune.config import reinforcement_rules, rollout_rules
 from finetune.config.choices import (
     CLASSIFIERS,
     DECODERS,
@@ -21,7 +21,15 @@ from finetune.config.choices import (
     objective_kind,
 )
 from finetune.config.fields import COLUMNS, PADDED_ATTENTION, Config, Full, Lora, QLora
-from finetune.config.objective_fields import Distill, Dpo, Kto, ProcessReward, Reward
+from finetune.config.objective_fields import (
+    Distill,
+    Dpo,
+    Kto,
+    PolicyGradient,
+    Ppo,
+    ProcessReward,
+    Reward,
+)
 from finetune.config.own import OwnObjective
 
 PLACES = (
@@ -94,9 +102,9 @@ def _objective_conflicts(config: Config) -> Iterator[str]:
     """List settings of `data` that do not fit the objective."""
     data, objective = config.data, config.objective
     name = own_code.without_folder(objective.kind)
-    needs_heads = isinstance(objective, OwnObjective) and set(objective.objective.needs) - {
-        REFERENCE
-    }
+    needs_heads = isinstance(objective, Ppo) or (
+        isinstance(objective, OwnObjective) and set(objective.objective.needs) - {REFERENCE}
+    )
     if not (needs_heads or objective_kind(objective.kind).family in NEW_HEADS):
         why = f"objective.kind: {name} has no value or score head in its `needs`"
         yield from _ignored(config, why, "optimizer.head_lr")
@@ -106,6 +114,8 @@ def _objective_conflicts(config: Config) -> Iterator[str]:
     else:
         trains_on_all = objective.kind == "clm"
         has_turns = not trains_on_all
+    if isinstance(objective, PolicyGradient):
+        yield from reinforcement_rules.conflicts(objective)
     if config.rollouts:
         yield from rollout_rules.conflicts(config, config.rollouts)
         return

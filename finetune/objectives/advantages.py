@@ -13,7 +13,7 @@ EPSILON = 1e-4
 
 @dataclass(frozen=True)
 class Scored:
-    """The completions of a phase that are learned from, in the order of their tokens.
+    """The completions of a phase, in the order of their tokens; a masked one has none.
 
     rewards float64 [N]. groups int64 [N]: the prompt of each. ends int64 [N]: where the supervised
     tokens of each end among all S. cut bool [N]: whether max_new_tokens ended it. old_logprobs
