@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import read_jsonl, short
-from faults.forked import weights
 from invariants import sampled
 from invariants.test_topologies import several
+from safetensors.torch import load_file
 from test_preference import as_trl_wants, policy_of
 
 from finetune import config as configs
@@ -604,6 +604,7 @@ def test_ppo_gives_the_reward_at_the_end_and_the_divergence_at_each_token():
     assert "no_signal_share" not in facts, "a group of one has nothing to compare with"
 
 
+@pytest.mark.proof
 def test_a_value_head_learns_known_returns():
     objective, settings = chosen("ppo", value_clip=10.0, value_weight=1.0)
     examples, (model, policy) = completions_of(), make("ppo")
@@ -682,6 +683,10 @@ def test_rewards_rise(workshop, kind):
     run = workshop.train(**sampled.settings(workshop, kind, train__max_steps=12, **more))
     rewards = [line["reward"] for line in read_jsonl(run / "metrics.jsonl")]
     assert sum(rewards[-3:]) > 1.25 * sum(rewards[:3])
+
+
+def weights(run):
+    return load_file(run / "model" / "model.safetensors")
 
 
 @pytest.mark.proof
