@@ -127,7 +127,8 @@ EVERY = [
     ("rloo", {}),
     ("ppo", {}),
 ]  # fmt: skip
-SHORT = short(EVERY, EVERY[6], EVERY[7], EVERY[-1])
+SHORT = short(EVERY, EVERY[6], EVERY[-1])
+SHORTER = short(EVERY, EVERY[7])
 
 
 # --------------------------------------------------------------------------------- exact facts
@@ -147,7 +148,7 @@ def test_a_step_is_the_same_however_it_is_cut_up_and_shared(kind, values):
         assert_alike(found, wanted)
 
 
-@pytest.mark.parametrize(("kind", "values"), SHORT, ids=str)
+@pytest.mark.parametrize(("kind", "values"), SHORTER, ids=str)
 def test_a_masked_completion_changes_neither_numerator_nor_denominator(kind, values):
     objective, settings = chosen(kind, **values)
     examples, (model, policy) = completions_of(masked={2, 5}), make(kind)
@@ -159,7 +160,7 @@ def test_a_masked_completion_changes_neither_numerator_nor_denominator(kind, val
     assert_alike(found, wanted)
 
 
-@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("scale", short(["group", "batch", "none"], "group"))
 def test_equal_rewards_give_no_gradient_at_all(scale):
     """Not even by rounding: the mean of eight 0.1 is not 0.1."""
     for kind, values in (("grpo", {"scale_advantages": scale}), ("rloo", {"beta": 0.0})):
@@ -184,7 +185,7 @@ def test_a_constant_added_to_all_rewards_changes_nothing(scale):
         assert np.array_equal(one["advantages"], other["advantages"])
 
 
-@pytest.mark.parametrize(("kind", "values"), SHORT, ids=str)
+@pytest.mark.parametrize(("kind", "values"), SHORTER, ids=str)
 def test_at_the_first_step_the_ratio_is_one_to_the_bit(kind, values):
     """Old log-probabilities come from the same micro-batches, at the same temperature."""
     objective, settings = chosen(kind, **values)
