@@ -65,7 +65,7 @@ from finetune.objectives import Objective, chosen
 from finetune.preflight import Data
 from finetune.rollouts.around import Around
 from finetune.rollouts.asked import Asked
-from finetune.rollouts.phases import FOLDER, Group
+from finetune.rollouts.phases import Group
 from finetune.rollouts.rollouts import Rollouts
 from finetune.rollouts.served import Served
 from finetune.survival.preemption import StopFlag
@@ -236,11 +236,11 @@ class Run:
 
     def _served(self, ends: Set[int]) -> Served | None:
         """Return the server that samples, if one does."""
-        rollouts, folder = self.config.rollouts, self.directory.path / FOLDER
+        rollouts = self.config.rollouts
         if rollouts is None or not isinstance(rollouts.engine, ServerEngine):
             return None
         made = Served(
-            rollouts.engine, folder, is_adapter=self.config.adapter.kind != "full",
+            rollouts.engine, self.directory.path, is_adapter=self.config.adapter.kind != "full",
             temperature=rollouts.temperature, ends=ends, log=self.log,
         )  # fmt: skip
         return self.resources.enter_context(made)

@@ -251,7 +251,7 @@ def _of_eval_files(config: Config, examples: Any) -> str:
 
 
 def _file_lines(config: Config, data: Data) -> list[str]:
-    """List the user's own code, the files, and their columns that are not read."""
+    """List the user's own code, the files, and their columns that only rewards read, if any do."""
     examples = data.train.sequences.examples
     lines = [
         f"own code    {code}, {key}, sha256 {code.sha256[:16]}"
@@ -265,12 +265,13 @@ def _file_lines(config: Config, data: Data) -> list[str]:
         lines.append(f"format      {data.format}{how}, columns {data.columns}")
     if data.sources.eval:
         lines.append(f"eval files  {_files(list(data.sources.eval))}")
-    lines += [f"not read    {_unread(examples)}"] if examples.unread else []
+    label = "to rewards  " if config.rollouts else "not read    "
+    lines += [f"{label}{_unread(examples)}"] if examples.unread else []
     lines += _bad_rows(examples, "")
     if data.sources.eval and data.eval:
         lines += _bad_rows(data.eval.sequences.examples, "in data.eval: ")
     if data.sources.eval and (unread := data.eval and _unread(data.eval.sequences.examples)):
-        lines.append(f"not read    in data.eval: {unread}")
+        lines.append(f"{label}in data.eval: {unread}")
     return lines
 
 

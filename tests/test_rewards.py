@@ -207,7 +207,7 @@ def test_a_run_names_what_is_wrong_with_its_rewards_before_weights_load(workshop
     ):
         with pytest.raises(ConfigError, match=message):
             workshop.check(**sampled.settings(workshop, rewards=[given]))
-    rows = [{"prompt": "1 + 1?", "answer": "2"}, {"prompt": "2 + 2?", "answer": "four"}]
+    rows = [{"prompt": "1 + 1?", "answer": "2"}, {"prompt": "2 + 2?", "answer": "four", "x": 1}]
     own = sampled.settings(workshop, rewards=[{"kind": "number"}])
     write_jsonl(workshop.folder / "prompts.jsonl", rows)
     with pytest.raises(DataError, match="prompts.jsonl:2: .*number: the reference holds no number"):

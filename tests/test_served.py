@@ -67,6 +67,7 @@ def test_each_phase_is_sampled_with_the_weights_of_its_step(workshop, vllm, adap
     assert of_policy(run) < 1e-4
     assert len(groups(run, 2)) == 4
     assert vllm.asleep
+    assert not list(run.glob("server_weights"))
     if adapter == "lora":
         names = [body["model"] for body in vllm.sampled]
         assert names[0] == "policy"  # before the first step
@@ -86,6 +87,19 @@ def test_a_server_with_other_weights_ends_the_run_before_it_samples(workshop, vl
     assert workshop.outcome()["state"] == "failed"
 
 
+def test_weights_pass_in_a_folder_of_the_run_alone(vllm, tmp_path):
+    kept = tmp_path / "server_weights/kept.txt"
+    kept.parent.mkdir()
+    kept.write_text("not ours")
+    engine = ServerEngine(kind="server", url=vllm.url, model="policy", folder=str(tmp_path))
+    own = {"is_adapter": True, "temperature": 1.0, "ends": {2}, "log": print}
+    with Served(engine, tmp_path / "runs/a", **own) as served:
+        assert served._folder == tmp_path / "a/server_weights"
+        (tmp_path / "a/server_weights").mkdir(parents=True)
+    assert kept.read_text() == "not ours"
+    assert not (tmp_path / "a/server_weights").exists()
+
+
 @pytest.mark.proof
 def test_log_probabilities_of_another_temperature_end_the_run(workshop, vllm):
     vllm.off_by = 0.05
@@ -97,10 +111,18 @@ def test_a_server_that_is_not_there_is_an_error_before_weights_load(workshop, vl
     monkeypatch.setenv("VLLM_KEY", "very-secret")
     for changes, message in (
         ({"url": "http://127.0.0.1:9/v1"}, "is the server running"),
+        ({"url": "localhost:8000"}, "should begin with http:// or https://"),
         ({"model": "other"}, "has no model 'other'"),
         ({"key_variable": "NO_SUCH_KEY"}, "the environment has no NO_SUCH_KEY"),
     ):
         with pytest.raises(ConfigError, match=f"objective.rollouts.engine: .*{message}"):
+            workshop.check(**settings(workshop, vllm, changes))
+    for changes, message in (
+        ({"urll": "x"}, "engine.urll: unknown key; did you mean url"),
+        ({"kind": "srv"}, "engine.kind: should be 'local' or 'server', got 'srv'"),
+        ({"probe_tolerance": 2}, "engine.probe_tolerance: should be less than or equal to 1"),
+    ):
+        with pytest.raises(ConfigError, match=f"objective.rollouts.{message}"):
             workshop.check(**settings(workshop, vllm, changes))
     vllm.without = "token_ids"
     with pytest.raises(ConfigError, match="rollouts.engine: .* needs? vLLM 0.10.2 or newer"):

@@ -20,7 +20,7 @@ class ServerEngine(Kind):
 
     kind: Literal["server"]
     """Sample at a vLLM server, which gets the policy's weights before each phase."""
-    url: Annotated[str, Field(pattern=r"^https?://")]
+    url: Annotated[str, Field(min_length=1)]
     """Its URL, such as http://localhost:8000/v1."""
     model: Annotated[str, Field(min_length=1)]
     """The name under which it serves the base."""
@@ -29,8 +29,8 @@ class ServerEngine(Kind):
     sleep: bool = False
     """Let it sleep while the run trains, where both share a GPU."""
     folder: PathString | None = None
-    """Folder for the weights, which run and server see under the same path.
-    null: rollouts/server of the run directory.
+    """Folder in which weights pass, which run and server see under the same path.
+    null: the run directory.
     """
     at_once: Annotated[int, Field(gt=0, le=1_024)] = 32
     """Prompts that each process asks at once."""
@@ -43,3 +43,8 @@ class ServerEngine(Kind):
 
 
 Engine = Annotated[LocalEngine | ServerEngine, by_kind(LocalEngine, ServerEngine)]
+
+
+def settings_of(kind: str) -> list[str]:
+    """Return the settings of a kind of engine."""
+    return list((ServerEngine if kind == "server" else LocalEngine).model_fields)

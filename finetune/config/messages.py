@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from typing import Any, Literal, get_origin
 
 from finetune import own_code
-from finetune.config import names, paths, reward_fields
+from finetune.config import engine_fields, names, paths, reward_fields
+from finetune.config.rollout_fields import Rollouts
 from finetune.config.sections import (
     Sections,
     field,
@@ -35,8 +36,8 @@ def describe(error: Any, values: dict[str, Any]) -> str:
     inner = ("list[", "function")
     key = ".".join(str(part) for part in error["loc"] if not str(part).startswith(inner))
     problem, got, sections = error["type"], error["input"], sections_of(values)
-    if error["loc"][:2] == ("objective", "rewards") and len(error["loc"]) > 2:
-        return _of_reward(key, error, values)
+    if error["loc"][:2] in NESTED and len(error["loc"]) > 2:
+        return _nested(key, error, values)
     if problem == "extra_forbidden":
         return _unknown_key(key, error["loc"], got, values)
     if problem == "missing":
@@ -77,21 +78,32 @@ def _unknown_key(key: str, location: tuple[Any, ...], got: Any, values: dict[str
     return f"{key}: {_removed(key) or f'unknown key; {_nearest(key, sections)}'}"
 
 
-def _of_reward(key: str, error: Any, values: dict[str, Any]) -> str:
-    """Describe a problem of one of the rewards, whose kinds have other settings."""
-    problem, got, place = error["type"], error["input"], error["loc"][2]
+NESTED = (("objective", "rewards"), ("objective", "rollouts"))
+"""Settings that have settings of their own."""
+
+
+def _nested(key: str, error: Any, values: dict[str, Any]) -> str:
+    """Describe a problem inside a setting of NESTED."""
+    problem, got = error["type"], error["input"]
     if problem == "missing":
         return f"{key}: is required"
     if problem == "model_type":
-        return f"{key}: should be a mapping such as {{kind: exact_match}}, got {got!r}"
+        example = "exact_match" if error["loc"][1] == "rewards" else "server"
+        return f"{key}: should be a mapping such as {{kind: {example}}}, got {got!r}"
     if problem != "extra_forbidden":
         message = error["msg"].removeprefix("Input ").removeprefix("Value error, ")
         return f"{key}: {message}, got {got!r}"
-    kind, name = values["objective"]["rewards"][place]["kind"], str(error["loc"][3])
-    known = reward_fields.settings_of(kind)
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"{kind} has {', '.join(known)}"
-    return f"{key}: unknown key; {hint}"
+    place: Any = values
+    for name in error["loc"][:-1]:
+        place = place[name]
+    where = error["loc"][1] if len(error["loc"]) > 3 else ""
+    if where == "rewards":
+        known = reward_fields.settings_of(place["kind"])
+    else:
+        known = engine_fields.settings_of(place["kind"]) if where else list(Rollouts.model_fields)
+    near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"{place.get('kind', 'it')} has "
+    return f"{key}: unknown key; {hint}" + ("" if near else ", ".join(known))
 
 
 def joined(problems: Iterable[str]) -> list[str]:

@@ -5,6 +5,7 @@ served.hand_over(topology, phase, save)
 served.draw(prompts, seeds, ...)
 """
 
+import shutil
 import threading
 import time
 from collections import deque
@@ -53,15 +54,17 @@ def _client(settings: ServerEngine, log: Callable[[str], None] = lambda text: No
 class Served:
     """Samples at a server. ends: tokens that end a completion. A context manager.
 
-    is_adapter: whether it gets adapters; else all weights.
+    run: its directory. is_adapter: whether the server gets adapters; else all weights.
     """
 
     def __init__(
-        self, settings: ServerEngine, folder: Path, *, is_adapter: bool, temperature: float,
+        self, settings: ServerEngine, run: Path, *, is_adapter: bool, temperature: float,
         ends: Set[int], log: Callable[[str], None],
     ) -> None:  # fmt: skip
         self.settings, self._is_adapter = settings, is_adapter
-        self._folder = Path(settings.folder) if settings.folder else folder / "server"
+        # Of this run alone: it is replaced each time, and removed at the end.
+        self._folder = Path(settings.folder, run.name) if settings.folder else run
+        self._folder /= "server_weights"
         self._temperature, self._ends = temperature, ends
         self._client = _client(settings, log)
         self._server = VllmServer(self._client)
@@ -70,6 +73,7 @@ class Served:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
         self._client.__exit__(*exc)
 
     # ------------------------------------------------------------------------------- weights
