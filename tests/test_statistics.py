@@ -67,6 +67,38 @@ def test_the_interval_of_right_and_wrong_answers_is_never_a_point(before, after,
     assert (found.low, found.high) == pytest.approx((low, high), abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "low", "high"),
+    [
+        # 40 clusters of two rows: of 0 in 40, 1 - 0.025^(1 / 40) = 8.81% at most are unlike these
+        ([1, 0] * 40, [1, 0] * 40, -0.0881, 0.0881),
+        ([0] * 80, [1] * 80, 1 - 2 * 0.0881, 1),
+        ([0.2] * 80, [0.7] * 80, 0.5 - 1.5 * 0.0881, 0.5 + 0.5 * 0.0881),
+        ([2, 9] * 40, [2, 9] * 40, -7 * 0.0881, 7 * 0.0881),  # no share: as far as was seen
+        ([5] * 80, [5] * 80, 0, 0),
+    ],
+)
+def test_clusters_that_differ_alike_leave_room_for_others(before, after, low, high):
+    found = statistics.difference(before, after, np.repeat(np.arange(40), 2).tolist())
+    assert (found.low, found.high) == pytest.approx((low, high), abs=1e-4)
+    assert found.p == (1.0 if found.mean == 0 else 2 / 2**40)
+    alone = statistics.interval(after, np.repeat(np.arange(40), 2).tolist())
+    assert alone[1] <= max(1, *after)
+
+
+def test_the_interval_of_shares_ends_at_1():
+    found = statistics.difference([0.0] * 40, [1.0] * 39 + [0.5])
+    assert found.high == 1.0
+    assert found.low == pytest.approx(0.9875 - 2.0226909 * 0.0125)
+    assert statistics.interval([1.0] * 39 + [0.5])[1] == 1.0
+
+
+def test_rows_that_all_agree_say_how_many_would_do():
+    """Of 0 in n, less than 5% is excluded from n = 72 on: 1 - 0.025^(1 / 72) = 5%."""
+    found = statistics.difference([1.0] * 40, [1.0] * 40)
+    assert found.rows_for(0.05) == pytest.approx(72, abs=3)
+
+
 @pytest.mark.parametrize(("up", "down"), [(0, 0), (1, 0), (5, 1), (9, 9), (3, 14)])
 def test_mcnemar_adds_up_all_outcomes_that_are_at_most_as_likely(up, down):
     n = up + down

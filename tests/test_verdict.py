@@ -66,6 +66,12 @@ def test_under_30_rows_are_too_few_whatever_they_say():
     assert "about 32 would show whether exact differs by 20.7 points" in few.sentence
 
 
+def test_equal_answers_to_40_rows_say_how_many_would_show_that_nothing_differs():
+    found = verdict.of(results(exact=shares(40, 20, 20)))
+    assert found.kind == "too few rows"
+    assert "40 rows; about 71 would show whether exact differs by 5.0 points" in found.sentence
+
+
 def test_rows_of_few_clusters_are_too_few():
     found = verdict.of(results([n // 10 for n in range(200)], exact=shares(200, 0, 100)))
     assert found.kind == "too few rows"

@@ -47,9 +47,16 @@ class Difference:
         """Return how many rows like these would show a difference of `effect`; None of 0.
 
         In 80% of repetitions, at a level of 5%: n (z_0.975 + z_0.8)^2 (standard error / effect)^2.
+        Where all rows differ alike, as many as make the interval narrow enough: half its width
+        falls as 1 / n.
         """
-        if not effect or not self.standard_error:
+        if not effect:
             return None
+        if not self.standard_error:
+            if self.low is None or self.high is None:
+                return None
+            reach = (self.high - self.low) / 2
+            return max(FEWEST_ROWS, int(np.ceil(self.num_rows * reach / abs(effect))))
         extras.require("scipy", "evaluate")
         from scipy.stats import norm
 
@@ -67,7 +74,8 @@ def difference(
 
     Scores of 0 and 1, each row its own cluster: Tango's score interval and the exact McNemar test.
     Otherwise: t with C - 1 degrees of freedom, and a standard error from the sums of C clusters,
-    sqrt(C / (C - 1) sum_c (sum_i (d_i - mean))^2) / n (Liang and Zeger, 1986).
+    sqrt(C / (C - 1) sum_c (sum_i (d_i - mean))^2) / n (Liang and Zeger, 1986). Where all C differ
+    alike, the sign test, and the interval of `_of_equals`. Scores from 0 to 1 differ by 1 at most.
     """
     gain = np.asarray(after, float) - np.asarray(before, float)
     groups = _numbered(clusters, len(gain))
@@ -81,7 +89,9 @@ def difference(
         low, high = _tango(up, down, len(gain))
         p = mcnemar(up, down)
     elif num_clusters >= FEWEST_ROWS:
-        low, high, p = _of_t(mean, error, num_clusters - 1)
+        least, most = _range([*before, *after])
+        most -= least
+        low, high, p = _of_mean(mean, error, num_clusters, -most, most)
     return Difference(mean, low, high, p, error, len(gain), num_clusters)
 
 
@@ -105,7 +115,7 @@ def interval(
     if num_clusters < FEWEST_ROWS:
         return None, None
     error = _clustered_error(scores, groups)
-    return _of_t(float(scores.mean()), error, num_clusters - 1)[:2]
+    return _of_mean(float(scores.mean()), error, num_clusters, *_range(values))[:2]
 
 
 def _numbered(clusters: Sequence[int] | None, count: int) -> np.ndarray:
@@ -125,14 +135,37 @@ def _clustered_error(gain: np.ndarray, groups: np.ndarray) -> float:
     return float(np.sqrt(count / (count - 1) * (sums**2).sum()) / len(gain))
 
 
-def _of_t(mean: float, error: float, freedom: int) -> tuple[float, float, float]:
-    """Return (low, high, p) of a mean by Student's t."""
+def _range(scores: Sequence[float]) -> tuple[float, float]:
+    """Return between which values scores lie: 0 and 1 for shares, others as they were seen."""
+    least, most = min(scores), max(scores)
+    return (0.0, 1.0) if 0 <= least and most <= 1 else (float(least), float(most))
+
+
+def _of_mean(
+    mean: float, error: float, num_clusters: int, least: float, most: float
+) -> tuple[float, float, float]:
+    """Return (low, high, p) of a mean by Student's t. least, most: of what is averaged."""
     extras.require("scipy", "evaluate")
     from scipy.stats import t
 
-    reach = error * t.ppf((1 + CONFIDENCE) / 2, freedom)
-    p = 2 * t.sf(abs(mean) / error, freedom) if error else float(mean == 0)
-    return float(mean - reach), float(mean + reach), float(p)
+    if error <= 1e-12 * max(abs(least), abs(most)):  # 0, but for rounding
+        return *_of_equals(mean, num_clusters, least, most), mcnemar(num_clusters * (mean != 0), 0)
+    reach = error * t.ppf((1 + CONFIDENCE) / 2, num_clusters - 1)
+    p = 2 * t.sf(abs(mean) / error, num_clusters - 1)
+    low, high = mean - reach, mean + reach
+    if (least, most) in ((0.0, 1.0), (-1.0, 1.0)):  # t knows no bounds; others are only as seen
+        low, high = max(least, low), min(most, high)
+    return float(low), float(high), float(p)
+
+
+def _of_equals(mean: float, num_clusters: int, least: float, most: float) -> tuple[float, float]:
+    """Return the interval of a mean of which all C clusters say the same.
+
+    A share of up to 1 - 0.025^(1 / C) of all clusters may be unlike these (Clopper and Pearson for
+    0 of C), and may then lie anywhere from least to most.
+    """
+    unlike = 1 - ((1 - CONFIDENCE) / 2) ** (1 / num_clusters)
+    return mean - unlike * (mean - least), mean + unlike * (most - mean)
 
 
 def mcnemar(up: int, down: int) -> float:

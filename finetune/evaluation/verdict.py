@@ -180,8 +180,8 @@ def _too_few(found: Sequence[Finding], before: str, after: str) -> str:
     sentence = f"too few rows to tell whether {after} is better than {before}: {rows}"
     known = [(each.rows_needed, each) for each in unclear]
     needed = [(count, each) for count, each in known if count is not None]
-    if not needed:
+    count, each = min(needed, key=lambda pair: pair[0], default=(FEWEST_ROWS, unclear[0]))
+    if count <= FEWEST_ROWS:
         return f"{sentence}; at least {FEWEST_ROWS} are needed"
-    count, each = min(needed, key=lambda pair: pair[0])
     effect = each.shown(each.effect) + (" points" if each.is_share else "")
     return f"{sentence}; about {count:,} would show whether {each.score} differs by {effect}"
