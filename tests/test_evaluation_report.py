@@ -153,6 +153,20 @@ def test_the_page_begins_with_the_verdict_and_asks_no_network(tmp_path):
     assert "length has no value for rows of tuned (1: not there)." in body
 
 
+def test_the_terminal_shows_no_control_characters():
+    shown = table.text(some(3), 3, 9)
+    assert "\u241b[2J \u2421 \\x85" in shown
+    assert not re.findall("[\x1b\x7f-\x9f]", shown)
+
+
+def test_groups_are_called_by_their_column():
+    made = some(clusters=[number // 2 for number in range(60)])
+    assert "60 rows in 30 clusters of near-duplicates." in report.summary(analysed(made))
+    grouped = some(clusters=[0] * 60, settings={"group": "user"})
+    assert "60 rows in 1 group of user." in report.summary(analysed(grouped))
+    assert "60 held-out rows, in 1 group of user" in table.text(grouped, 0, 9)
+
+
 def test_rows_cannot_break_the_page_or_the_markdown():
     found = analysed(some())
     written = report.html(found)

@@ -1,11 +1,14 @@
 """The loss of references under a model is the loss that its training evaluates."""
 
 import math
+import re
 
 import pytest
-from conftest import read_jsonl, write_jsonl
+from conftest import read_jsonl, tiny_llama, write_jsonl
 from test_scores import completion
+from transformers import AutoModelForCausalLM
 
+from finetune.data.built_in_templates import BUILT_IN
 from finetune.evaluation import held_out, scores
 from finetune.evaluation.scores.reference_loss import requests_of
 from finetune.export.load import load, load_tokenizer
@@ -50,3 +53,21 @@ def test_saved_answers_have_no_loss():
     [found] = scorer([completion("a", "b")])
     assert found.value is None
     assert "only a model that is loaded" in found.reason
+
+
+def test_what_a_model_cannot_read_is_a_gap(bytes_tokenizer):
+    model = AutoModelForCausalLM.from_config(tiny_llama(max_position_embeddings=64)).eval()
+    [scorer] = scores.choose(["reference-loss"])
+    prompts = [completion("", "a" * length).prompt for length in (10, 200)]
+    bytes_tokenizer.chat_template = BUILT_IN["plain"]
+    scorer.read("tuned", model, bytes_tokenizer, prompts)
+    short, long = scorer.by_model["tuned"]
+    assert short.value > 0
+    assert re.fullmatch(r"has 20\d tokens, and the model positions for 65", long.reason)
+    assert long.value is None
+    model.lm_head.weight.data.fill_(math.nan)
+    scorer.read("tuned", model, bytes_tokenizer, prompts)
+    assert scorer.by_model["tuned"][0] == Score(
+        None, "the model's log-probabilities are not finite"
+    )
+    assert scorer.details([]) == []

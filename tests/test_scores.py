@@ -1,6 +1,7 @@
 """Scores of answers: rules, words in common, labels, form, a user's own; gaps are counted."""
 
 import json
+import math
 import random
 from functools import cache
 
@@ -12,6 +13,7 @@ from finetune.data.places import Place
 from finetune.errors import ConfigError, DataError, UserError
 from finetune.evaluation import scores
 from finetune.evaluation.scores import normalise, overlap
+from finetune.evaluation.scores.base import OfAnswer
 from finetune.evaluation.scores.form import repeated
 from finetune.evaluation.scores.labels import Label
 from finetune.generation.completions import Completion, Prompt, Score
@@ -405,3 +407,11 @@ def test_scores_that_fit_real_references(real_data, file, columns, wanted):
     for scorer in scores.choose(names):
         values = [each.value for each in scorer(given) if each.value is not None]
         assert not scorer.higher or sum(each > 0 for each in values) >= 0.99 * len(rows)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_score_that_is_not_finite_is_a_gap(value):
+    """Such as of a classifier whose weights overflow: one would make every mean NaN."""
+    score = OfAnswer("odd", "", lambda completion: value)
+    [found] = scores.of([score], {"base": [completion("a")]})["odd"]["base"]
+    assert found == Score(None, f"came out as {value}, not a finite number")

@@ -75,7 +75,10 @@ def summary(found: ResultsFile) -> list[str]:
     """Return what stands below the verdict: rows, wrong rows, cut answers, gaps, the round."""
     count, groups = len(found.rows), len({row.cluster for row in found.rows})
     rows = f"{count:,} {'row' if count == 1 else 'rows'}"
-    lines = [rows + f" in {groups:,} clusters of near-duplicates" * (groups < count) + "."]
+    group = found.settings.get("group")
+    alike = f"{'group' if group else 'cluster'}{'s' * (groups != 1)}"
+    alike = f" in {groups:,} {alike} of {group or 'near-duplicates'}"
+    lines = [rows + alike * (groups < count) + "."]
     if found.decides:
         wrong = f"{len(found.failures):,} answers of {found.tuned} are wrong: "
         is_share = getattr(found.score(found.decides.score), "is_share", True)

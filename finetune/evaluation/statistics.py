@@ -138,7 +138,7 @@ def _clustered_error(gain: np.ndarray, groups: np.ndarray) -> float:
 def _range(scores: Sequence[float]) -> tuple[float, float]:
     """Return between which values scores lie: 0 and 1 for shares, others as they were seen."""
     least, most = min(scores), max(scores)
-    return (0.0, 1.0) if 0 <= least and most <= 1 else (float(least), float(most))
+    return (0.0, 1.0) if least >= 0 and most <= 1 else (float(least), float(most))
 
 
 def _of_mean(

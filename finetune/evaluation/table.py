@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from itertools import islice
 
+from finetune import page
 from finetune.evaluation.report import with_interval
 from finetune.evaluation.results import BASE, TUNED, Results
 from finetune.evaluation.results_file import ScoreFacts
@@ -18,9 +19,10 @@ def text(results: Results, shown: int, max_new_tokens: int) -> str:
 
 def _table(results: Results, max_new_tokens: int) -> Iterator[str]:
     count, groups = len(results.prompts), len(set(results.clusters))
-    alike = f", in {groups} clusters of near-duplicates"
+    alike = f", in {groups} {'cluster' if groups == 1 else 'clusters'} of near-duplicates"
     if "group" in results.settings:
-        alike = f", in {groups} groups of {results.settings['group']}"
+        noun = "group" if groups == 1 else "groups"
+        alike = f", in {groups} {noun} of {results.settings['group']}"
     yield f"{count} held-out {'row' if count == 1 else 'rows'}" + alike * (groups < count)
     models = results.models
     compares = BASE in models and TUNED in models
@@ -118,5 +120,5 @@ def _examples(results: Results, shown: int) -> Iterator[str]:
 
 
 def _line(text: str, width: int = 100) -> str:
-    text = text.strip().replace("\n", "\\n")
+    text = page.plain(text.strip().replace("\n", "\\n"))
     return text if len(text) <= width else text[:width] + "..."

@@ -4,6 +4,7 @@ found = scores.of(scores.choose(["rouge-l"]), {"base": completions, "tuned": oth
 found["ROUGE-L"]["base"]  # a Score for each answer
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -27,9 +28,17 @@ def of(
     for scorer in scorers:
         known = getattr(scorer, "by_model", {})  # of ReferenceLoss, whose module brings torch
         found[scorer.name] = {
-            model: known.get(model) or scorer(given) for model, given in answers.items()
+            model: [_finite(each) for each in known.get(model) or scorer(given)]
+            for model, given in answers.items()
         }
     return found
+
+
+def _finite(score: Score) -> Score:
+    """Return a score, or a gap in place of one that cannot be averaged."""
+    if score.value is None or math.isfinite(score.value):
+        return score
+    return Score(None, f"came out as {score.value}, not a finite number")
 
 
 def gaps(scores: Sequence[Score]) -> dict[str, int]:

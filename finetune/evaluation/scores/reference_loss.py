@@ -15,6 +15,7 @@ from finetune.generation.completions import Completion, Prompt, Score
 from finetune.models import families
 
 NOT_CAUSAL = Score(None, "only causal models give a loss of a reference")
+NOT_FINITE = Score(None, "the model's log-probabilities are not finite")
 NOT_ASKED = Score(None, "only a model that is loaded gives probabilities of the reference")
 
 
@@ -41,15 +42,24 @@ class ReferenceLoss:
         if families.of_model(inner) != families.CAUSAL:
             self.by_model[name] = [NOT_CAUSAL] * len(prompts)
             return
+        scores = self.by_model[name] = [NO_REFERENCE] * len(prompts)
         numbers = [n for n, each in enumerate(prompts) if each.reference is not None]
         requests = requests_of(tokenizer, [prompts[n] for n in numbers])
-        found = Continuations(model, tokenizer)(requests)
-        scores = self.by_model[name] = [NO_REFERENCE] * len(prompts)
+        continuations, fitting = Continuations(model, tokenizer), {}
+        for number, request in zip(numbers, requests):
+            count, most = sum(map(len, request)), continuations.max_length + 1  # it predicts one
+            scores[number] = Score(
+                None, f"has {count:,} tokens, and the model positions for {most:,}"
+            )
+            if count <= most:
+                fitting[number] = request
         nats, tokens = 0.0, 0
-        for number, request, each in zip(numbers, requests, found):
+        for (number, request), each in zip(fitting.items(), continuations([*fitting.values()])):
             count = len(request.continuation)
-            scores[number] = Score(-each.logprob / count, f"{count} tokens")
-            nats, tokens = nats - each.logprob, tokens + count
+            scores[number] = NOT_FINITE
+            if math.isfinite(each.logprob):
+                scores[number] = Score(-each.logprob / count, f"{count} tokens")
+                nats, tokens = nats - each.logprob, tokens + count
         self._totals[name] = nats, tokens
 
     def details(self, completions: Sequence[Completion]) -> list[str]:
