@@ -27,6 +27,7 @@ from finetune.evaluation import (
     results_file,
     run_facts,
     scores,
+    table,
     verdict,
 )
 from finetune.evaluation.measures import Measure

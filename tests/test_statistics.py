@@ -94,9 +94,12 @@ def test_the_interval_of_shares_ends_at_1():
 
 
 def test_rows_that_all_agree_say_how_many_would_do():
-    """Of 0 in n, less than 5% is excluded from n = 72 on: 1 - 0.025^(1 / 72) = 5%."""
-    found = statistics.difference([1.0] * 40, [1.0] * 40)
-    assert found.rows_for(0.05) == pytest.approx(72, abs=3)
+    """Of 0 in n, 5% is excluded from n = 73 on: 1.96^2 / (73 + 1.96^2) = 5%, as Wilson has it."""
+    for count in (3, 40):
+        assert statistics.difference([1.0] * count, [1.0] * count).rows_for(0.05) == 73
+    clusters = np.repeat(np.arange(40), 2).tolist()
+    found = statistics.difference([1.0] * 80, [1.0] * 80, clusters)
+    assert found.rows_for(0.05) == pytest.approx(2 * 73, abs=3)
 
 
 @pytest.mark.parametrize(("up", "down"), [(0, 0), (1, 0), (5, 1), (9, 9), (3, 14)])

@@ -69,7 +69,7 @@ def test_under_30_rows_are_too_few_whatever_they_say():
 def test_equal_answers_to_40_rows_say_how_many_would_show_that_nothing_differs():
     found = verdict.of(results(exact=shares(40, 20, 20)))
     assert found.kind == "too few rows"
-    assert "40 rows; about 71 would show whether exact differs by 5.0 points" in found.sentence
+    assert "40 rows; about 73 would show whether exact differs by 5.0 points" in found.sentence
 
 
 def test_rows_of_few_clusters_are_too_few():

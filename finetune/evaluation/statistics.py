@@ -47,21 +47,21 @@ class Difference:
         """Return how many rows like these would show a difference of `effect`; None of 0.
 
         In 80% of repetitions, at a level of 5%: n (z_0.975 + z_0.8)^2 (standard error / effect)^2.
-        Where all rows differ alike, as many as make the interval narrow enough: half its width
-        falls as 1 / n.
+        Where all rows differ alike, as many as make half the interval as narrow as the effect: it
+        falls as z_0.975^2 / (n + z_0.975^2).
         """
         if not effect:
             return None
-        if not self.standard_error:
-            if self.low is None or self.high is None:
-                return None
-            reach = (self.high - self.low) / 2
-            return max(FEWEST_ROWS, int(np.ceil(self.num_rows * reach / abs(effect))))
         extras.require("scipy", "evaluate")
         from scipy.stats import norm
 
-        distance = norm.ppf((1 + CONFIDENCE) / 2) + norm.ppf(POWER)
-        times = (distance * self.standard_error / effect) ** 2
+        z, n = norm.ppf((1 + CONFIDENCE) / 2), self.num_clusters
+        times = ((z + norm.ppf(POWER)) * self.standard_error / effect) ** 2
+        if not self.standard_error:
+            if self.low is None or self.high is None:
+                return None
+            widest = (self.high - self.low) / 2 * (n + z**2) / z**2
+            times = z**2 * (widest / abs(effect) - 1) / n
         return max(FEWEST_ROWS, int(np.ceil(self.num_rows * times)))
 
 
