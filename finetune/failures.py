@@ -14,6 +14,7 @@ from pathlib import Path
 from finetune.errors import (
     DeviceError,
     FinetuneError,
+    ModelError,
     Outage,
     OutOfMemory,
     TopologyError,
@@ -155,6 +156,11 @@ def _network(exc: BaseException) -> bool:
 
 
 # The most specific first: NCCL also reports a lack of memory, and CUDA errors.
+def _no_probabilities(exc: BaseException) -> bool:
+    """Return whether PyTorch cannot draw a token, as the model's numbers have overflowed."""
+    return _mentions(exc, ("probability tensor contains",))
+
+
 TABLE: tuple[tuple[type[FinetuneError], Callable[[BaseException], bool]], ...] = (
     (OutOfMemory, _no_memory),
     (TopologyError, _lost_process),
@@ -162,6 +168,7 @@ TABLE: tuple[tuple[type[FinetuneError], Callable[[BaseException], bool]], ...] =
     (Outage, _disk),
     (UserError, _too_long),
     (Outage, _network),
+    (ModelError, _no_probabilities),
 )
 
 

@@ -309,3 +309,11 @@ def test_a_file_in_place_of_a_run_directory_is_a_user_error(workshop: Workshop):
     config, _ = configs.parse(["--config", str(workshop.write(workshop.config()))])
     with pytest.raises(RunDirectoryError):
         RunDirectory(config).create(config)
+
+
+def test_a_model_that_gives_no_probabilities_is_named():
+    """What PyTorch says of NaN, where a token is drawn."""
+    broken = torch.full((1, 4), float("nan"))
+    with pytest.raises(RuntimeError) as raised:
+        torch.multinomial(broken, 1)
+    assert isinstance(failures.translate(raised.value), ModelError)

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGenerat
 from finetune import endpoint
 from finetune.data.conversations import Conversation, Message
 from finetune.data.places import Place
-from finetune.errors import DataError, Outage
+from finetune.errors import DataError, ModelError, Outage
+from finetune.evaluation import benchmarks, continuations
 from finetune.evaluation.prompting import with_context
 from finetune.generation import answers, batching
 from finetune.generation.answers import Answers, answered
@@ -69,6 +70,28 @@ def test_greedy_answers_do_not_depend_on_the_batch_or_the_engine(model, tokenize
     assert essence(complete(model, tokenizer, at_once=8, batches=False)) == alone
     for at_once in (1, 5, 64):
         assert essence(complete(model, tokenizer, at_once=at_once)) == alone
+
+
+@pytest.mark.parametrize("kind", ["causal", "encoder-decoder"])
+def test_a_model_whose_logits_are_nan_is_an_error(tokenizer, kind):
+    """Without it, the likeliest token is always the first, and benchmarks have accuracies."""
+    config = tiny_llama(vocab_size=len(tokenizer))
+    sizes = {"d_model": 16, "d_ff": 16, "d_kv": 8, "num_heads": 2, "num_layers": 1}
+    pair = T5Config(vocab_size=len(tokenizer), decoder_start_token_id=0, **sizes)
+    broken = (
+        AutoModelForCausalLM.from_config(config)
+        if kind == "causal"
+        else T5ForConditionalGeneration(pair)
+    )
+    next(broken.parameters()).data.fill_(float("nan"))
+    for decoding in (GREEDY, Decoding(temperature=1.0)):
+        with pytest.raises(ModelError, match="tuned: the model's logits are NaN"):
+            complete(broken, tokenizer, decoding, title="tuned")
+    if kind == "causal":
+        item = benchmarks.Item("rows.jsonl:1", "q", ("a", "b"), 0)
+        scorer = continuations.Continuations(broken, tokenizer)
+        with pytest.raises(ModelError, match="rows.jsonl:1: the model's logits are NaN"):
+            benchmarks.logprobs(benchmarks.Benchmark("odd", [item]), scorer, tokenizer)
 
 
 def test_batching_leaves_the_model_and_the_generators_as_they_were(model, tokenizer):

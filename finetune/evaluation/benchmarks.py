@@ -18,10 +18,11 @@ import numpy as np
 from finetune.data import clusters, formats, preferences, readers, source_files
 from finetune.data.places import Row, list_columns, printable, short
 from finetune.data.problems import Problems
-from finetune.errors import DataError, UserError
+from finetune.errors import DataError, ModelError, UserError
 from finetune.evaluation import continuations
 from finetune.evaluation.continuations import Continuations
 from finetune.evaluation.measures import Measure
+from finetune.generation import generate
 
 DELIMITER = " "
 """Stands between a question and each choice."""
@@ -157,7 +158,8 @@ def _rendered(row: Row, template: jinja2.Template) -> str:
 def logprobs(benchmark: Benchmark, scorer: Continuations, tokenizer: Any) -> list[np.ndarray]:
     """Return the log-probability of each choice of each item, in nats.
 
-    Raises DataError for choices that are longer than what the model reads at once.
+    Raises DataError for choices that are longer than what the model reads at once, and ModelError
+    for a model whose logits are NaN.
     """
     pairs = [
         (item.before + item.context, DELIMITER + choice)
@@ -180,8 +182,12 @@ def logprobs(benchmark: Benchmark, scorer: Continuations, tokenizer: Any) -> lis
             )
     problems.num_rows = len(benchmark.items)
     problems.raise_if_any()
-    found = iter(scorer(requests, title=benchmark.name))
-    return [np.array([next(found).logprob for _ in item.choices]) for item in benchmark.items]
+    sums = [each.logprob for each in scorer(requests, title=benchmark.name)]
+    if np.isnan(sums).any():
+        row = places[int(np.isnan(sums).argmax())]
+        raise ModelError(f"{row}: {generate.NOT_FINITE}")
+    found = iter(sums)
+    return [np.array([next(found) for _ in item.choices]) for item in benchmark.items]
 
 
 def accuracies(items: Sequence[Item], found: Sequence[np.ndarray]) -> dict[str, list[float]]:

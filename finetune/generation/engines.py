@@ -77,6 +77,7 @@ class Local:
         self._ends = set(generate.ends_of(inner) if ends is None else ends)
         self._asked = asked or self._rendered(generate.Prompts(tokenizer))
         self._pad = generate.pad_of(tokenizer)
+        self._is_finite = False
 
     @staticmethod
     def _rendered(prompts: generate.Prompts) -> Callable[[Prompt], str]:
@@ -119,6 +120,9 @@ class Local:
         encoded, context = generate.encoded(
             self._inner, self._tokenizer, texts, decoding.max_new_tokens, self._log
         )
+        if not self._is_finite and encoded[0]:
+            generate.require_finite(self._model, encoded[0], self._title)
+            self._is_finite = True
         left = set(range(len(encoded)))
         if self._batches and seed is None:
             limits = [min(decoding.max_new_tokens, context - len(ids)) for ids in encoded]

@@ -20,10 +20,15 @@ from finetune.data.places import Place
 from finetune.data.problems import Problems
 from finetune.data.templates import Template
 from finetune.data.tokens import encode_prompt, sample_prompt
+from finetune.errors import ModelError
 from finetune.models import families
 from finetune.models.attention_choice import own_attention
 
 Asked = TypeVar("Asked")
+NOT_FINITE = (
+    "the model's logits are NaN, so its answers say nothing: its weights are damaged, or numbers "
+    "overflow in 16 bits; set `dtype` in its config.json to bfloat16 or float32"
+)
 LINE_SECONDS = 10  # between two lines about progress without a terminal
 
 
@@ -123,6 +128,25 @@ def padded(
         with torch.no_grad():
             out = model.generate(**inputs, max_new_tokens=limit, synced_gpus=together)
         yield list(zip(chosen, out[:, longest:].tolist(), strict=True))
+
+
+def require_finite(model: Any, ids: Sequence[int], title: str) -> None:
+    """Raise ModelError for a model whose next token after a prompt has no probabilities.
+
+    The likeliest of them would be the first of the vocabulary, without any error.
+    """
+    device = next(model.parameters()).device
+    inputs = {"input_ids": torch.tensor([list(ids)], device=device)}
+    if families.is_encoder_decoder(model.config):
+        start = model.generation_config.decoder_start_token_id
+        inputs["decoder_input_ids"] = torch.tensor([[start]], device=device)
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        logits = model(**inputs).logits[0, -1]
+    model.train(was_training)
+    if logits.isnan().any():
+        raise ModelError(f"{title}: {NOT_FINITE}")
 
 
 @contextmanager
