@@ -2,13 +2,17 @@
 
 import math
 import os
+import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
 from chat_server import ChatServer, reply, serving
-from conftest import read_jsonl, write_jsonl
+from conftest import ROOT, read_jsonl, write_jsonl
 from invariants import sampled
 from pydantic import TypeAdapter, ValidationError
 
@@ -502,3 +506,42 @@ def test_a_changed_rubric_or_schema_is_another_identity(tmp_path, rubric):
     after = rewards(*settings).identity()
     assert before["reward judge"] == after["reward judge"]
     assert before["reward json_schema"] != after["reward json_schema"]
+
+
+# ------------------------------------------------------------------------------------ orphans
+
+ENDLESS = """
+import re, sys
+from finetune.data.conversations import Conversation, Message
+from finetune.data.places import Place
+from finetune.evaluation.scores import matching
+from finetune.generation.completions import Completion, Prompt
+from finetune.rollouts.apart import Apart
+
+if __name__ == "__main__":
+    apart = Apart(matching.regex, (re.compile("(a+)+$"),), seconds=600, call_seconds=600)
+    prompt = Prompt(Conversation((Message("user", "q"),), Place("rows", 1)))
+    apart([Completion(prompt, "a")])
+    print(apart._process.pid, flush=True)
+    apart([Completion(prompt, "a" * 60 + "b")])
+"""
+
+
+@pytest.mark.proof
+def test_a_killed_run_leaves_no_process_that_scores(tmp_path):
+    """The process holds the interpreter's lock, so none of its threads could end it."""
+    script = tmp_path / "endless.py"
+    script.write_text(ENDLESS)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(script)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as run:
+        scorer = int(run.stdout.readline())
+        time.sleep(1.0)
+        run.kill()
+    for _ in range(100):
+        stat = Path(f"/proc/{scorer}/stat")
+        if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.1)
+    os.kill(scorer, signal.SIGKILL)
+    pytest.fail("the process of a reward outlives its run")

@@ -1,5 +1,7 @@
 """A vLLM server that samples for training, by a server that speaks its protocol."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -105,6 +107,21 @@ def test_a_slow_or_failing_server_is_asked_again_and_a_silent_one_is_an_outage(v
         vllm.faults = ["500"] * 3
         with pytest.raises(Outage, match="500"):
             asked(server)
+
+
+def test_an_adapter_that_loads_slowly_is_loaded_once(vllm, folders, monkeypatch):
+    inner = vllm._load_lora_adapter
+
+    def slow(*given):
+        found = inner(*given)
+        time.sleep(0.6 * (found[0] == 200))
+        return found
+
+    monkeypatch.setattr(vllm, "_load_lora_adapter", slow)
+    with Client(Server(vllm.url, "policy", timeout=0.4)) as client:
+        VllmServer(client).load_adapter("step-1", folders / "adapter")
+    assert list(vllm.adapters) == ["step-1"]
+    assert vllm.calls == ["/v1/load_lora_adapter"] * 2
 
 
 @pytest.mark.parametrize("without", ["token_ids", "logprobs"])

@@ -3,9 +3,11 @@
 A thread could not be ended, and a pattern that backtracks holds the interpreter's lock.
 """
 
+import ctypes
 import multiprocessing
 import signal
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from time import monotonic
 from typing import Any
@@ -16,11 +18,13 @@ from finetune.workers import depend_on_parent
 
 Scoring = Callable[[Sequence[Completion]], list[Score]]
 START_SECONDS = 120.0  # to import what the scorer needs, on a busy machine
-SPARE_CPU_SECONDS = 60.0
+PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
 class Apart:
     """Calls `make(*arguments)` in another process, and its result for each answer.
+
+    The process ends with the thread that made the first call, or with the run.
 
     seconds: for an answer. call_seconds: for all answers of a call. whole: the scorer gets them all
     at once, and only the second limit holds. `make` and its arguments must be picklable.
@@ -56,7 +60,7 @@ class Apart:
         connection = self._connection
         assert connection is not None
         try:
-            connection.send((completions, seconds))
+            connection.send(completions)
             if connection.poll(seconds):
                 found: list[Score] = connection.recv()
                 return found
@@ -102,16 +106,16 @@ def _serve(
     connection: Connection, make: Callable[..., Scoring], arguments: tuple[Any, ...]
 ) -> None:
     depend_on_parent()
+    # Code that holds the interpreter's lock keeps that thread from running; the kernel needs none.
+    with suppress(OSError, AttributeError):  # no Linux
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     scorer = make(*arguments)
     connection.send(None)
     while True:
         try:
-            completions, seconds = connection.recv()
+            completions = connection.recv()
         except (EOFError, OSError):
             return
-        # Code that holds the interpreter's lock keeps this process from ending with its parent: the
-        # kernel ends it then.
-        signal.setitimer(signal.ITIMER_PROF, seconds + SPARE_CPU_SECONDS)
         try:
             found = scorer(completions)
         except Exception as exc:
