@@ -1,14 +1,18 @@
 """How probable a model finds texts that continue others: what multiple choice is scored by.
 
-The continuations of one context lie end to end behind it. Each sees the context and itself, but
-none of the others, so the layers compute a context once, and the output projection only what is
-asked. The tokens, limits and sums are those of lm-evaluation-harness 0.4.13.
+A context and its continuations are a tree of tokens, each of which sees those that lead to it. So
+the layers compute a context once, as they do the beginning of several continuations, and the output
+projection only what is asked. The tokens, limits and sums are those of lm-evaluation-harness
+0.4.13.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -23,9 +27,9 @@ Ids = tuple[int, ...]
 AT_ONCE = {"cpu": 2048}
 """Tokens of a batch; elsewhere AT_ONCE_ON_GPU."""
 AT_ONCE_ON_GPU = 16_384
-NEARLY = 0.85  # of the longest tree: shorter ones join only a quarter of a batch
-CHUNK_BYTES = {"cpu": 16 * 2**20}
-"""Logits at once in float32: few enough for memory that the allocator has at hand."""
+NEARLY = 0.95  # of the longest tree: shorter ones join only a quarter of a batch
+CHUNK_BYTES = {"cpu": 31 * 2**20}
+"""Logits at once in float32: below 32 MiB, from which glibc asks the system for each block."""
 DEFAULT_LENGTH = 2048  # of a model that does not say how many positions it has
 UNSET_LENGTH = 10**9  # tokenizers that know no limit name a larger one
 # Mean distance of log-probabilities, per token, up to which two ways to compute them agree.
@@ -51,6 +55,14 @@ class Found(NamedTuple):
     is_greedy: bool
 
 
+class Asked(NamedTuple):
+    """A label that is predicted at a node of a tree, and the number of the branch that has it."""
+
+    node: int
+    label: int
+    branch: int
+
+
 @dataclass(frozen=True)
 class Tree:
     """A context and its continuations, and the numbers of the requests that each answers."""
@@ -59,10 +71,32 @@ class Tree:
     branches: tuple[Ids, ...]
     requests: tuple[tuple[int, ...], ...]
 
+    @cached_property
+    def nodes(self) -> tuple[list[int], list[int], list[Asked]]:
+        """Return (the tokens that the model reads; the node before each; what is asked, by node).
+
+        The context comes first. The model predicts the last token of a branch, and reads it only
+        where another branch goes on.
+        """
+        size = len(self.context)
+        tokens, before, asked = list(self.context), list(range(-1, size - 1)), list[Asked]()
+        known: dict[tuple[int, int], int] = {}
+        for number, branch in enumerate(self.branches):
+            node = size - 1
+            for token in branch[:-1]:
+                asked.append(Asked(node, token, number))
+                if (node, token) not in known:
+                    known[node, token] = len(tokens)
+                    tokens.append(token)
+                    before.append(node)
+                node = known[node, token]
+            asked.append(Asked(node, branch[-1], number))
+        return tokens, before, sorted(asked)
+
     @property
     def length(self) -> int:
-        """Return the tokens that the model reads: it predicts the last of a branch."""
-        return len(self.context) + sum(len(branch) - 1 for branch in self.branches)
+        """Return the tokens that the model reads."""
+        return len(self.nodes[0])
 
     @property
     def deepest(self) -> int:
@@ -309,56 +343,52 @@ class Laid(NamedTuple):
 def _lay(trees: list[Tree], base: Any) -> Laid:
     """Lay each tree into a row, padded on the right.
 
-    The last token of a context predicts the first of each branch, so it is asked for once.
+    A node is asked for once, whatever number of branches go on from it.
     """
     width = max(tree.length for tree in trees)
-    shape = (len(trees), width)
-    ids, position_ids = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
-    branch_of = torch.full(shape, -1)  # 0 is the context, -1 padding
+    ids = torch.zeros((len(trees), width), dtype=torch.int64)
     states, labels, places, documents = list[int](), list[int](), list[int](), list[int]()
     first = 0  # branch of the row
     for row, tree in enumerate(trees):
-        size = len(tree.context)
-        tokens, positions, owners = list(tree.context), list(range(size)), [0] * size
-        labels += [branch[0] for branch in tree.branches]
-        places += [len(states)] * len(tree.branches)
-        documents += range(first, first + len(tree.branches))
-        states.append(row * width + size - 1)
-        for order, branch in enumerate(tree.branches):
-            begin, rest = row * width + len(tokens), len(branch) - 1
-            labels += branch[1:]
-            places += range(len(states), len(states) + rest)
-            documents += [first + order] * rest
-            states += range(begin, begin + rest)
-            tokens += branch[:-1]
-            positions += range(size, size + rest)
-            owners += [order + 1] * rest
+        tokens, _, asked = tree.nodes
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        for node, of_node in groupby(asked, key=lambda each: each.node):
+            for each in of_node:
+                labels.append(each.label)
+                places.append(len(states))
+                documents.append(first + each.branch)
+            states.append(row * width + node)
         first += len(tree.branches)
-        used = slice(0, len(tokens))
-        ids[row, used], position_ids[row, used] = torch.tensor(tokens), torch.tensor(positions)
-        branch_of[row, used] = torch.tensor(owners)
     inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     if any(len(tree.branches) > 1 for tree in trees):
-        inputs |= {"position_ids": position_ids, "attention_mask": _mask(branch_of, base)}
-    none = torch.zeros(0, dtype=torch.int64)
-    asked = torch.tensor(states)
+        inputs |= _seen(trees, width, base)
+    none, of_states = torch.zeros(0, dtype=torch.int64), torch.tensor(states)
     batch = Batch(
-        inputs, torch.zeros_like(asked), asked, none, none, none,
+        inputs, torch.zeros_like(of_states), of_states, none, none, none,
         tuple(tree.length for tree in trees), {"tokens": len(states), "documents": 0},
     )  # fmt: skip
     return Laid(batch, torch.tensor(labels), torch.tensor(places), torch.tensor(documents), first)
 
 
-def _mask(branch_of: torch.Tensor, base: Any) -> torch.Tensor:
-    """Return which tokens each sees, [B, 1, T, T]: those before it of its branch and the context.
+def _seen(trees: list[Tree], width: int, base: Any) -> dict[str, torch.Tensor]:
+    """Return positions [B, T], and which nodes each sees, [B, 1, T, T]: those that lead to it.
 
-    A term of the scores. For SDPA in 16 bits bool, which fits queries of any precision; in float32
-    each layer would turn it into such a term.
+    Padding sees the first node, as softmax needs one. A term of the scores; for SDPA in 16 bits
+    bool, which fits queries of any precision; in float32 each layer would turn it into such a term.
     """
-    query, key = branch_of[:, :, None], branch_of[:, None]
-    seen = ((key == 0) | (key == query)).tril_()[:, None]
+    sees = np.zeros((len(trees), width, width), bool)
+    position_ids = np.zeros((len(trees), width), np.int64)
+    for row, tree in enumerate(trees):
+        (tokens, before, _), size = tree.nodes, len(tree.context)
+        sees[row, :size, :size] = np.tri(size, dtype=bool)
+        sees[row, len(tokens) :, 0] = True
+        position_ids[row, :size] = range(size)
+        for node in range(size, len(tokens)):
+            sees[row, node] = sees[row, before[node]]
+            sees[row, node, node] = True
+            position_ids[row, node] = position_ids[row, before[node]] + 1
+    mask = torch.from_numpy(sees)[:, None]
     dtype = base.get_input_embeddings().weight.dtype
-    if base.config._attn_implementation == "sdpa" and dtype != torch.float32:
-        return seen
-    lowest = torch.finfo(dtype).min
-    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, lowest)
+    if base.config._attn_implementation != "sdpa" or dtype == torch.float32:
+        mask = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+    return {"position_ids": torch.from_numpy(position_ids), "attention_mask": mask}
