@@ -78,7 +78,7 @@ def made(bench, server, *more, output="out.jsonl", force=True):
 # ------------------------------------------------------------------------------------- new tasks
 
 
-@pytest.mark.parametrize("steps", [[], ["--two-steps"]])
+@pytest.mark.parametrize("steps", short([[], ["--two-steps"]], []))
 def test_tasks_grow_from_seeds(bench, server, steps):
     seeds = bench.rows(SEEDS)
     rows = made(bench, server, seeds, "--rows", 30, *steps, "--rejects", bench.folder / "r.jsonl")

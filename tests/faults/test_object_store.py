@@ -99,6 +99,7 @@ def test_a_machine_with_an_empty_disk_resumes(workshop, stored, store, topology,
     assert (run / "model/model.safetensors").exists()
 
 
+@long_form  # test_disks.py has damage without a store
 def test_a_newest_checkpoint_that_arrived_damaged_is_skipped(workshop, stored, store):
     environment, client = store
     for name in set(objects(client, "stored/single/")) - {"outcome.json"}:
@@ -174,6 +175,7 @@ def test_a_newer_store_wins_over_an_older_disk(workshop, stored, store):
     )
 
 
+@long_form
 def test_another_run_of_that_name_in_the_store_is_refused_and_the_disk_stays(
     workshop, stored, store
 ):

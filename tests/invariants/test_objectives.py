@@ -118,7 +118,7 @@ LAUNCHES = {
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("launched", short([*LAUNCHES], "two", "context"))
+@pytest.mark.parametrize("launched", short([*LAUNCHES], "two"))
 def test_several_processes_train_like_one(workshop, launched):
     processes, topologies = LAUNCHES[launched]
     settings = {"train__micro_batch_size": 1, "data__packing": True, "train__max_steps": 3}
