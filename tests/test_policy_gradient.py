@@ -12,7 +12,7 @@ from conftest import read_jsonl, short
 from invariants import sampled
 from invariants.test_topologies import several
 from safetensors.torch import load_file
-from test_preference import as_trl_wants, policy_of
+from test_preference import as_trl_wants, cut_at, policy_of
 
 from finetune import config as configs
 from finetune.config import objective_fields as fields
@@ -688,6 +688,27 @@ def test_rewards_rise(workshop, kind):
 
 def weights(run):
     return load_file(run / "model" / "model.safetensors")
+
+
+@pytest.mark.proof
+def test_a_resumed_run_has_the_values_and_the_head_of_the_whole(workshop):
+    """Cut inside a phase of two steps, and learned from twice."""
+    own = sampled.settings(
+        workshop, "ppo", rollouts={"steps_per_phase": 2, "passes": 2}, checkpoint__every_steps=1,
+        checkpoint__keep_last=9,
+    )  # fmt: skip
+    names = ("loss", "grad_norm", "value_loss", "kl", "reward", "explained_variance")
+
+    def seen(run):
+        return [[line[name] for name in names] for line in read_jsonl(run / "metrics.jsonl")]
+
+    whole = workshop.train("whole", **own)
+    workshop.train("cut", **own)
+    cut_at(workshop, 1)
+    again = workshop.train("cut", **own)
+    assert seen(again) == seen(whole)
+    one, other = weights(again), weights(whole)
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.proof
