@@ -16,7 +16,7 @@ from conftest import ROOT, read_jsonl, write_jsonl
 from invariants import sampled
 from pydantic import TypeAdapter, ValidationError
 
-from finetune import own_code, sandbox
+from finetune import own_code, replay, sandbox
 from finetune.__main__ import main
 from finetune.config import reader, reward_fields
 from finetune.config.kinds import Kind, Section, by_kind
@@ -24,7 +24,7 @@ from finetune.config.messages import describe
 from finetune.config.reward_fields import RewardList
 from finetune.data.conversations import Conversation, Message
 from finetune.data.places import Place
-from finetune.errors import ConfigError, DataError, Outage, UserError
+from finetune.errors import ConfigError, DataError, Outage, RunDirectoryError, UserError
 from finetune.evaluation.scores.normalise import NORMALISATIONS
 from finetune.generation.completions import Completion, Prompt, Score
 from finetune.generation.reward_model import RewardModel
@@ -316,6 +316,8 @@ def test_code_of_a_reward_is_found_and_read_with_the_config(tmp_path):
     ]  # fmt: skip
     settings = {"objective.rewards": values["objective"]["rewards"]}
     assert list(reader.own_names(settings)) == ["objective.rewards.1"]
+    with pytest.raises(RunDirectoryError, match="is not the file that .* ran with"):
+        replay.require_own_code(tmp_path, settings, {"identity": {}})
     named = {"objective": {"rewards": [{"kind": "mine.py:rewrd"}, {"kind": "mine.py:OTHER"}]}}
     _, wrong = reader._with_own_code(named, tmp_path)
     assert "objective.rewards.0.kind: " in wrong[0]
