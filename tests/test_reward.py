@@ -21,6 +21,7 @@ from finetune.data.conversations import Conversation, Message
 from finetune.data.places import Place
 from finetune.errors import DataError, ExportError, ModelError, UserError
 from finetune.evaluation import calibration, reward_runs
+from finetune.export import model_card
 from finetune.export.load import load as opened
 from finetune.export.load import load_chat_tokenizer
 from finetune.generation.reward_model import RewardModel
@@ -76,6 +77,9 @@ def test_plain_transformers_opens_the_export_with_the_same_scores(workshop):
         )
         for each in ASKED
     ]
+    card = model_card.card(run / "model", "me/it", run)
+    assert "pipeline_tag: text-classification" in card
+    assert "AutoModelForSequenceClassification.from_pretrained('me/it')" in card
     inputs = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
     with torch.no_grad():
         wanted = model(**inputs).logits[:, 0].tolist()
@@ -92,6 +96,8 @@ def test_peft_opens_an_adapter_with_its_head(workshop, base, kind):
     run = workshop.train(**own, adapter__kind=kind)
     saved = json.loads((run / "model/adapter_config.json").read_text())
     assert saved["task_type"] == "SEQ_CLS"
+    use = 'AutoPeftModelForSequenceClassification.from_pretrained("me/it", num_labels=1)'
+    assert use in model_card.card(run / "model", "me/it", run).replace("'", '"')
     assert "score" in saved["modules_to_save"]
     scores = RewardModel(run)
     if kind == "lora":

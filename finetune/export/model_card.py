@@ -80,23 +80,38 @@ def _base(base: str) -> str:
 def _metadata(model: Path, base: str) -> list[str]:
     library = "peft" if is_adapter(model) else "transformers"
     lines = ["---", f"library_name: {library}", "tags: [finetune]"]
-    config, _ = files.read_note(model / "config.json")
-    architecture = str((config.get("architectures") or [""])[0])
-    if is_adapter(model) or architecture.endswith(("ForCausalLM", "LMHeadModel")):
+    architecture = _architecture(model)
+    if _scores_answers(model):
+        lines.append("pipeline_tag: text-classification")
+    elif is_adapter(model) or architecture.endswith(("ForCausalLM", "LMHeadModel")):
         lines.append("pipeline_tag: text-generation")
     if base and not os.path.isabs(base) and not os.path.exists(base):
         lines.append(f"base_model: {json.dumps(base)}")
     return [*lines, "---", ""]
 
 
+def _architecture(model: Path) -> str:
+    config, _ = files.read_note(model / "config.json")
+    return str((config.get("architectures") or [""])[0])
+
+
+def _scores_answers(model: Path) -> bool:
+    """Return whether a model is one for sequence classification, as reward models are."""
+    adapter, _ = files.read_note(model / "adapter_config.json")
+    is_one = _architecture(model).endswith("ForSequenceClassification")
+    return is_one or adapter.get("task_type") == "SEQ_CLS"
+
+
 def _use(model: Path, name: str) -> list[str]:
-    opened = "AutoModelForCausalLM.from_pretrained"
-    start = "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    task = "SequenceClassification" if _scores_answers(model) else "CausalLM"
+    opened = f"AutoModelFor{task}"
+    start = f"from transformers import {opened}, AutoTokenizer"
     if is_adapter(model):
-        opened = "AutoPeftModelForCausalLM.from_pretrained"
-        start = "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer"
+        opened = f"AutoPeftModelFor{task}"
+        start = f"from peft import {opened}\nfrom transformers import AutoTokenizer"
+    more = ", num_labels=1" if is_adapter(model) and task != "CausalLM" else ""
     return [
-        "## Use", "", "```python", start, "", f"model = {opened}({name!r})",
+        "## Use", "", "```python", start, "", f"model = {opened}.from_pretrained({name!r}{more})",
         f"tokenizer = AutoTokenizer.from_pretrained({name!r})", "```", "",
     ]  # fmt: skip
 
