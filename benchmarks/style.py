@@ -29,6 +29,7 @@ from finetune.evaluation.statistics import difference
 ROOT = Path(__file__).resolve().parents[1]
 OPENING, CONTINUATION = 32, 72  # tokens at most
 AT_ONCE = 512  # sequences that are sampled together
+ROUNDS = 20  # of openings, before the model is taken to write no more
 TEMPLATE = (
     "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
     "{% endfor %}"
@@ -119,11 +120,13 @@ def words_per_sentence(text: str) -> float:
 def unlike(model: Model, count: int) -> list[str]:
     """Return different first sentences that the model writes."""
     found: dict[str, None] = {}
-    while len(found) < count:
+    for _ in range(ROUNDS):
         for text in model.continued([""] * AT_ONCE, OPENING):
             if sentence := SENTENCE.match(text):
                 found.setdefault(sentence[0].strip())
-    return list(found)[:count]
+        if len(found) >= count:
+            return list(found)[:count]
+    raise SystemExit(f"the model writes only {len(found)} different first sentences")
 
 
 def sampled(model: Model, openings: list[str], samples: int) -> list[list[str]]:
@@ -136,7 +139,8 @@ def sampled(model: Model, openings: list[str], samples: int) -> list[list[str]]:
 def pairs_of(model: Model, openings: list[str], samples: int) -> list[dict[str, str]]:
     """Return a row of each opening: the continuation with the shortest sentences, and the longest.
 
-    They have about as many words, or the style would be learned as brevity of the whole.
+    Both had as many tokens before their last, unfinished sentence was cut off; so style is not
+    brevity of the whole, which the report shows beside it.
     """
     rows = []
     for opening, texts in zip(openings, sampled(model, openings, samples)):

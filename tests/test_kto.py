@@ -274,6 +274,11 @@ def test_pairs_count_as_two_rows(workshop):
     assert losses(pairs) == pytest.approx(losses(alone), rel=1e-5)
 
 
+def test_a_micro_batch_is_tried_before_there_is_a_reference(workshop):
+    run = workshop.train(**settings(workshop), train__micro_batch_size="auto", train__max_steps=1)
+    assert read_jsonl(run / "metrics.jsonl")[0]["z"] == 0
+
+
 @pytest.mark.parametrize("file", short(["kept", "lost"], "lost"))
 def test_a_resumed_run_goes_on_with_the_same_partners_and_reference(workshop, file):
     own = settings(workshop, checkpoint__every_steps=2, checkpoint__keep_last=9)
@@ -291,11 +296,12 @@ def test_apo_zero_makes_no_mismatched_documents(workshop):
     assert not KTO.mismatches(chosen_settings(loss="apo_zero_unpaired"))
 
 
-def test_evaluate_asks_the_prompts_of_good_answers(workshop):
+def test_evaluate_asks_the_prompts_of_good_answers(workshop, capsys):
     rows = [{"prompt": f"{n}", "completion": f"a{n}", "label": n % 2 > 0} for n in range(40)]
     run = TrainedRun.open(str(workshop.train(**settings(workshop, rows), data__eval_fraction=0.2)))
     prompts = held_out.read(run.held_out, run.reading)
-    assert prompts
+    assert 0 < len(prompts) < 8
+    assert f"{8 - len(prompts)} of 8 rows left out" in capsys.readouterr().err
     assert all(prompt.reference == f"a{prompt.question}" for prompt in prompts)
     assert all(int(prompt.question) % 2 for prompt in prompts)
 

@@ -44,6 +44,11 @@ def read(
     found = samples(source, reading, limit)
     if reading.format in ("preference", "unpaired"):
         good = [each for each in found if 1.0 in each.fields["label"]]
+        if found and not good:
+            first = found[0].conversations[0].place
+            raise DataError(f"{first}: neither this row nor another has a good answer")
+        if left_out := len(found) - len(good):
+            note(f"{left_out:,} of {len(found):,} rows left out, as their answers are not good")
         found = [replace(each, conversations=(representative(each),)) for each in good]
     return [prompt_of(sample) for sample in _with_one_answer(found)]
 
