@@ -596,7 +596,7 @@ def _rewards(config: Config, topology: Topology, parts: Sequence[Any]) -> "Rewar
     from finetune.rollouts.served import require_server
 
     settings: Any = config.objective
-    made = Rewards(settings.rewards, log if topology.is_main else lambda text: None)
+    made = Rewards(settings.rewards or (), log if topology.is_main else lambda text: None)
     made.check(prompt for part in parts for prompt in part.every_prompt())
     if isinstance(engine := config.rollouts.engine, ServerEngine) and topology.is_main:
         require_server(engine)

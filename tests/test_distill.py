@@ -7,6 +7,9 @@ import shutil
 import pytest
 import torch
 from conftest import TINY_LLAMA, losses, read_jsonl
+from faults.forked import weights
+from invariants import sampled
+from invariants.test_topologies import several
 from test_head import Largest
 from test_preference import batch_of, pairs_of
 
@@ -215,6 +218,51 @@ def test_a_run_does_not_resume_beside_another_teacher(workshop):
         workshop.train("cut", **own)
 
 
+@pytest.mark.proof
+def test_completions_of_the_student_are_learned_from_its_teacher(workshop):
+    """The same however a step is cut up; rewards are only logged."""
+    teacher = teacher_of(workshop, train__max_steps=20)
+    own = {
+        "objective__kind": "distill", "objective__teacher": str(teacher), "objective__beta": 1.0,
+        "objective__rollouts": {"max_new_tokens": 8, "cut_answers": "learn", "passes": 2},
+        "train__epochs": 4, "train__max_steps": 20,
+    }  # fmt: skip
+    run = workshop.train("run", **own)
+    lines = read_jsonl(run / "metrics.jsonl")
+    assert lines[-1]["divergence"] < lines[0]["divergence"] / 2
+    assert "reward" not in lines[0]
+    assert lines[0]["completion_length"] > 1
+    own |= {"train__max_steps": 4, "train__micro_batch_size": 1}
+    own |= {"objective__rewards": [{"kind": "exact_match"}], "data__eval_fraction": 0.1}
+    alone = workshop.train("alone", **own)
+    own["train__micro_batch_size"] = 4
+    assert losses(workshop.train("four", **own)) == pytest.approx(losses(alone), rel=1e-4)
+    assert read_jsonl(alone / "metrics.jsonl")[0]["reward"] == 0
+    assert "reward" in read_jsonl(alone / "eval.jsonl")[-1]
+
+
+@pytest.mark.proof
+def test_processes_learn_like_one_from_their_own_completions(workshop):
+    """A copy of the teacher for each process, or shards."""
+    teacher = teacher_of(workshop, train__max_steps=20)
+    own = sampled.settings(
+        workshop, "distill", objective__teacher=str(teacher), objective__beta=0.5,
+        train__micro_batch_size=4,
+    )  # fmt: skip
+    del own["objective__rewards"]
+    alone, arguments = workshop.train("alone", **own), []
+    for topology in ("ddp", "fsdp2", "zero2", "zero3"):
+        config = workshop.config(topology, **own)
+        arguments += [f"topology:{topology}", workshop.write(config)]
+    launch = several(workshop.folder, "ddp", 2, *arguments)
+    assert launch.codes() == [0, 0], launch.output()
+    for topology in ("ddp", "fsdp2", "zero2", "zero3"):
+        run = workshop.run_dir(topology)
+        assert losses(run) == pytest.approx(losses(alone), rel=1e-4), topology
+        one, other = weights(run), weights(alone)
+        assert all((one[key] - other[key]).abs().max() < 1e-4 for key in one), topology
+
+
 # -------------------------------------------------------------------------------------- bad input
 
 
@@ -260,6 +308,12 @@ def test_a_teacher_with_too_few_positions_is_refused(workshop):
 
 def test_settings_that_would_be_ignored_are_refused(workshop):
     teacher = workshop.folder
+    with pytest.raises(ConfigError, match="objective.rewards: would be ignored without"):
+        with_teacher(workshop, teacher, objective__rewards=[{"kind": "exact_match"}])
+    with pytest.raises(ConfigError, match="objective.rewards: an evaluation of completions"):
+        with_teacher(workshop, teacher, objective__rollouts={}, data__eval_fraction=0.1)
+    with pytest.raises(ConfigError, match="objective.rollouts: nothing is stored of new"):
+        workshop.check("student", objective__kind="distill", objective__rollouts={})
     with pytest.raises(ConfigError, match="objective.teacher_revision: would be ignored"):
         with_teacher(workshop, teacher, objective__teacher_revision="main")
     with pytest.raises(ConfigError, match="objective.teacher_dtype: would be ignored"):

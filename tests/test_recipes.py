@@ -156,6 +156,8 @@ def test_a_recipe_runs_as_it_is(workshop, bytes_tokenizer, path):
         "schedule.warmup_steps": 1, "train.max_steps": 3,
         "checkpoint.every_steps": 2, "tracking.log_every_steps": 1,
     }  # fmt: skip
+    if "teacher" in recipe.get("objective", {}):
+        arguments["objective.teacher"] = model
     if "eval" in recipe["data"]:
         new = {"question": "new?", "answer": "yes", "task": "chain_sum", "entry": {"answer": "1"}}
         arguments["data.eval"] = write_jsonl(workshop.folder / "eval.jsonl", [new])

@@ -98,31 +98,6 @@ class Sft(CrossEntropy, Kind):
     """Train on answers, given their prompts."""
 
 
-class Distill(Kind):
-    """Distillation: the distributions of a teacher, token by token."""
-
-    kind: Literal["distill"]
-    """Train on what a teacher expects at each token of answers, not on the token alone."""
-    teacher: Annotated[str | None, ExpandedPath] = None
-    """Folder or Hub id of the teacher, a model with the same tokenizer.
-    null: rows have a column teacher, written by `finetune data teach`.
-    """
-    teacher_revision: str | None = None
-    """Revision of the teacher on the Hub: a branch, tag or commit."""
-    teacher_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of the teacher's weights. auto: that of train.precision."""
-    beta: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Which divergence of student s from teacher t is minimised.
-    0: the forward KL(t || s); 1: the reverse KL(s || t); between them, with m = (1 - beta) s +
-    beta t, beta KL(t || m) + (1 - beta) KL(s || m) (generalised Jensen-Shannon; Agarwal et al.,
-    2024).
-    """
-    temperature: PositiveNumber = 1.0
-    """What divides the logits of both in the divergence; above 1, unlikely tokens count more."""
-    sft_weight: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the cross-entropy of the rows' own tokens, beside the divergence."""
-
-
 class Preference(Section):
     """Settings of all objectives that compare a chosen answer with rejected ones."""
 
@@ -312,3 +287,36 @@ class Ppo(PolicyGradient, Kind):
     """How far values may move from those of the phase in one phase."""
     value_weight: PositiveNumber = 0.1
     """Weight of the error of values in the loss."""
+
+
+class Distill(Kind):
+    """Distillation: the distributions of a teacher, token by token."""
+
+    kind: Literal["distill"]
+    """Train on what a teacher expects at each token of answers, not on the token alone."""
+    teacher: Annotated[str | None, ExpandedPath] = None
+    """Folder or Hub id of the teacher, a model with the same tokenizer.
+    null: rows have a column teacher, written by `finetune data teach`.
+    """
+    teacher_revision: str | None = None
+    """Revision of the teacher on the Hub: a branch, tag or commit."""
+    teacher_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of the teacher's weights. auto: that of train.precision."""
+    beta: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Which divergence of student s from teacher t is minimised.
+    0: the forward KL(t || s); 1: the reverse KL(s || t); between them, with m = (1 - beta) s +
+    beta t, beta KL(t || m) + (1 - beta) KL(s || m) (generalised Jensen-Shannon; Agarwal et al.,
+    2024).
+    """
+    temperature: PositiveNumber = 1.0
+    """What divides the logits of both in the divergence; above 1, unlikely tokens count more."""
+    sft_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the cross-entropy of the rows' own tokens, beside the divergence."""
+    rollouts: OneCompletion | None = None
+    """Train on completions of the policy itself (on-policy; Agarwal et al., 2024), and how they are
+    sampled. null: train on the rows' own answers.
+    """
+    rewards: RewardList | None = None
+    """With rollouts: what a completion is worth, to log and to evaluate; nothing is learned from
+    it (docs/reinforcement.md).
+    """

@@ -76,7 +76,7 @@ def own_codes(config: "Config") -> dict[str, OwnCode]:
         found["objective.kind"] = objective.code
     if own_code.is_own(format):
         found["data.format"] = own_code.get(format)
-    for place, reward in enumerate(getattr(objective, "rewards", ())):
+    for place, reward in enumerate(getattr(objective, "rewards", None) or ()):
         if own_code.is_own(reward.kind):
             found[f"objective.rewards.{place}"] = own_code.get(reward.kind)
     return found

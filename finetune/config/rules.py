@@ -116,6 +116,8 @@ def _objective_conflicts(config: Config) -> Iterator[str]:
         has_turns = not trains_on_all
     if isinstance(objective, PolicyGradient):
         yield from reinforcement_rules.conflicts(objective)
+    if isinstance(objective, Distill):
+        yield from _distill_conflicts(config, objective)
     if config.rollouts:
         yield from rollout_rules.conflicts(config, config.rollouts)
         return
@@ -133,8 +135,6 @@ def _objective_conflicts(config: Config) -> Iterator[str]:
     elif data.truncation == "split":
         why = "would cut answers from their prompts; use it with objective.kind: clm"
         yield f"data.truncation: split {why}"
-    if isinstance(objective, Distill):
-        yield from _distill_conflicts(config, objective)
     if data.format in RATED and not isinstance(objective, OwnObjective):
         yield (
             f"data.format: {data.format} gives answers that are rated, and objective.kind: {name} "
@@ -147,7 +147,20 @@ def _objective_conflicts(config: Config) -> Iterator[str]:
 
 
 def _distill_conflicts(config: Config, objective: Distill) -> Iterator[str]:
-    """List settings that do not fit where the teacher's distributions come from."""
+    """List settings that do not fit where the teacher's distributions, or its tokens, come from."""
+    if objective.rollouts is None and objective.rewards is not None:
+        yield "objective.rewards: would be ignored without objective.rollouts; remove it"
+    if objective.rollouts and objective.teacher is None:
+        yield "objective.rollouts: nothing is stored of new completions; name objective.teacher"
+    if (
+        objective.rollouts
+        and not objective.rewards
+        and (config.data.eval or config.data.eval_fraction)
+    ):
+        yield (
+            "objective.rewards: an evaluation of completions needs what they are worth; add it, or "
+            "remove data.eval and data.eval_fraction"
+        )
     if objective.teacher is None:
         why = "the column teacher of the rows has what the teacher said"
         yield from _ignored(config, why, "objective.teacher_revision", "objective.teacher_dtype")

@@ -197,10 +197,11 @@ def of_evaluation(values: Mapping[str, float]) -> str:
 
 def of_rollouts(facts: Mapping[str, float]) -> str:
     """Return what a progress line says of rollouts."""
-    return (
-        f"reward {facts['reward']:.3f}  length {facts['completion_length']:.0f}  "
-        f"cut {facts['cut_share']:.0%}  without signal {facts['no_signal_share']:.0%}"
-    )
+    found = [f"length {facts['completion_length']:.0f}", f"cut {facts['cut_share']:.0%}"]
+    if "reward" in facts:
+        found.insert(0, f"reward {facts['reward']:.3f}")
+        found.append(f"without signal {facts['no_signal_share']:.0%}")
+    return "  ".join(found)
 
 
 def _line(text: str) -> str:

@@ -70,6 +70,9 @@ class Objective:
 
     samples = False
     """Whether it learns from completions of the policy, of which `columns` makes columns."""
+    learns_rewards = True
+    """Whether it learns from rewards, if it samples: else completions may have equal ones, or
+    none."""
     reports_cross_entropy = False
     """Whether `evaluate` returns the cross-entropy of the supervised tokens itself, if there is
     one."""

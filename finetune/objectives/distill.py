@@ -7,6 +7,7 @@ from the student itself (generalised knowledge distillation, Agarwal et al., 202
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import BaseModel
 
@@ -15,6 +16,7 @@ from finetune.data.batches import Batch
 from finetune.data.taught import IDS, LOGPROBS
 from finetune.models.distributions import Reference, TopK
 from finetune.models.policy import Policy
+from finetune.objectives.advantages import Scored
 from finetune.objectives.base import Objective, Term
 from finetune.objectives.sft import CROSS_ENTROPY
 
@@ -24,6 +26,12 @@ class Distill(Objective):
 
     Settings: type[BaseModel] = config.Distill
     reports_cross_entropy = True
+    learns_rewards = False
+
+    def columns(
+        self, scored: Scored, settings: Any
+    ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        return {}, {}
 
     def loss(
         self, policy: Policy, batch: Batch, settings: Any, prepared: Mapping[str, torch.Tensor]

@@ -114,12 +114,15 @@ def facts_of(groups: Sequence[Group], kept_groups: Sequence[Group]) -> dict[str,
         f"reward_{name}": _mean([r.parts[name] for r in rollouts if name in r.parts])
         for name in names
     }
-    return {
+    rewards = {
         "reward": _mean([each.reward for each in rollouts if each.reward is not None]),
         **(parts if len(parts) > 1 else {}),
+        "no_signal_share": _mean([not each.has_signal for each in scored_groups]),
+    }
+    return {
+        **(rewards if parts or len(scored_groups) < len(groups) else {}),
         "completion_length": _mean([len(each.ids) for each in everyone]),
         "cut_share": _mean([each.is_cut for each in everyone]),
-        "no_signal_share": _mean([not each.has_signal for each in scored_groups]),
         "failed_groups": float(len(groups) - len(scored_groups)),
         "learned_groups": float(len(kept_groups)),
     }
@@ -171,9 +174,13 @@ def with_values(
 
 
 def require_some(
-    phase: int, groups: Sequence[Group], chosen: Sequence[Group], settings: Settings
-) -> None:
-    """Raise an error if nothing can be learned from a phase; in the first one it is the user's."""
+    phase: int, groups: Sequence[Group], chosen: Sequence[Group], settings: Settings,
+    compares: bool = True,
+) -> None:  # fmt: skip
+    """Raise an error if nothing can be learned from a phase; in the first one it is the user's.
+
+    `compares`: whether rewards that are all equal teach nothing.
+    """
     if not chosen:
         why = next(filter(None, (each.failed for each in groups)), "no reason")
         raise FinetuneError(
@@ -189,7 +196,7 @@ def require_some(
             "first phase, and objective.rollouts.cut_answers: mask leaves nothing to learn; raise "
             "it, start from a model that ends its answers, or set cut_answers: learn"
         )
-    if len({_reward(each, settings) for each in rollouts}) == 1:
+    if compares and len({_reward(each, settings) for each in rollouts}) == 1:
         example = rollouts[0].text.strip()[:100]
         raise ConfigError(
             f"objective.rewards: all {len(rollouts)} completions of the first phase have the "

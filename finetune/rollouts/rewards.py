@@ -91,8 +91,10 @@ class Rewards:
             self._kept = None
 
     def __call__(self, completions: Sequence[Completion]) -> list[Reward]:
-        """Return the reward of each answer, in their order. Only inside `opened`."""
+        """Return the reward of each answer, in their order: 0 of no parts. Only inside `opened`."""
         assert self._kept is not None
+        if not self._parts:
+            return [Reward(0.0, {}) for _ in completions]
         scores = [
             self._kept.scores(part, completions) if part.is_kept else part.scorer(completions)
             for part in self._parts

@@ -120,7 +120,8 @@ class Rollouts:
     def _sealed(self, phase: int, step: int, groups: list[Group], seconds: float) -> Sealed:
         """Let the policy score the tokens, and write the phase; upload it. Collective."""
         topology, storage = self.around.topology, self.around.storage
-        group_examples.require_some(phase, groups, self._kept(phase, groups), self.settings)
+        chosen, compares = self._kept(phase, groups), self.around.objective.learns_rewards
+        group_examples.require_some(phase, groups, chosen, self.settings, compares)
         groups = self._with_values(phase, groups)
         tokens = sum(len(each.ids) for group in groups for each in group.rollouts)
         speed = {"rollout_seconds": round(seconds, 3), "rollout_tokens": tokens}
