@@ -460,14 +460,14 @@ class Config(Section):
     objective: Annotated[
         SerializeAsAny[
             Clm | MaskedLm | SequenceClassification | TokenClassification | Seq2Seq
-            | SpanCorruption | TextInfilling | Dpo | Orpo | Simpo | Cpo | Kto | Reward | Distill
-            | ProcessReward | Grpo | Rloo | Ppo | Sft | OwnObjective
+            | SpanCorruption | TextInfilling | Dpo | Orpo | Simpo | Cpo | Kto | Reward
+            | ProcessReward | Grpo | Rloo | Ppo | Sft | Distill | OwnObjective
         ],
         by_kind(
             Sft, Clm, MaskedLm, SequenceClassification, TokenClassification, Seq2Seq,
-            SpanCorruption, TextInfilling, Dpo, Orpo, Simpo, Cpo, Kto, Reward, Distill, Grpo, Rloo,
+            SpanCorruption, TextInfilling, Dpo, Orpo, Simpo, Cpo, Kto, Reward, Grpo, Rloo,
             Ppo, ProcessReward,
-            own=own_objective,
+            Distill, own=own_objective,
         ),
     ] = Sft()  # fmt: skip
     """The loss."""
