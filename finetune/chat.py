@@ -102,13 +102,18 @@ def main(arguments: argparse.Namespace) -> None:
             text = input("> ")
         except (EOFError, KeyboardInterrupt):
             return
-        if text.startswith("/"):
-            chat.obey(text)
-            continue
-        if not text.strip() or arguments.one_turn:
-            chat.forget()
-        if text.strip():
-            chat.ask(text.strip())
+        try:
+            if text.startswith("/"):
+                chat.obey(text)
+                continue
+            if not text.strip() or arguments.one_turn:
+                chat.forget()
+            if text.strip():
+                chat.ask(text.strip())
+        except FinetuneError as exc:
+            _log(str(exc))
+        except KeyboardInterrupt:
+            _log("\nstopped, and forgotten; Ctrl-D ends")
 
 
 def _require_no_other(arguments: argparse.Namespace) -> None:
@@ -155,9 +160,14 @@ class Chat:
         self.messages = self.start
 
     def ask(self, text: str) -> None:
-        """Print the answer to a message as it is written, and keep both."""
-        self.messages.append(Message("user", text))
-        self.messages.append(Message("assistant", self._answer()))
+        """Print the answer to a message as it is written, and keep both, or neither if it fails."""
+        before = self.messages
+        self.messages = [*before, Message("user", text)]
+        try:
+            self.messages.append(Message("assistant", self._answer()))
+        except BaseException:
+            self.messages = before
+            raise
 
     def obey(self, line: str) -> None:
         """Run a command, or say in one line why it cannot be run."""
@@ -203,9 +213,13 @@ class Chat:
         if not asked:
             _log("/retry: there is nothing to answer yet; type a message")
             return
-        text = self.messages[asked[-1]].content
-        del self.messages[asked[-1] :]
-        self.ask(text)
+        before = self.messages
+        self.messages = before[: asked[-1]]
+        try:
+            self.ask(before[asked[-1]].content)
+        except BaseException:
+            self.messages = before
+            raise
 
     def _toggle_probabilities(self, rest: str) -> None:
         self.shows_probabilities = not self.shows_probabilities

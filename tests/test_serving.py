@@ -261,6 +261,32 @@ def test_chat_shows_probabilities_on_request(runs, typed):
     assert once.out.splitlines() == lines
 
 
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, ModelError("too long")])
+def test_a_chat_goes_on_after_an_answer_that_is_stopped_or_fails(monkeypatch, capsys, stop):
+    options = argparse.Namespace(
+        system=None, probs=False, max_new_tokens=2, temperature=0.0, moderation=[],
+        trust_remote_code=False, web=False, prompt=None, one_turn=False, blind=False, votes=None,
+        port=None,
+    )  # fmt: skip
+    talk, answers = chat.Chat(None, options), [stop, "one", stop, "two"]
+
+    def generated(self):
+        answer = answers.pop(0)
+        if not isinstance(answer, str):
+            raise answer
+        return f"{answer} of {len(self.messages)}"
+
+    monkeypatch.setattr(chat.Chat, "_generated", generated)
+    monkeypatch.setattr(chat, "Chat", lambda *given: talk)
+    monkeypatch.setattr(chat, "require_system", lambda *given: None)
+    lineups = argparse.Namespace(tokenizer=lambda name: None, open=lambda name: None)
+    monkeypatch.setattr(chat.lineup, "of_arguments", lambda *given: lineups)
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\n/retry\nc\n"))
+    chat.main(options)
+    assert [each.content for each in talk.messages] == ["b", "one of 1", "c", "two of 3"]
+    assert capsys.readouterr().err.count("too long" if stop is not KeyboardInterrupt else "stopped")
+
+
 @pytest.mark.proof
 def test_the_system_message_changes_in_a_chat_and_begins_a_new_one(runs):
     options = argparse.Namespace(
@@ -580,6 +606,19 @@ def test_a_vote_is_a_line_with_what_was_asked_and_answered(pages):
     again = post(pages, vote, "/vote")
     assert (again.status_code, "has its vote" in again.text) == (409, True)
     assert web.Votes(pages.owner.votes.path).count == 1
+
+
+def test_a_vote_that_cannot_be_written_may_be_given_again(pages, tmp_path):
+    found = asked_pages(pages)
+    vote = {"token": pages.owner.token, "round": found[-1]["round"], "better": "first"}
+    path, pages.owner.votes.path = pages.owner.votes.path, tmp_path
+    assert post(pages, vote, "/vote").status_code >= 400
+    pages.owner.votes.path = path
+    assert post(pages, vote, "/vote").json()["votes"] == 1
+    alone = asked_pages(pages, models=["base", "base"])
+    refused = post(pages, {**vote, "round": alone[-1]["round"]}, "/vote")
+    assert (refused.status_code, "of one model" in refused.text) == (400, True)
+    assert web.Votes(path).count == 1
 
 
 def test_blind_rounds_name_the_models_only_after_the_vote_and_draw_the_sides(pages):

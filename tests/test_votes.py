@@ -231,6 +231,12 @@ def test_a_single_loss_leaves_an_interval_open():
     assert found.models["tuned"].rating.low > 1_000
 
 
+def test_ties_alone_do_not_bound_a_rating():
+    """A bootstrap draws nothing else from them."""
+    found = ratings.rate(several({"tie": 20}))
+    assert found.models["tuned"].rating == ratings.Estimate(1000.0, None, None)
+
+
 def test_models_that_no_votes_connect_are_refused():
     given = several({"second": 2}) + several({"first": 2}, ("c", "d"))
     with pytest.raises(UserError, match="no votes compare 'c' with 'base'"):

@@ -168,6 +168,17 @@ def test_people_and_judges_are_rated_apart_and_compared(tmp_path, capsys):
     assert read_jsonl(made)[0]["chosen"] == [{"role": "assistant", "content": "base!"}]
 
 
+def test_names_in_files_of_others_cannot_write_to_the_terminal(tmp_path, capsys):
+    given = [
+        vote(n, better, models=("\x1b[31mx", "y")) for n, better in enumerate(["first", "second"])
+    ]
+    votes.write(tmp_path / "votes.jsonl", given)
+    assert main(["votes", str(tmp_path / "votes.jsonl")]) == 0
+    out = capsys.readouterr().out
+    assert "\u241b[31mx" in out
+    assert "\x1b" not in out
+
+
 def test_wrong_files_and_options_of_votes_are_exit_2(tmp_path, capsys):
     assert main(["votes", str(tmp_path / "none.jsonl")]) == 2
     assert "should be a file of votes" in capsys.readouterr().err

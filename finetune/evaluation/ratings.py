@@ -252,10 +252,13 @@ def _bounded(sampled: Sequence[np.ndarray], count: int) -> np.ndarray:
 
 
 def _estimate(value: float, drawn: np.ndarray) -> Estimate:
-    """Return a value with the percentiles of its draws; None for those that are infinite."""
+    """Return a value with the percentiles of its draws; None for those that are infinite.
+
+    Draws that are all equal, such as of votes that are all ties, say nothing of other votes.
+    """
     if abs(value) >= MOST:
         return UNBOUNDED
-    if np.isnan(drawn).all():
+    if np.isnan(drawn).all() or np.nanmax(drawn) - np.nanmin(drawn) < 1e-9:
         return Estimate(float(value), None, None)
     low, high = np.nanpercentile(drawn, [2.5, 97.5], method="nearest")
     bounds = (float(end) if np.isfinite(end) else None for end in (low, high))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from finetune import page
 from finetune.config import paths
 from finetune.evaluation import agreement, ratings, votes
 from finetune.evaluation.ratings import COVARIATES, Estimate
@@ -46,7 +47,8 @@ def main(arguments: argparse.Namespace) -> None:
     if again := len(found) - len(kept):
         what = "repeat an earlier one of the same rater; the last counts"
         print(f"note: {again:,} votes {what}", file=sys.stderr)
-    print("\n".join(report(kept, arguments.equal)))
+    # Others wrote these files: a terminal would obey control characters in their names.
+    print(page.plain("\n".join(report(kept, arguments.equal))))
     if arguments.preferences:
         of_people = [vote for vote in kept if vote.by == PERSON]
         made = votes.write_preferences(
@@ -85,12 +87,12 @@ def _ratings(given: Sequence[Vote], covariates: Sequence[str], by: str) -> list[
     lines = [
         f"{len(given):,} votes by {by}, on {found.num_prompts:,} prompts that do not resemble "
         "each other",
-        f"{'':<{left}} rating   95% interval       Elo    won  tied  lost",
+        f"{'':<{left}} rating   95% interval       Elo{'won':>9}{'tied':>9}{'lost':>9}",
     ]
     for name, model in found.models.items():
         shown = "none" if model.rating.value is None else f"{model.rating.value:.0f}"
         within = _interval(model.rating, ".0f")
-        counts = f"{model.elo:>6.0f}{model.wins:>7,}{model.ties:>6,}{model.losses:>6,}"
+        counts = f"{model.elo:>6.0f}{model.wins:>9,}{model.ties:>9,}{model.losses:>9,}"
         lines.append(f"{name:<{left}}{shown:>7}   {within:<16}{counts}")
     if any(model.rating.value is None for model in found.models.values()):
         lines.append("a model without a rating has won, or lost, all its votes; collect more")

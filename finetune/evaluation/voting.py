@@ -149,7 +149,8 @@ function show() {
     (turn) => block(names[turn.role] || turn.role, turn.content)));
   ["first", "second"].forEach((side, number) => {
     const cut = pair.cut[number] ? " \u2026 [cut]" : "";
-    $(side).querySelector(".text").textContent = pair.answers[number] + cut || "(empty)";
+    // White space around an answer, which some templates leave, would tell the models apart.
+    $(side).querySelector(".text").textContent = pair.answers[number].trim() + cut || "(empty)";
     $(side).className = better === side ? "chosen" : "";
   });
   for (const button of document.querySelectorAll("[data-better]"))

@@ -147,12 +147,17 @@ class Web:
         if round is None:
             raise Rejected(409, "this round has its vote, or is too old; ask again")
         models, answers = round.models, round.answers
-        self.votes.add(
-            Vote(
-                "", tuple(round.prompt), (models[0], models[1]), (answers[0], answers[1]),
-                choice.better,
-            )
+        if models[0] == models[1]:
+            raise Rejected(400, "both answers are of one model; choose two models and ask again")
+        vote = Vote(
+            "", tuple(round.prompt), (models[0], models[1]), (answers[0], answers[1]),
+            choice.better,
         )  # fmt: skip
+        try:
+            self.votes.add(vote)
+        except Exception:
+            self.rounds[choice.round] = round  # such as of a full disk: the vote may be given again
+            raise
         return {"names": round.models, "votes": self.votes.count}
 
 
