@@ -17,6 +17,7 @@ from test_preference import _padded as padded
 from test_preference import batch_of, pairs_of
 
 from finetune.config import objective_fields as fields
+from finetune.data.built_in_templates import TOKENS
 from finetune.data.conversations import Conversation, Message
 from finetune.data.places import Place
 from finetune.errors import DataError, ExportError, ModelError, UserError
@@ -515,3 +516,23 @@ def test_wrong_steps_are_named_with_their_line(workshop, changes, says):
         workshop.check(**steps(workshop, rows=[STEPS, STEPS | changes]))
     assert says in str(refused.value)
     assert "pairs.jsonl:2" in str(refused.value)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("template", ["question_answer", "chatml", "llama2", "mistral", "gemma"])
+def test_held_out_pairs_score_as_in_training_under_any_template(workshop, capsys, template):
+    from finetune.__main__ import main
+
+    own = settings(workshop, rows=polite(60, seed=0), data__max_length=400)
+    own |= {"data__template": template, "data__eval_fraction": 0.4}
+    if template in ("chatml", "llama2"):
+        own["data__system_prompt"] = "be kind"
+    if template != "chatml" and template in TOKENS:
+        own["model__new_tokens"] = list(TOKENS[template])
+    run = workshop.train(**own)
+    assert main(["evaluate", str(run)]) == 0
+    pairs = json.loads((run / "evaluation/scores.json").read_text())["pairs"]
+    *_, last = read_jsonl(run / "eval.jsonl")
+    for side in ("chosen", "rejected"):
+        mean = np.mean([pair[side] for pair in pairs])
+        assert mean == pytest.approx(last[f"{side}_score"], abs=1e-5)
