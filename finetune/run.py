@@ -65,6 +65,7 @@ from finetune.objectives import Objective, chosen
 from finetune.preflight import Data
 from finetune.rollouts.around import Around
 from finetune.rollouts.asked import Asked
+from finetune.rollouts.group_examples import left_out
 from finetune.rollouts.phases import Group
 from finetune.rollouts.rollouts import Rollouts
 from finetune.rollouts.served import Served
@@ -294,6 +295,8 @@ class Run:
         if not self.topology.is_main or logs.has_rollouts(step):
             return
         self.log(f"phase {phase + 1}: {of_rollouts(facts)}")
+        if why := left_out(groups):
+            self.log(f"note: phase {phase + 1}: {why}")
         decode = functools.partial(generate.decode, self.data.tokenizer)
         self.metrics.rollouts(step, [
             {

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -219,13 +220,19 @@ def test_a_run_names_what_is_wrong_with_its_rewards_before_weights_load(workshop
 
 
 @pytest.mark.proof
-def test_a_run_learns_by_a_function_whose_content_it_keeps(workshop):
+def test_a_run_learns_by_a_function_whose_content_it_keeps(workshop, capsys):
     """A changed function is not resumed with; where it stands does not matter."""
     code = workshop.folder / "mine.py"
-    code.write_text("def reward(text, row):\n    return float(len(text.split()))\n")
+    code.write_text(
+        "def reward(text, row, completion):\n"
+        "    if completion.prompt.place.endswith('3'): return row['none']\n"
+        "    return float(len(text.split()))\n"
+    )
     rewards = [{"kind": f"{code}:reward"}]
-    own = sampled.settings(workshop, rewards=rewards, train__max_steps=1)
+    own = sampled.settings(workshop, rewards=rewards, train__max_steps=3)
     run = workshop.train(**own)
+    noted = "1 of 4 groups are left out: reward: .*mine.py:2: KeyError: 'none'"
+    assert re.search(f"note: phase [123]: {noted}", capsys.readouterr().out)
     lines = [line for line in read_jsonl(run / "metrics.jsonl") if "reward" in line]
     assert lines
     assert "code of objective.rewards.0: mine.py:reward" in workshop.receipt()["identity"]

@@ -1,5 +1,6 @@
 """The groups of a phase -> the examples that its steps learn from. Pure functions."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -126,6 +127,16 @@ def facts_of(groups: Sequence[Group], kept_groups: Sequence[Group]) -> dict[str,
         "failed_groups": float(len(groups) - len(scored_groups)),
         "learned_groups": float(len(kept_groups)),
     }
+
+
+def left_out(groups: Sequence[Group]) -> str:
+    """Return how many groups have no rewards, and why; "" if all have them."""
+    reasons = Counter(each.failed for each in groups if each.failed)
+    if not reasons:
+        return ""
+    [(first, _)] = reasons.most_common(1)
+    more = f" (and {len(reasons) - 1:,} more reasons)" if len(reasons) > 1 else ""
+    return f"{reasons.total():,} of {len(groups):,} groups are left out: {first}{more}"
 
 
 def _mean(values: Sequence[float]) -> float:
