@@ -331,6 +331,35 @@ def test_all_weights_compare_with_a_frozen_copy_of_their_start(workshop):
     assert kl[-1] > 1e-3
 
 
+@pytest.mark.proof
+@pytest.mark.timeout(600)
+def test_several_processes_sample_and_learn_like_one(workshop):
+    """The same tokens, and rewards, losses and evaluations within rounding; weights to 1e-5."""
+    from invariants.test_topologies import several
+
+    topologies = ("ddp", "fsdp2", "zero2", "zero3")
+    own = sampled.settings(
+        workshop, train__micro_batch_size=4, data__eval_fraction=0.2, evaluation__every_steps=2,
+        objective__beta=0.04, rollouts={"steps_per_phase": 2, "dynamic_sampling": 1.0},
+    )  # fmt: skip
+    alone, arguments = workshop.train("alone", **own), list[object]()
+    for topology in topologies:
+        arguments += [f"topology:{topology}", workshop.write(workshop.config(topology, **own))]
+    launch = several(workshop.folder, "ddp", 2, *arguments)
+    assert launch.codes() == [0, 0], launch.output()
+    for topology in topologies:
+        run = workshop.run_dir(topology)
+        assert tokens(run) == tokens(alone), topology
+        for one, other in zip(metrics(run), metrics(alone), strict=True):
+            for name in ("loss", "reward", "grad_norm", "kl", "entropy"):
+                assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), (topology, name)
+        assert read_jsonl(run / "eval.jsonl")[-1]["reward"] == pytest.approx(
+            read_jsonl(alone / "eval.jsonl")[-1]["reward"]
+        )
+        mine, wanted = weights(run), weights(alone)
+        assert max(float((mine[name] - wanted[name]).abs().max()) for name in wanted) < 1e-4
+
+
 # ------------------------------------------------------------------- what an end leaves behind
 
 
