@@ -3,8 +3,8 @@ SHELL := bash
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart preference test test-fast proofs faults durations image image-test gpu bench lint \
-  schema clean
+.PHONY: install quickstart preference reinforcement shy test test-fast proofs faults durations \
+  image image-test gpu bench lint schema clean
 .DELETE_ON_ERROR:
 
 # Install what a run needs; `make test` and `make lint` add their own tools.
@@ -38,15 +38,24 @@ quickstart: install
 	@echo "The tuned model is in runs/quickstart/model. Chat with it:"
 	@echo "  $(BIN)/python -m finetune chat --model runs/quickstart/model --one-turn"
 
-# A minute after the quickstart: its model made shy of one rule, and DPO that brings it back.
-preference: install runs/quickstart/model
-	$(BIN)/python data_scripts/pig_latin.py --output data/pig_latin_shy --shy --train 1200 \
-	  --held-out 80
-	$(BIN)/python train.py --config configs/quickstart_shy.yaml
+# A minute each after the quickstart: its model made shy of one rule, which DPO brings back from
+# pairs of answers, or GRPO from rewards alone.
+preference: shy
 	$(BIN)/python train.py --config configs/quickstart_preference.yaml
 	@echo
 	$(BIN)/python -m finetune evaluate runs/quickstart_preference \
 	  --data data/pig_latin_shy/test.jsonl --max-new-tokens 48 --scores exact-match word-accuracy
+
+reinforcement: shy
+	$(BIN)/python train.py --config configs/quickstart_reinforcement.yaml
+	@echo
+	$(BIN)/python -m finetune evaluate runs/quickstart_reinforcement \
+	  --data data/pig_latin_shy/test.jsonl --max-new-tokens 48 --scores exact-match word-accuracy
+
+shy: install runs/quickstart/model
+	$(BIN)/python data_scripts/pig_latin.py --output data/pig_latin_shy --shy --train 1200 \
+	  --held-out 80
+	$(BIN)/python train.py --config configs/quickstart_shy.yaml
 
 runs/quickstart/model:
 	$(MAKE) quickstart
