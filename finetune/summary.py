@@ -43,6 +43,7 @@ def summary(
     lines = [
         f"model       {name}: {total:,} parameters, {trainable:,} of them train "
         f"({trainable / total:.2%}, {config.adapter.kind})",
+        *_teacher_line(data),
         f"topology    {topology.name}, {_counted(topology.num_processes, 'process')} on "
         f"{topology.device.type}, {topology.precision}, attention {data.attention}",
         *_data_lines(config, topology, data),
@@ -66,6 +67,17 @@ def summary(
             examples.quartiles()[1],
         )  # fmt: skip
     return "\n".join(lines)
+
+
+def _teacher_line(data: Data) -> list[str]:
+    """Say which teacher a run learns from, if its config names one."""
+    if (found := data.teacher) is None:
+        return []
+    model = found.config.model
+    return [
+        f"teacher     {model.path}: {found.num_parameters:,} parameters, frozen ({model.dtype}, "
+        f"attention {found.attention})"
+    ]
 
 
 def notes(config: Config, data: Data, model: ModelFacts, check_only: bool = False) -> list[str]:

@@ -180,7 +180,7 @@ def teacher_of(workshop, name="teacher", **changes):
     return workshop.train(name, **own) / "model"
 
 
-def test_a_run_comes_near_its_teacher_and_resumes_exactly(workshop):
+def test_a_run_comes_near_its_teacher_and_resumes_exactly(workshop, capsys):
     teacher = teacher_of(workshop)
     own = {
         "objective__kind": "distill", "objective__teacher": str(teacher), "train__epochs": 2,
@@ -188,6 +188,7 @@ def test_a_run_comes_near_its_teacher_and_resumes_exactly(workshop):
         "checkpoint__keep_last": 9,
     }  # fmt: skip
     whole = workshop.train("whole", **own)
+    assert f"teacher     {teacher}: " in capsys.readouterr().out
     lines = read_jsonl(whole / "metrics.jsonl")
     assert lines[-1]["divergence"] < lines[0]["divergence"] / 2
     assert {"divergence", "cross_entropy"} <= read_jsonl(whole / "eval.jsonl")[-1].keys()

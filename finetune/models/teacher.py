@@ -10,7 +10,7 @@ import torch
 
 from finetune.config import Config, Full, Model, base, quantized
 from finetune.errors import ConfigError, ModelError
-from finetune.models import attention_choice, families, load
+from finetune.models import attention_choice, families, load, parameters
 
 KEY = "objective.teacher"
 
@@ -23,6 +23,7 @@ class Teacher:
     model_config: Any
     tokenizer: Any
     attention: str
+    num_parameters: int
 
 
 def prepare(
@@ -54,7 +55,7 @@ def prepare(
         load.check_shapes(skeleton)
         load.check_weights(skeleton, model)
     changed = config.model_copy(update={"model": model, "adapter": Full()})
-    return Teacher(changed, about, own, kernel)
+    return Teacher(changed, about, own, kernel, parameters.count(skeleton)[1])
 
 
 def _section(wanted: Any, precision: str) -> Model:
