@@ -517,6 +517,18 @@ def test_a_changed_rubric_or_schema_is_another_identity(tmp_path, rubric):
     assert before["reward json_schema"] != after["reward json_schema"]
 
 
+@pytest.mark.proof
+def test_a_judge_may_be_a_model_of_this_machine(tmp_path, workshop, rubric):
+    """One that knows no digits puts its probability elsewhere: a gap, which is not asked again."""
+    run = workshop.train(data__template="chatml", train__max_steps=1)
+    settings = rubric | {"model": str(run)}
+    for _ in range(2):
+        with rewards(settings).opened(tmp_path / "kept") as found:
+            [gap] = found(completions("a"))
+        assert re.search("judge: the judge puts [0-9]+% outside its options", gap.reason)
+    assert len(read_jsonl(tmp_path / "kept/judge/judge_answers.jsonl")) == 1
+
+
 # ------------------------------------------------------------------------------------ orphans
 
 ENDLESS = """
