@@ -25,7 +25,6 @@ from finetune.objectives import advantages
 from finetune.objectives.advantages import Scored
 from finetune.objectives.base import total
 from finetune.objectives.policy_gradient import LOSSES, Grpo, Ppo, Rloo
-from finetune.objectives.sft import Sft
 
 pytestmark = pytest.mark.slow
 
@@ -648,16 +647,20 @@ def test_limits_of_divergence_and_entropy_say_why_a_run_ends():
 
 def test_a_run_that_runs_away_ends_early_also_after_a_resume(workshop, monkeypatch):
     """A step decides, also one that tracking leaves out; the first attempt fails at its export."""
-
-    def runs_away(self, terms, settings):
-        return "it is high" if terms.get("loss", 0.0) > 1 else ""
-
-    monkeypatch.setattr(Sft, "runs_away", runs_away)
+    (workshop.folder / "high.py").write_text(
+        "from finetune.objectives import Objective, Term\n\n\n"
+        "class High(Objective):\n"
+        "    def loss(self, policy, batch, settings, prepared):\n"
+        "        return [Term('loss', policy(batch, {'nll'}).nll, per='tokens')]\n\n"
+        "    def runs_away(self, terms, settings):\n"
+        "        return 'it is high' if terms.get('loss', 0.0) > 1 else ''\n"
+    )
+    own = {"objective__kind": f"{workshop.folder}/high.py:High", "tracking__log_every_steps": 4}
     with monkeypatch.context() as broken:
         broken.setattr("finetune.loop.finish", lambda run, untrained: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            workshop.train("run", tracking__log_every_steps=4)
-    run = workshop.train("run", tracking__log_every_steps=4)
+            workshop.train("run", **own)
+    run = workshop.train("run", **own)
     assert [line["step"] for line in read_jsonl(run / "metrics.jsonl")] == [1]
     outcome = json.loads((run / "outcome.json").read_text())
     assert outcome["state"] == "complete"

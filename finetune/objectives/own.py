@@ -52,6 +52,10 @@ class Own(Objective):
         with self._blamed():
             return str(self.objective.supervises(loss_on))
 
+    def runs_away(self, terms: Mapping[str, float], settings: Any) -> str:
+        with self._blamed():
+            return str(self.objective.runs_away(terms, settings) or "")
+
     def scored_by(self, settings: Any) -> frozenset[str]:
         with self._blamed():
             return frozenset(self.objective.scored_by(settings))
