@@ -8,7 +8,14 @@ import pytest
 from conftest import made_once, tiny_llama, write_jsonl
 
 from finetune.errors import DataError, UserError
-from finetune.evaluation import benchmark_options, command, forgetting, loaded, measures
+from finetune.evaluation import (
+    benchmark_options,
+    command,
+    forgetting,
+    loaded,
+    measures,
+    results_file,
+)
 from finetune.evaluation.benchmark_options import Benches
 from finetune.evaluation.candidates import Candidate
 from finetune.evaluation.continuations import Continuations
@@ -184,5 +191,13 @@ def test_the_command_compares_on_benchmarks_alone(models, tmp_path, capsys):
     assert lines[0] == "benchmarks"
     assert lines[1].split() == "task score items base tuned change, 95% interval".split()
     assert lines[2].split()[:3] == ["rows", "acc", "40"]
+    command.main(parser.parse_args([*words, "--report", str(tmp_path / "report")]))
+    found = results_file.read(tmp_path / "report/results.json")
+    assert [each.name for each in found.benchmarks] == ["rows, acc", "rows, acc_norm"]
+    assert (found.verdict.kind, found.rows, found.notes) == ("no scores", [], [])
+    page = (tmp_path / "report/report.html").read_text()
+    assert "<h2>Benchmarks</h2>" in page
+    assert "<h2>Scores</h2>" not in page
+    assert "id=rows" not in page
     with pytest.raises(UserError, match="--output: is about answers to rows; give --data"):
         command.main(parser.parse_args([*words, "--output", str(tmp_path / "answers.jsonl")]))

@@ -66,7 +66,7 @@ def of_results(
     became = rounds.since(before, messages, failed) if before else {}
     parts = _slices(results, decides, failed)
     near, notes = _nearest(results, [row for row, wrong in failed.items() if wrong], trained)
-    if decides is None:
+    if decides is None and results.prompts:
         notes.append("no score says which answers are wrong; those count that need no reference")
     counts = Counter(name for names in types.values() for name in names)
     findings = {each.score: each.p for each in verdict.findings}

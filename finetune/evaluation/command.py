@@ -41,6 +41,7 @@ from finetune.evaluation.results import BASE, TUNED, Beside, Results
 from finetune.evaluation.suites import Suite
 from finetune.evaluation.trained_rows import Trained
 from finetune.evaluation.trained_run import TrainedRun
+from finetune.evaluation.verdict import Verdict
 from finetune.export.load import trust_remote_code_argument
 from finetune.generation import answers as saved_answers
 from finetune.generation import generate
@@ -211,18 +212,28 @@ def _compare(request: Request, arguments: argparse.Namespace, judges: Judging) -
     models = candidates(request.base, request.tuned, arguments.also, request.revision)
     benches = Benches.of(arguments)
     rows = _read(request.data, request, arguments) if request.data is not None else None
-    beside = Beside()
+    compared, beside = None, Beside()
     if benches is not None and saved_answers.share_of_process()[0] == 0:
         compared = benches.compare(models, arguments.trust_remote_code)
         print(compared.text() + "\n")
         beside = compared.facts
     if rows is not None:
         _compare_on_rows(rows, request, models, arguments, judges, beside)
+    elif report_files.folder_of(arguments.report, request.run) and compared is not None:
+        settings, run_dir = settings_of(request, arguments), _folder_of(request.run)
+        nothing: dict[str, list[Completion]] = {model.name: [] for model in models}
+        results = Results([], [], nothing, {}, {}, settings, run_dir, beside)
+        found = Verdict("no scores", "only benchmarks were compared, no rows")
+        report_files.write(results, found, arguments, request.run)
+
+
+def _folder_of(run: TrainedRun | None) -> str | None:
+    return str(run.path) if run else None
 
 
 def _require_no_rows_needed(arguments: argparse.Namespace) -> None:
     """Raise UserError for an option about answers, where only benchmarks are asked for."""
-    names = "output report before next_data fail_under wrong_below scores judge pairwise votes_page"
+    names = "output before next_data fail_under wrong_below scores judge pairwise votes_page"
     for name in names.split():
         if getattr(arguments, name):
             option = "--" + name.replace("_", "-")
@@ -263,7 +274,7 @@ def _compare_on_rows(
     if answers is None:  # another process prints
         return
     settings = settings_of(request, arguments)
-    run_dir = str(request.run.path) if request.run else None
+    run_dir = _folder_of(request.run)
     scorers = [*rows.scorers, *judges.scorers_of(answers)]
     report_files.require_scores(arguments, scorers)
     score_references(scorers, models, prompts, asking)

@@ -73,6 +73,8 @@ def title(found: ResultsFile) -> str:
 
 def summary(found: ResultsFile) -> list[str]:
     """Return what stands below the verdict: rows, wrong rows, cut answers, gaps, the round."""
+    if not found.rows:
+        return [_sentence(note) for note in found.notes]
     count, groups = len(found.rows), len({row.cluster for row in found.rows})
     rows = f"{count:,} {'row' if count == 1 else 'rows'}"
     group = found.settings.get("group")
@@ -242,13 +244,15 @@ def html(found: ResultsFile) -> str:
     if found.round:
         parts.append("<h2>Since the earlier round</h2>")
         parts += map(card.block_html, _round_blocks(found))
-    parts += ["<h2 id=rows>Rows</h2>", rows_view.html(found)]
-    parts += ["<h2>Distributions</h2>", *_distributions(found)]
+    if found.rows:
+        parts += ["<h2 id=rows>Rows</h2>", rows_view.html(found)]
+        parts += ["<h2>Distributions</h2>", *_distributions(found)]
     if found.run:
         parts += _run_html(found.run)
     if found.settings:
         parts += ["<h2>Settings of this evaluation</h2>", _values(found.settings)]
-    return page.page(title(found), "\n".join(parts), STYLE + rows_view.STYLE, rows_view.SCRIPT)
+    script = rows_view.SCRIPT if found.rows else ""
+    return page.page(title(found), "\n".join(parts), STYLE + rows_view.STYLE, script)
 
 
 def _headline(found: ResultsFile) -> str:

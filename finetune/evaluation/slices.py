@@ -37,6 +37,8 @@ class Slice:
 
 def of_results(results: Results) -> list[Slice]:
     """Return all slices that parts of the rows make, column by column."""
+    if not results.prompts:
+        return []
     asked = [len(words(each.question)) for each in results.prompts]
     right = [len(words(each.reference or "")) for each in results.prompts]
     turns = [len(each.messages) for each in results.prompts]
