@@ -68,7 +68,7 @@ def alone(path, prompt=QUESTION, count=12, template=None):
 def answered(models, name, sampling=None, prompt=QUESTION, listen=lambda text, tokens: None):
     asked = generate.chat_prompt(models.tokenizer(name), prompt)
     with models.use(name) as opened:
-        ids = streaming.encoded(opened.model, opened.tokenizer, asked)
+        ids = generate.encode(opened.model, opened.tokenizer, asked)
         sampling = sampling or Sampling(12)
         return streaming.stream(
             opened.model, opened.tokenizer, ids, sampling, opened.ends, listen
@@ -148,7 +148,7 @@ def test_pieces_make_the_answer_and_probabilities_are_those_of_the_model(runs):
     assert [token for _, tokens in pieces for token in tokens] == list(found.tokens)
     with models.use("tuned") as opened, torch.no_grad():
         asked = generate.chat_prompt(opened.tokenizer, QUESTION)
-        ids = streaming.encoded(opened.model, opened.tokenizer, asked)
+        ids = generate.encode(opened.model, opened.tokenizer, asked)
         answer = [token.id for token in found.tokens]
         logits = opened.model(torch.tensor([ids + answer])).logits[0, len(ids) - 1 : -1]
     by_hand = logits.float().softmax(-1).log()

@@ -11,11 +11,15 @@ from finetune import failures
 from finetune.config.base import is_adapter
 from finetune.errors import ExportError, ModelError
 from finetune.export.load import base_of, load, load_tokenizer
-from finetune.export.merge import require_adapters, require_mergeable, require_output
-from finetune.export.publish import publish
+from finetune.export.merge import (
+    require_adapters,
+    require_mergeable,
+    require_output,
+    with_adapters,
+)
+from finetune.export.publish import staged
 from finetune.export.save import Base, save
 from finetune.export.verify import opened, require_weights
-from finetune.models import adapters
 
 COMBINED = "combined"
 # Largest difference of a weight after adding and subtracting, relative to the largest of its
@@ -42,19 +46,13 @@ def combine(
     require_output(sources, target)
     _require_plain(sources)
     require_mergeable(sources)
-    model = load(sources[0], torch.float32, trust_remote_code, quantized=False, base=base)
-    names = ["default", *(f"adapter_{number}" for number in range(1, len(sources)))]
-    for name, source in zip(names[1:], sources[1:]):
-        model.load_adapter(str(source), name)
-        adapters.require_whole(model, str(source), name)
+    model, names = with_adapters(sources, "float32", trust_remote_code, base)
     model.add_weighted_adapter(names, list(weights), COMBINED, combination_type="cat")
-    expected = {
-        layer: sum(w * changes[layer] for w, changes in zip(weights, each) if layer in changes)
-        for each in [[_changes(model, name) for name in names]]
-        for layer in {layer for changes in each for layer in changes}
-    }
-    folder = target.with_name(f".writing-{target.name}")
-    try:
+    expected: dict[str, torch.Tensor] = {}
+    for name, weight in zip(names, weights):
+        for layer, change in _changes(model, name).items():
+            expected[layer] = expected.get(layer, 0) + weight * change
+    with staged(target) as folder:
         with failures.writing(target):
             _save(model, sources[0], folder)
         reloaded = opened(
@@ -67,9 +65,6 @@ def combine(
                 f"{target}: changes the weights otherwise than the sum, by {difference:.2g} of the "
                 "largest; nothing was written"
             )
-        publish(folder, target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)  # `publish` has moved it, if it succeeded
     return difference
 
 
@@ -84,7 +79,6 @@ def _require_plain(sources: Sequence[Path]) -> None:
 
 def _save(model: Any, source: Path, folder: Path) -> None:
     """Write the combined adapter with the tokenizer and the record of its base."""
-    shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(source, folder)
     settings = model.peft_config[COMBINED]
     settings.inference_mode = True
@@ -167,13 +161,9 @@ def _weights_without(model: Any) -> dict[str, torch.Tensor]:
 def _write_whole(
     model: Any, source: Path, target: Path, origin: Base, trust_remote_code: bool
 ) -> None:
-    folder = target.with_name(f".writing-{target.name}")
-    try:
-        weights = {name: each.detach().cpu() for name, each in model.state_dict().items()}
-        tokenizer = load_tokenizer(source, trust_remote_code)
+    weights = {name: each.detach().cpu() for name, each in model.state_dict().items()}
+    tokenizer = load_tokenizer(source, trust_remote_code)
+    with staged(target) as folder:
         with failures.writing(target):
             save(model, weights, tokenizer, None, folder, None, origin)
         require_weights(folder, opened(lambda: load(folder, "auto", trust_remote_code)), weights)
-        publish(folder, target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -9,7 +9,7 @@ from finetune import failures
 from finetune.config.base import is_adapter
 from finetune.errors import ModelError
 from finetune.export.load import load, load_tokenizer
-from finetune.export.publish import publish
+from finetune.export.publish import staged
 from finetune.export.save import Base, save
 from finetune.export.verify import opened, require_weights
 
@@ -39,12 +39,10 @@ def copy(
         raise ModelError(
             f"--max-shard-size: {source} is an adapter, one small file; add --merge, or remove it"
         )
-    folder = target.with_name(f".writing-{target.name}")
-    try:
-        model = load(source, trust_remote_code=trust_remote_code, base=base)
-        weights = {name: each.detach().cpu() for name, each in model.state_dict().items()}
+    model = load(source, trust_remote_code=trust_remote_code, base=base)
+    weights = {name: each.detach().cpu() for name, each in model.state_dict().items()}
+    with staged(target) as folder:
         with failures.writing(target):
-            shutil.rmtree(folder, ignore_errors=True)
             if max_shard_size is None and source.is_dir():
                 shutil.copytree(source, folder)
             else:
@@ -54,6 +52,3 @@ def copy(
         del model
         reloaded = opened(lambda: load(folder, "auto", trust_remote_code, base=base))
         require_weights(folder, reloaded, weights)
-        publish(folder, target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)  # `publish` has moved it, if it succeeded

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from finetune.export.load import (
     require_base,
     trust_remote_code_argument,
 )
-from finetune.export.publish import publish
+from finetune.export.publish import staged
 from finetune.export.save import Base, save
 from finetune.export.verify import TOLERANCE, disagreement, opened, probe_logits, require_weights
 from finetune.models import adapters, attention_probe, base_identity
@@ -61,7 +60,7 @@ def merge(
     first = sources[0]
     tokenizer = load_tokenizer(first, trust_remote_code)
     _require_template(first, tokenizer)
-    model, names = _with_adapters(sources, dtype, trust_remote_code, base)
+    model, names = with_adapters(sources, dtype, trust_remote_code, base)
     trained = _beside_quantized_base(first, model, trust_remote_code, base)
     model.base_model.set_adapter(names)
     before = probe_logits(model)
@@ -70,9 +69,8 @@ def merge(
     del model
     if dtype == "float16":
         merged = merged.half()
-    folder = target.with_name(f".writing-{target.name}")
-    try:
-        weights = {name: tensor.detach().cpu() for name, tensor in merged.state_dict().items()}
+    weights = {name: tensor.detach().cpu() for name, tensor in merged.state_dict().items()}
+    with staged(target) as folder:
         with failures.writing(target):
             save(merged, weights, tokenizer, None, folder, None, origin, max_shard_size)
         names_of = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -83,9 +81,6 @@ def merge(
         after = probe_logits(reloaded)
         if why := disagreement(after, before, tolerance, attention_probe.has_experts(reloaded)):
             raise ExportError(f"{target}: {why} after merging; nothing was written")
-        publish(folder, target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)  # `publish` has moved it, if it succeeded
     is_comparable = trained is not None and len(sources) == 1
     return Merged(
         rounding=_relative_difference(after, before),
@@ -93,7 +88,7 @@ def merge(
     )
 
 
-def _with_adapters(
+def with_adapters(
     sources: Sequence[Path], dtype: str, trust_remote_code: bool, base: str | None
 ) -> tuple[Any, list[str]]:
     """Return the base with all adapters, unquantised, and the names of these in it."""

@@ -32,6 +32,18 @@ from finetune.models import adapters
 from finetune.models.document_scores import Scored
 
 
+@contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """Give a folder next to `target`, which takes its place once the block has ended well."""
+    folder = target.with_name(f".writing-{target.name}")
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield folder
+        publish(folder, target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # `publish` has moved it, if it succeeded
+
+
 class Writing:
     """Save a model next to `target`, then verify it and replace `target`.
 

@@ -91,20 +91,35 @@ def encoded(
     log: Callable[[str], None] = log,
 ) -> tuple[list[list[int]], int]:  # fmt: skip
     """Return (the tokens of prompts, cut as in `answers`; the positions of the model)."""
-    is_pair = families.is_encoder_decoder(model.config)  # the encoder reads prompts as in training
-    ids = [
-        tokenizer(prompt)["input_ids"] if is_pair else encode_prompt(prompt, tokenizer)
-        for prompt in prompts
-    ]
-    context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
-    most = context if is_pair else max(context - max_new_tokens, context // 2)
+    ids = [encode(model, tokenizer, prompt) for prompt in prompts]
+    context, most = positions(model), room_of_prompt(model, max_new_tokens)
     if long := sum(len(each) > most for each in ids):
         log(
             f"note: {long} of {len(ids)} prompts are over {most} tokens, what the model's "
             f"{context} positions leave next to answers of {max_new_tokens}; their beginnings are "
             "cut off"
         )
-    return [_cut(each, most, tokenizer) for each in ids], context
+    return [cut(each, most, tokenizer) for each in ids], context
+
+
+def encode(model: Any, tokenizer: Any, prompt: str) -> list[int]:
+    """Return the tokens of a prompt, as training saw them."""
+    if families.is_encoder_decoder(model.config):
+        return list(tokenizer(prompt)["input_ids"])
+    return encode_prompt(prompt, tokenizer)
+
+
+def positions(model: Any) -> int:
+    """Return how many tokens the model has positions for; huge where its config does not say."""
+    return int(getattr(model.config, "max_position_embeddings", None) or 1 << 30)
+
+
+def room_of_prompt(model: Any, max_new_tokens: int) -> int:
+    """Return how many tokens a prompt may have next to an answer: at least half of the context."""
+    context = positions(model)
+    if families.is_encoder_decoder(model.config):  # the answer has positions of its own
+        return context
+    return max(context - max_new_tokens, context // 2)
 
 
 def padded(
@@ -222,7 +237,7 @@ def decode(tokenizer: Any, ids: Any) -> str:
     return str(text)
 
 
-def _cut(ids: list[int], most: int, tokenizer: Any) -> list[int]:
+def cut(ids: list[int], most: int, tokenizer: Any) -> list[int]:
     """Return the end of a prompt, after its BOS if it has one."""
     if len(ids) <= most:
         return ids

@@ -14,8 +14,9 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from finetune.data.tokens import encode_prompt
+from finetune.generation import generate
 from finetune.generation.completions import FinishReason
+from finetune.generation.generate import positions, room_of_prompt
 from finetune.models import families
 
 UNKNOWN_BYTES = "\ufffd"  # what bytes of a character decode to before its last one has come
@@ -65,18 +66,6 @@ Listener = Callable[[str, Sequence[Token]], None]
 """Gets text as it becomes final, with the tokens that it came from."""
 
 
-def encoded(model: Any, tokenizer: Any, prompt: str) -> list[int]:
-    """Return the ids of a prompt, as training saw them."""
-    if families.is_encoder_decoder(model.config):
-        return list(tokenizer(prompt)["input_ids"])
-    return encode_prompt(prompt, tokenizer)
-
-
-def positions(model: Any) -> int:
-    """Return how many tokens the model has positions for; huge where its config does not say."""
-    return int(getattr(model.config, "max_position_embeddings", None) or 1 << 30)
-
-
 def fitted(
     model: Any, tokenizer: Any, prompt: str, max_new_tokens: int
 ) -> tuple[list[int], str | None]:
@@ -84,17 +73,15 @@ def fitted(
 
     A prompt keeps its BOS and its end, and at least half of the model's positions.
     """
-    ids, context = encoded(model, tokenizer, prompt), positions(model)
-    is_pair = families.is_encoder_decoder(model.config)
-    most = context if is_pair else max(context - max_new_tokens, context // 2)
+    ids, most = generate.encode(model, tokenizer, prompt), room_of_prompt(model, max_new_tokens)
     if len(ids) <= most:
         return ids, None
-    head = ids[:1] if ids[0] == tokenizer.bos_token_id else []
     note = (
-        f"note: the conversation has {len(ids)} tokens, over the {most} that the model's {context} "
-        f"positions leave next to answers of {max_new_tokens}; its beginning is cut off"
+        f"note: the conversation has {len(ids)} tokens, over the {most} that the model's "
+        f"{positions(model)} positions leave next to answers of {max_new_tokens}; its beginning is "
+        "cut off"
     )
-    return head + ids[len(ids) - (most - len(head)) :], note
+    return generate.cut(ids, most, tokenizer), note
 
 
 def stream(

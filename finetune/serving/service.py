@@ -61,8 +61,8 @@ class Service:
 
     def _answer(self, name: str, prompt: str, sampling: Sampling, listen: Listener) -> Streamed:
         with self.models.use(name) as opened:
-            ids = streaming.encoded(opened.model, opened.tokenizer, prompt)
-            context = streaming.positions(opened.model)
+            ids = generate.encode(opened.model, opened.tokenizer, prompt)
+            context = generate.positions(opened.model)
             if not ids or len(ids) >= context:
                 what = "is empty" if not ids else f"has {len(ids)} tokens"
                 raise TooLong(f"the prompt {what}; the model has positions for {context} tokens")
