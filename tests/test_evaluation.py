@@ -192,7 +192,7 @@ def test_row_errors_use_the_options_of_the_command(tmp_path):
         held_out.read(str(tmp_path / "missing.jsonl"))
     assert "data.train" not in str(caught.value)
     path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}])
-    with pytest.raises(DataError, match="or map them with --columns, for example"):
+    with pytest.raises(DataError, match="name its column with --columns, for example"):
         held_out.read(str(path))
 
 

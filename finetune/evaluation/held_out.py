@@ -129,7 +129,10 @@ def _with_one_answer(samples: Sequence[Sample]) -> Sequence[Sample]:
             "one answer; write a function for it that returns the one to compare with"
         )
     if without := next((c for c in read if c.messages[-1].role != "assistant"), None):
-        raise DataError(f"{without.place}: has no answer to compare with")
+        raise DataError(
+            f"{without.place}: has no answer to compare with; name its column with --columns, for "
+            "example {question: prompt, answer: chosen}, or read pairs with --format preference"
+        )
     if calling := next((c for c in read if c.messages[-1].has_calls), None):
         raise DataError(
             f"{calling.place}: ends with tool calls, and evaluate compares the text of answers; "
