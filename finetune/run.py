@@ -222,7 +222,9 @@ class Run:
         ends = frozenset(given if isinstance(given, list) else [] if given is None else [given])
         scores = self.directory.path / "rewards" / f"process-{topology.rank}"
         assert data.rewards
-        rewards = self.resources.enter_context(data.rewards.opened(scores))
+        rewards = self.resources.enter_context(
+            data.rewards.opened(scores, lambda: self.stop.is_set)
+        )
         about = {
             **self.identity(), "rollouts": config.rollouts.model_dump(exclude={"engine"}),
             "seed": config.run.seed, "completions of a step": config.train.global_batch_size,

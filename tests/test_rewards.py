@@ -289,6 +289,49 @@ def test_a_call_has_a_limit_too_and_a_function_of_all_answers_only_that(tmp_path
 
 
 @pytest.mark.proof
+def test_a_request_to_stop_is_not_kept_waiting_by_a_reward(workshop, tmp_path):
+    """The answers of the group have no rewards then, and are asked for again: no group is lost."""
+    code, seen = workshop.folder / "slow.py", tmp_path / "seen"
+    code.write_text(
+        "import os, pathlib, time\n"
+        "def reward(text, completion):\n"
+        f"    seen = pathlib.Path({str(seen)!r})\n"
+        "    if completion.prompt.place.endswith('3') and not seen.exists():\n"
+        "        seen.touch()\n"
+        "        time.sleep(500)\n"
+        "    return float(len(text))\n"
+    )
+    own = sampled.settings(
+        workshop, rewards=[{"kind": f"{code}:reward", "seconds": 600.0}], train__max_steps=3
+    )
+    stopped = run_until(workshop.write(workshop.config(**own)), seen.exists)
+    assert stopped == 75
+    run = workshop.train(**own)
+    phases = sorted((run / "rollouts").glob("phase-*.jsonl"))
+    assert len(phases) == 3
+    for phase in phases:
+        rewarded = [line for line in read_jsonl(phase) if "rollouts" in line]
+        assert len(rewarded) == 4
+        assert all(each["reward"] is not None for line in rewarded for each in line["rollouts"])
+
+
+def run_until(config, is_time):
+    """Start train.py, send SIGTERM when it is time, and return the exit code, within a minute."""
+    command = [sys.executable, str(ROOT / "train.py"), "--config", str(config)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        for _ in range(1200):
+            if is_time() or run.poll() is not None:
+                break
+            time.sleep(0.1)
+        run.send_signal(signal.SIGTERM)
+        try:
+            return run.wait(60)
+        except subprocess.TimeoutExpired:
+            run.kill()
+            raise
+
+
+@pytest.mark.proof
 def test_a_pattern_that_never_ends_is_ended(tmp_path):
     """It holds the interpreter's lock, so only the end of its process helps."""
     settings = {"kind": "regex", "pattern": "(a+)+$", "seconds": 0.3}

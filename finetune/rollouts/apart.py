@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -18,6 +19,7 @@ from finetune.workers import depend_on_parent
 
 Scoring = Callable[[Sequence[Completion]], list[Score]]
 START_SECONDS = 120.0  # to import what the scorer needs, on a busy machine
+SLICE_SECONDS = 0.5
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
@@ -36,8 +38,13 @@ class Apart:
     ) -> None:  # fmt: skip
         self._make, self._arguments, self._whole = make, arguments, whole
         self._seconds, self._call_seconds = seconds, call_seconds
+        self._stop: Callable[[], bool] = lambda: False
         self._process: Any = None
         self._connection: Connection | None = None
+
+    def open(self, folder: Path, stop: Callable[[], bool]) -> None:
+        """Take the request to stop, after which no answer is waited for."""
+        self._stop = stop
 
     def __call__(self, completions: Sequence[Completion]) -> list[Score]:
         if self._connection is None:
@@ -61,15 +68,23 @@ class Apart:
         assert connection is not None
         try:
             connection.send(completions)
-            if connection.poll(seconds):
+            if self._answers(connection, seconds):
                 found: list[Score] = connection.recv()
                 return found
-            reason = f"over {seconds:.3g} s"
+            reason = "the run stops" if self._stop() else f"over {seconds:.3g} s"
         except (EOFError, OSError):
             self._process.join(1.0)
             reason = f"its process ended ({self._process.exitcode})"
         self.close()
         return [Score(None, reason)] * len(completions)
+
+    def _answers(self, connection: Connection, seconds: float) -> bool:
+        """Wait for an answer, in slices between which a request to stop is seen."""
+        end = monotonic() + seconds
+        while (left := end - monotonic()) > 0 and not self._stop():
+            if connection.poll(min(left, SLICE_SECONDS)):
+                return True
+        return False
 
     def _start(self) -> None:
         # Started fresh: a fork would inherit the locks of the libraries' threads.

@@ -105,7 +105,7 @@ class JudgeReward:
             except (Outage, UserError) as exc:
                 raise ConfigError(str(exc)) from exc
 
-    def open(self, folder: Path) -> None:
+    def open(self, folder: Path, stop: Callable[[], bool]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._kept = Kept(self._judge, folder, self._log)
         self._scorer = GEval(self._kept, self._rubric, folder)

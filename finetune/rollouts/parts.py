@@ -52,7 +52,8 @@ class Part:
 
     problem: returns what a row lacks, or "". identity: what its scores depend on, beside prompt and
     answer. is_kept: its scores cost, so they are kept in a file. require: raises ConfigError if it
-    cannot score now. open: gets a folder for what it keeps; before the first call.
+    cannot score now. open: gets a folder for what it keeps, and whether the run was asked to stop;
+    before the first call.
     """
 
     settings: RewardPart
@@ -61,7 +62,7 @@ class Part:
     identity: str = ""
     is_kept: bool = False
     require: Callable[[], None] = _nothing
-    open: Callable[[Path], None] = _nothing
+    open: Callable[[Path, Callable[[], bool]], None] = _nothing
     close: Callable[[], None] = _nothing
 
     @property
@@ -177,7 +178,7 @@ def _in_process(
     apart = Apart(
         make, arguments, seconds=settings.seconds, call_seconds=settings.call_seconds, whole=whole
     )
-    return Part(settings, apart, problem, identity, close=apart.close)
+    return Part(settings, apart, problem, identity, open=apart.open, close=apart.close)
 
 
 def _judge(settings: fields.Judge, log: Callable[[str], None]) -> Part:

@@ -76,13 +76,16 @@ class Rewards:
         }
 
     @contextmanager
-    def opened(self, folder: Path) -> Iterator["Rewards"]:
-        """Keep what costs in a folder inside the block; processes and connections end with it."""
+    def opened(self, folder: Path, stop: Callable[[], bool] = lambda: False) -> Iterator["Rewards"]:
+        """Keep what costs in a folder inside the block; processes and connections end with it.
+
+        stop: whether the run was asked to stop. Then an answer that was waited for has no reward.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self._kept = KeptScores(folder, self._log)
         try:
             for part in self._parts:
-                part.open(folder / part.title)
+                part.open(folder / part.title, stop)
             yield self
         finally:
             for part in self._parts:

@@ -297,6 +297,8 @@ class Rollouts:
                     return False
                 rewards = self.collector.rewards(file.groups[number], example)
                 reasons = [each.reason or "no reason" for each in rewards if each.total is None]
+                if reasons and self.around.stop():  # none was waited for
+                    return False
                 if reasons:
                     failed[number] = reasons[0]
                     file.failed(number, reasons[0])
@@ -336,10 +338,11 @@ class Rollouts:
                         return []
                     drawn = collector.drawn([EVALUATION], members)
                     of = dict(members)
-                    return [
+                    scored = [
                         each.scored([_as_json(r) for r in collector.rewards(each, of[each.number])])
                         for each in drawn
                     ]
+                    return None if self.around.stop() else scored
                 except Stopped:
                     return None
 
