@@ -419,7 +419,11 @@ def test_the_terminal_shows_weak_slices_and_the_round(tmp_path, capsys):
         (["--report", "{file}"], "--report: {file} is a file"),
         (["--report", "/proc/none"], "cannot be written"),
         (["--before", "{folder}/none.json"], "none.json: cannot be read"),
-        (["--before", "{file}"], "is not what an evaluation wrote"),
+        (
+            ["--before", "{file}"],
+            "is not what an evaluation wrote (configs/results.json)\n  the whole: Invalid JSON: "
+            "expected value at line 1 column 1",
+        ),
         (["--next-data", "{file}"], "--next-data: {file} exists"),
         (["--next-data", "{folder}/no/x.json"], "its folder does not exist"),
         (
@@ -436,8 +440,9 @@ def test_the_terminal_shows_weak_slices_and_the_round(tmp_path, capsys):
 def test_wrong_options_are_named(tmp_path, given, message):
     (tmp_path / "file").write_text("mine")
     names = {"file": tmp_path / "file", "folder": tmp_path}
-    with pytest.raises(UserError, match=re.escape(message.format(**names))):
+    with pytest.raises(UserError, match=re.escape(message.format(**names))) as raised:
         reported(some(), *(word.format(**names) for word in given))
+    assert "b'" not in str(raised.value)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "mine"
 

@@ -81,7 +81,8 @@ def problems(exc: ValidationError, what: str) -> str:
     for each in found[:MOST_PROBLEMS]:
         parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in each["loc"]]
         where = "".join(parts).removeprefix(".") or "the whole"
-        got = "" if each["type"] == "missing" else f", got {short(each['input'])}"
+        has_no_input = each["type"] in ("missing", "json_invalid")
+        got = "" if has_no_input else f", got {short(each['input'])}"
         listed.append(f"\n  {short(where)}: {each['msg']}{got}")
     more = len(found) - len(listed)
     rest = f"\n  and {more:,} more" if more else ""
