@@ -154,7 +154,11 @@ for name in ("dpo", "simpo", "orpo", "kto", "reward", "distill", "process_reward
     SETTINGS[name]["model__config"] = TINY_LLAMA
 # The tokens of longer answers count half, and those of chosen answers a second time.
 SETTINGS["dpo"] |= {"objective__ld_alpha": 0.5, "objective__sft_weight": 0.5}
-SETTINGS["kto"] |= {"objective__beta": 0.5, "objective__undesirable_weight": 2.0}
+# By this seed and rate z is above 0 from the second step on.
+SETTINGS["kto"] |= {
+    "objective__beta": 0.5, "objective__undesirable_weight": 2.0, "run__seed": 7,
+    "optimizer__lr": 3e-3,
+}  # fmt: skip
 SETTINGS["reward"] |= {
     "objective__center_rewards_coefficient": 0.3, "data__columns": {"margin": "lead"},
 }  # fmt: skip
