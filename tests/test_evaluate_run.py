@@ -109,7 +109,7 @@ def test_a_run_directory_knows_what_to_compare(run, capsys):
     assert evaluate(run) == 0
     printed = capsys.readouterr().out
     assert "6 held-out rows" in printed
-    assert "6 rows; at least 30 are needed" in printed
+    assert "6 rows; about 73 would show" in printed
     assert f"{run}/held_out.jsonl" not in printed
     assert evaluate(run / "model", "--limit", 3, "--group", "user", "--also", f"me={run}") == 0
     printed = capsys.readouterr().out
