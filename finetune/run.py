@@ -416,9 +416,13 @@ class Run:
         changed = self.topology.union({name for name in now if now[name] != untrained[name]})
         unchanged, num_trained = parameters.unchanged(model, changed)
         if len(unchanged) == num_trained:
-            raise ExportError(
-                f"no weight changed in {step} steps; is optimizer.lr too small for model.dtype?"
-            )
+            why = "is optimizer.lr too small for model.dtype?"
+            if self.objective.samples:
+                why = (
+                    "did completions of a prompt ever differ in reward (no_signal_share in "
+                    "metrics.jsonl)? is optimizer.lr too small for model.dtype?"
+                )
+            raise ExportError(f"no weight changed in {step} steps; {why}")
         if step == 1 and adapter.kind != "full" and adapters.starts_at_zero(adapter):
             unchanged = [name for name in unchanged if not adapters.waits_for_other_factor(name)]
         if unchanged:

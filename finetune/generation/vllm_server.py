@@ -5,8 +5,8 @@
         server.load_adapter("step-8", folder)
         server.sample(ids, count=8, max_new_tokens=512, temperature=1.0, seed=1, ends={2})
 
-Its methods as vLLM 0.28 documents them: completions with `return_token_ids`; adapters, with
-VLLM_ALLOW_RUNTIME_LORA_UPDATING; sleep, wake_up, collective_rpc and reset_prefix_cache, with
+Its methods as vLLM documented them in November 2026: completions with `return_token_ids`; adapters,
+with VLLM_ALLOW_RUNTIME_LORA_UPDATING; sleep, wake_up, collective_rpc and reset_prefix_cache, with
 VLLM_SERVER_DEV_MODE.
 """
 
