@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,7 @@ from invariants import sampled
 
 from finetune.config.rollout_fields import Rollouts as Settings
 from finetune.data.order import Sequences
+from finetune.engine.checkpoint.storage import Storage
 from finetune.errors import ConfigError, DataError, FinetuneError, Preempted, RunDirectoryError
 from finetune.rollouts import group_examples
 from finetune.rollouts.asked import Asked
@@ -168,10 +170,21 @@ def test_groups_without_rewards_are_left_out_and_counted():
     groups = [group(0, [3], [4], rewards=(1.0, 0.0)), group(1, [3], [4])]
     groups.append(group(2, [3], [4], rewards=(1.0, 1.0)))
     assert [each.number for each in group_examples.kept(groups, Settings(), 3)] == [0, 2]
-    facts = group_examples.facts_of(groups, group_examples.kept(groups, Settings(), 3))
+    kept = group_examples.kept(groups, Settings(), 3)
+    facts = group_examples.facts_of(groups, kept, Settings())
     assert (facts["failed_groups"], facts["reward"], facts["no_signal_share"]) == (1, 0.75, 0.5)
     others = Settings(dynamic_sampling=1.0)
     assert [each.number for each in group_examples.kept(groups, others, 3)] == [0]
+
+
+def test_a_penalty_of_cut_answers_is_a_signal():
+    """Two wrong answers, one of them cut: the penalty says which is better."""
+    groups, others = [group(0, [3], [4], rewards=(0.0, 0.0), cut=(1,))], {"dynamic_sampling": 1.0}
+    groups.append(group(1, [3], [4], rewards=(0.0, 0.0)))
+    settings = Settings(cut_answers="penalise", **others)
+    assert [each.number for each in group_examples.kept(groups, settings, 2)] == [0]
+    assert group_examples.facts_of(groups, groups, settings)["no_signal_share"] == 0.5
+    assert not group_examples.has_signal(groups[0], Settings(cut_answers="learn", **others))
 
 
 def test_columns_lie_beside_the_tokens_of_their_completions():
@@ -453,6 +466,29 @@ def test_another_machine_gets_a_phase_from_the_store(workshop):
     assert equal(run, undisturbed)
 
 
+def test_a_sealed_phase_that_was_not_uploaded_is_uploaded_by_the_next_attempt(workshop):
+    own = sampled.settings(workshop, train__max_steps=1)
+    own["checkpoint__storage"] = f"file://{workshop.folder}/store"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Storage, "upload_file", lambda *_: killed())
+        with pytest.raises(Killed):
+            workshop.train(**own)
+    run = workshop.train(**own)
+    name = "rollouts/phase-00001.jsonl"
+    stored = workshop.folder / "store" / run.name / name
+    assert stored.read_bytes() == (run / name).read_bytes()
+
+
+def test_a_phase_that_is_gone_is_not_sampled_by_weights_that_learned_from_it(workshop):
+    own = sampled.settings(workshop, rollouts={"steps_per_phase": 2}, train__max_steps=2)
+    own["checkpoint__every_steps"] = 1
+    run = workshop.train(**own)
+    forget(run, 1)
+    (run / "rollouts" / "phase-00001.jsonl").unlink()
+    with pytest.raises(RunDirectoryError, match=r"phase-00001.jsonl is missing, .* since step 0"):
+        workshop.train(**own)
+
+
 # ------------------------------------------------------------------------------------ bad input
 
 
@@ -526,6 +562,31 @@ def test_a_reward_that_fails_everywhere_is_asked_again_by_the_same_command(works
         workshop.train(**own)
     assert not of_all
     assert len(asked_all) == 4
+
+
+@pytest.mark.parametrize("kind", short(["ppo", "grpo", "rloo"], "ppo"))
+def test_a_later_phase_whose_completions_are_all_masked_teaches_nothing(workshop, kind):
+    """Such a phase is on the disk by then: a fault would meet every further attempt."""
+    own = sampled.settings(
+        workshop, kind, train__max_steps=3, objective__beta=0.1, rollouts={"cut_answers": "mask"}
+    )
+    draw_groups = Collector.drawn
+
+    def drawn(self, of, members):
+        end = "length" if of[0] == 1 else "stop"
+        found = draw_groups(self, of, members)
+        return [
+            replace(each, rollouts=tuple(replace(it, finish_reason=end) for it in each.rollouts))
+            for each in found
+        ]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Collector, "drawn", drawn)
+        run = workshop.train(**own)
+    shares = [each["cut_share"] for each in metrics(run)]
+    norms = [each["grad_norm"] for each in metrics(run)]
+    assert shares == [0.0, 1.0, 0.0]
+    assert [norm > 0 for norm in norms] == [True, False, True]
 
 
 # ----------------------------------------------------------------------------------------- rows

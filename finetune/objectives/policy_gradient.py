@@ -221,12 +221,13 @@ def _facts(scored: Scored, of_tokens: np.ndarray, weights: np.ndarray) -> Facts:
     """Return what the log says of a phase."""
     facts = {
         "reward": scored.rewards.mean(), "reward_std": scored.rewards.std(),
-        "advantage_std": of_tokens.std(), "completion_length": scored.lengths.mean(),
-        "cut_share": scored.cut.mean(),
+        "completion_length": scored.lengths.mean(), "cut_share": scored.cut.mean(),
     }  # fmt: skip
     if len(np.unique(scored.groups)) < len(scored.groups):
         facts["no_signal_share"] = advantages.without_signal(scored.rewards, scored.groups)
-    if scored.sampler_logprobs is not None:
+    if len(of_tokens):  # else all are masked
+        facts["advantage_std"] = of_tokens.std()
+    if len(of_tokens) and scored.sampler_logprobs is not None:
         facts["sampler_gap"] = np.abs(scored.old_logprobs - scored.sampler_logprobs).mean()
         facts["sampler_dropped"] = np.mean(weights == 0)
     return {name: float(value) for name, value in facts.items()}
@@ -285,6 +286,8 @@ class Ppo(PolicyGradient):
 
     def columns(self, scored: Scored, settings: Any) -> tuple[Columns, Facts]:
         columns, facts = super().columns(scored, settings)
+        if not len(columns[RETURNS]):  # all are masked
+            return columns, facts
         left, all_of = (columns[RETURNS] - columns[OLD_VALUES]).var(), columns[RETURNS].var()
         return columns, {**facts, "explained_variance": float(1 - left / max(all_of, 1e-12))}
 

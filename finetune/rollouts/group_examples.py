@@ -24,8 +24,13 @@ def kept(groups: Sequence[Group], settings: Settings, most: int) -> list[Group]:
     """
     found = [each for each in groups if each.is_scored and not each.failed]
     if settings.dynamic_sampling:
-        found = [each for each in found if each.has_signal] or found
+        found = [each for each in found if has_signal(each, settings)] or found
     return found[:most]
+
+
+def has_signal(group: Group, settings: Settings) -> bool:
+    """Return whether rewards differ, so that one completion is better than another."""
+    return len({_reward(each, settings) for each in group.rollouts}) > 1
 
 
 def examples_of(
@@ -77,10 +82,12 @@ def scored(groups: Sequence[Group], settings: Settings) -> Scored:
                 arrays.setdefault(name, []).append(values)
     flat = {name: np.concatenate(values) for name, values in arrays.items()}
     none = np.zeros(0, np.float32)
+    unknown = None if flat else none  # where all are masked, whatever is asked for has 0 tokens
     return Scored(
         np.array(rewards, np.float64), np.array(numbers, np.int64),
         np.cumsum(lengths, dtype=np.int64), np.array(cut, bool), flat.get(OLD, none),
-        flat.get("sampler_logprobs", none), flat.get("reference"), flat.get("old_values"),
+        flat.get("sampler_logprobs", none), flat.get("reference", unknown),
+        flat.get("old_values", unknown),
     )  # fmt: skip
 
 
@@ -105,7 +112,9 @@ def columns_of(
     return columns, facts
 
 
-def facts_of(groups: Sequence[Group], kept_groups: Sequence[Group]) -> dict[str, float]:
+def facts_of(
+    groups: Sequence[Group], kept_groups: Sequence[Group], settings: Settings
+) -> dict[str, float]:
     """Return what the logs say of a phase."""
     scored_groups = [each for each in groups if each.is_scored and not each.failed]
     rollouts = [rollout for group in scored_groups for rollout in group.rollouts]
@@ -118,7 +127,7 @@ def facts_of(groups: Sequence[Group], kept_groups: Sequence[Group]) -> dict[str,
     rewards = {
         "reward": _mean([each.reward for each in rollouts if each.reward is not None]),
         **(parts if len(parts) > 1 else {}),
-        "no_signal_share": _mean([not each.has_signal for each in scored_groups]),
+        "no_signal_share": _mean([not has_signal(each, settings) for each in scored_groups]),
     }
     return {
         **(rewards if parts or len(scored_groups) < len(groups) else {}),
@@ -217,9 +226,9 @@ def require_some(
         )
 
 
-def evaluated(groups: Sequence[Group]) -> dict[str, float]:
+def evaluated(groups: Sequence[Group], settings: Settings) -> dict[str, float]:
     """Return what eval.jsonl says of completions of held-out prompts; eval_loss is -reward."""
-    facts = facts_of(groups, groups)
+    facts = facts_of(groups, groups, settings)
     kept_facts = {
         name: value for name, value in facts.items()
         if name.startswith("reward") or name in ("completion_length", "cut_share", "failed_groups")

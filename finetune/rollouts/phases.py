@@ -94,11 +94,6 @@ class Group:
             (each.reason or "no reason" for each in self.rollouts if each.reward is None), ""
         )
 
-    @property
-    def has_signal(self) -> bool:
-        """Return whether rewards differ, so that one completion is better than another."""
-        return len({each.reward for each in self.rollouts}) > 1
-
     def to_json(self) -> dict[str, Any]:
         rollouts = [each.to_json() for each in self.rollouts]
         return {

@@ -23,6 +23,7 @@ import torch
 from finetune.data.batches import Batch, Batches, Counts
 from finetune.data.order import Sequences
 from finetune.engine.token_values import token_values
+from finetune.errors import RunDirectoryError
 from finetune.generation import generate
 from finetune.models.policy import Policy
 from finetune.rollouts import group_examples
@@ -63,6 +64,7 @@ class Rollouts:
             return True
         found: Sealed | None = self.around.topology.on_main(lambda: self._read(phase))
         if found is None:
+            self._require_first(phase, step)
             began = time.monotonic()
             with self._serving(f"phase-{phase + 1}"):
                 groups = self._sampled(phase)
@@ -87,11 +89,34 @@ class Rollouts:
     # ----------------------------------------------------------------------------- sealed phases
 
     def _read(self, phase: int) -> Sealed | None:
-        """Return a sealed phase, from this disk or the store."""
+        """Return a sealed phase, from this disk or the store.
+
+        What is here is uploaded again: the attempt that sealed it may have ended before that.
+        """
         path, storage = self.files.path(phase), self.around.storage
-        if storage and not path.exists():
-            storage.fetch_file(f"{self.files.folder.name}/{path.name}", path)
-        return self.files.read(phase, self._of(phase))
+        is_here = path.exists()
+        if storage and not is_here:
+            storage.fetch_file(self._name_in_store(phase), path)
+        found = self.files.read(phase, self._of(phase))
+        if storage and is_here:
+            storage.upload_file(path, self._name_in_store(phase))
+        return found
+
+    def _name_in_store(self, phase: int) -> str:
+        return f"{self.files.folder.name}/{self.files.name(phase)}"
+
+    def _require_first(self, phase: int, step: int) -> None:
+        """Raise RunDirectoryError if steps were learned from a phase that is gone.
+
+        The weights have moved since: to sample it again would learn from other completions.
+        """
+        first = self.asked.first_step(phase)
+        if step > first:
+            raise RunDirectoryError(
+                f"{self.files.path(phase)} is missing, and the weights have learned from it since "
+                f"step {first}; put back a copy, or remove the checkpoints after step {first} "
+                "(also in the store), from where the run samples again"
+            )
 
     def _of(self, phase: int) -> str:
         return f"{self.around.of} {phase}"
@@ -104,7 +129,8 @@ class Rollouts:
             chosen, self.around.objective, self.around.settings
         )
         self._phase, self._batches = phase, self._batches_of(phase, chosen, columns)
-        self.facts = {**facts, **group_examples.facts_of(groups, chosen), **header["speed"]}
+        own = group_examples.facts_of(groups, chosen, self.settings)
+        self.facts = {**facts, **own, **header["speed"]}
         self.around.opened(phase, groups, self.facts)
 
     def _kept(self, phase: int, groups: Sequence[Group]) -> list[Group]:
@@ -130,8 +156,7 @@ class Rollouts:
         def write() -> None:
             self.files.seal(phase, header, groups)
             if storage:
-                path = self.files.path(phase)
-                storage.upload_file(path, f"{self.files.folder.name}/{path.name}")
+                storage.upload_file(self.files.path(phase), self._name_in_store(phase))
 
         topology.watchdog.pause(f"the writing of phase {phase + 1}")
         topology.on_main(write)
@@ -220,7 +245,9 @@ class Rollouts:
         asked, shards = len(wanted), _shards(list(enumerate(wanted)), size)
         groups = self._collected(phase, list(enumerate(shards)), asked)
         while groups is not None and left:
-            missing = len(wanted) - sum(each.is_scored and each.has_signal for each in groups)
+            missing = len(wanted) - sum(
+                each.is_scored and group_examples.has_signal(each, self.settings) for each in groups
+            )
             more = [number for number, _ in zip(others, range(min(missing, left)))]
             if not more:
                 break
@@ -351,7 +378,9 @@ class Rollouts:
                 return None
             found += groups or []
         everyone = [group for part in topology.processes.gather(found) for group in part]
-        return group_examples.evaluated(sorted(everyone, key=lambda each: each.number))
+        return group_examples.evaluated(
+            sorted(everyone, key=lambda each: each.number), self.settings
+        )
 
 
 EVALUATION = 2**31  # of no phase
