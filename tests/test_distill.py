@@ -233,6 +233,8 @@ def test_completions_of_the_student_are_learned_from_its_teacher(workshop):
     assert lines[-1]["divergence"] < lines[0]["divergence"] / 2
     assert "reward" not in lines[0]
     assert lines[0]["completion_length"] > 1
+    sealed = (run / "rollouts" / "phase-00001.jsonl").read_text()
+    assert "old_logprobs" not in sealed  # a pass over all completions that nothing would read
     own |= {"train__max_steps": 4, "train__micro_batch_size": 1}
     own |= {"objective__rewards": [{"kind": "exact_match"}], "data__eval_fraction": 0.1}
     alone = workshop.train("alone", **own)
@@ -313,6 +315,8 @@ def test_settings_that_would_be_ignored_are_refused(workshop):
         with_teacher(workshop, teacher, objective__rewards=[{"kind": "exact_match"}])
     with pytest.raises(ConfigError, match="objective.rewards: an evaluation of completions"):
         with_teacher(workshop, teacher, objective__rollouts={}, data__eval_fraction=0.1)
+    with pytest.raises(ConfigError, match="dynamic_sampling: would be ignored: .*distill learns"):
+        with_teacher(workshop, teacher, objective__rollouts={"dynamic_sampling": 1.0})
     with pytest.raises(ConfigError, match="objective.rollouts: nothing is stored of new"):
         workshop.check("student", objective__kind="distill", objective__rollouts={})
     with pytest.raises(ConfigError, match="objective.teacher_revision: would be ignored"):

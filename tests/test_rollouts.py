@@ -496,6 +496,7 @@ BAD = {
     "top_p": ({"top_p": 0.9}, "top_p: learning divides by the probability that a token had"),
     "groups": ({"group_size": 3}, "16 completions cannot be parted into groups of 3"),
     "length": ({"max_new_tokens": 96}, "96 tokens hold a prompt and its completion of up to 96"),
+    "signal": ({"dynamic_sampling": 1.0, "group_size": 1}, "has nothing to differ from"),
     "penalty": ({"cut_penalty": 2.0}, "cut_penalty is only for cut_answers: penalise"),
 }
 

@@ -10,7 +10,7 @@ from vllm_server import running
 
 from finetune.endpoint import Client, Server
 from finetune.errors import Outage, UserError
-from finetune.generation.vllm_server import VllmServer
+from finetune.generation.vllm_server import VllmServer, _sampled
 
 pytestmark = pytest.mark.slow
 ENDS = {2}
@@ -122,6 +122,12 @@ def test_an_adapter_that_loads_slowly_is_loaded_once(vllm, folders, monkeypatch)
         VllmServer(client).load_adapter("step-1", folders / "adapter")
     assert list(vllm.adapters) == ["step-1"]
     assert vllm.calls == ["/v1/load_lora_adapter"] * 2
+
+
+def test_a_token_without_a_log_probability_is_an_error():
+    given = {"token_ids": [5, 7], "logprobs": {"token_logprobs": [-0.5, None]}}
+    with pytest.raises(ValueError, match="finite log-probabilities"):
+        _sampled({**given, "finish_reason": "stop"})
 
 
 @pytest.mark.parametrize("without", ["token_ids", "logprobs"])

@@ -6,6 +6,7 @@ from finetune import own_code
 from finetune.config.choices import ADAPTER_INITS
 from finetune.config.engine_fields import ServerEngine
 from finetune.config.fields import Config, Full
+from finetune.config.objective_fields import Distill
 from finetune.config.rollout_fields import Rollouts
 
 
@@ -42,6 +43,13 @@ def conflicts(config: Config, rollouts: Rollouts) -> Iterator[str]:
         yield "train.neftune_alpha: " + _CHANCE
     if isinstance(rollouts.engine, ServerEngine):
         yield from _server_conflicts(config)
+    if rollouts.dynamic_sampling and isinstance(config.objective, Distill):
+        yield f"objective.rollouts.dynamic_sampling: would be ignored: {kind} learns no rewards"
+    elif rollouts.dynamic_sampling and rollouts.group_size == 1:
+        yield (
+            "objective.rollouts.dynamic_sampling: a group of 1 completion has nothing to differ "
+            "from, so every prompt would be replaced; remove it, or raise group_size"
+        )
     if rollouts.cut_answers != "penalise" and rollouts.cut_penalty != 1.0:
         yield "objective.rollouts: cut_penalty is only for cut_answers: penalise; remove it"
 

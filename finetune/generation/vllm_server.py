@@ -149,6 +149,6 @@ def _sampled(choice: Any) -> Sampled:
     """Read one completion of an answer. Raise what another shape raises."""
     ids = tuple(int(each) for each in choice["token_ids"])
     logprobs = np.array(choice["logprobs"]["token_logprobs"], np.float32)
-    if not ids or logprobs.shape != (len(ids),):
-        raise ValueError("as many log-probabilities as tokens, and at least one")
+    if not ids or logprobs.shape != (len(ids),) or not np.isfinite(logprobs).all():
+        raise ValueError("as many finite log-probabilities as tokens, and at least one")
     return Sampled(ids, logprobs, "length" if choice["finish_reason"] == "length" else "stop")

@@ -108,7 +108,7 @@ class Objective:
 
     def scored_by(self, settings: Any) -> frozenset[str]:
         """Return what the policy is asked of each token of a phase of rollouts before its first
-        step: `logprobs`, perhaps `values`."""
+        step: `logprobs`, perhaps `values`; nothing saves a pass."""
         return frozenset({"logprobs"})
 
     def wants_reference(self, settings: Any) -> bool:

@@ -28,6 +28,9 @@ class Distill(Objective):
     reports_cross_entropy = True
     learns_rewards = False
 
+    def scored_by(self, settings: Any) -> frozenset[str]:
+        return frozenset()  # the teacher says all that is learned
+
     def columns(
         self, scored: Scored, settings: Any
     ) -> tuple[dict[str, np.ndarray], dict[str, float]]:

@@ -107,7 +107,12 @@ def columns_of(
         OLD: found.old_logprobs, "sampler_logprobs": found.sampler_logprobs,
         "reference": found.reference, "old_values": found.values,
     }  # fmt: skip
-    columns = {name: values for name, values in known.items() if values is not None}
+    count = found.lengths.sum()  # old_logprobs are empty where the objective does without
+    columns = {
+        name: values
+        for name, values in known.items()
+        if values is not None and len(values) == count
+    }
     columns |= {name: np.asarray(values, np.float32) for name, values in made.items()}
     return columns, facts
 

@@ -185,8 +185,9 @@ class Rollouts:
             assert logprobs is not None
             return {"reference": logprobs}
 
-        policy = around.policy()
-        found = token_values(topology, policy, batches, walk, answers)
+        found = dict[str, np.ndarray]()
+        if wanted:
+            found = token_values(topology, around.policy(), batches, walk, answers)
         if around.reference is not None:
             with around.reference() as before:
                 found |= token_values(topology, before, batches, walk, of_reference)
