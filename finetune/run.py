@@ -303,7 +303,8 @@ class Run:
         self.metrics.rollouts(step, [
             {
                 "prompt": decode(group.prompt_ids), "completion": group.rollouts[0].text,
-                "reward": group.rollouts[0].reward, **group.rollouts[0].parts,
+                "reward": group.rollouts[0].reward,
+                **{f"reward_{name}": each for name, each in group.rollouts[0].parts.items()},
             }
             for group in groups[:MOST_SAMPLES] if not group.failed
         ])  # fmt: skip

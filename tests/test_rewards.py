@@ -117,6 +117,16 @@ def test_a_gap_leaves_the_answer_without_a_reward_unless_it_has_no_weight(tmp_pa
         assert (failed.total, failed.reason) == (None, "so: no answer came")
 
 
+@pytest.mark.parametrize("weights", [(1e300, -1e300), (1e300, 1.0), (1e16, 0.0)])
+def test_a_sum_too_large_to_be_learned_from_is_a_gap(tmp_path, weights):
+    first = {"kind": "score", "score": "words", "weight": weights[0]}
+    second = {"kind": "contains", "text": "so", "weight": weights[1]}
+    with rewards(first, second).opened(tmp_path) as found:
+        [failed] = found(completions("so " * 9)[:1])
+    assert failed.total is None
+    assert "the sum of its rewards is" in failed.reason
+
+
 # --------------------------------------------------------------------------------- what is wrong
 
 
@@ -151,6 +161,7 @@ def problems(*given):
         ([{"kind": "number", "text": "x"}], "unknown key; number has kind, weight, name,"),
         ([{"kind": "number"}] * 2, "should have different names, and two are number; give each a"),
         ([{"kind": "number", "weight": 0.0}], "should have one whose weight is not 0"),
+        ([{"kind": "number", "name": "std"}], "the logs have a reward_std of all of them"),
         ([{"kind": "number", "weight": math.nan}], "should be a finite number, got nan"),
         ([{"kind": "length", "most_tokens": 0, "grace_tokens": 1}], "greater than 0, got 0"),
     ],
@@ -267,6 +278,13 @@ def test_what_fails_in_a_users_function_costs_one_answer_its_reward(tmp_path, ow
         "gives none", "should return a number, True or False, None where it has none",
     )):  # fmt: skip
         assert expected in reason
+
+
+def test_a_fork_that_a_function_leaves_behind_answers_nothing(tmp_path, own):
+    code = "import os\ndef reward(text): os.fork(); return len(text)"
+    with rewards({"kind": own(code)}).opened(tmp_path) as found:
+        given = found(completions(*("a" * length for length in range(1, 9))))
+    assert [each.total for each in given] == [*range(1, 9)]
 
 
 @pytest.mark.proof

@@ -522,6 +522,13 @@ def test_settings_that_rollouts_would_ignore_are_refused(workshop, changes, mess
         workshop.check(**sampled.settings(workshop) | changes)
 
 
+def test_a_wrong_setting_is_not_blamed_on_the_default_that_stands_for_it(workshop):
+    own = sampled.settings(workshop, rollouts={"temperature": 0.0})
+    with pytest.raises(ConfigError, match="1 problem in") as found:
+        workshop.check(**own)
+    assert "max_length" not in str(found.value)
+
+
 def test_a_prompt_that_leaves_no_room_is_refused_with_its_line(workshop):
     own = sampled.settings(workshop)
     rows = [{"prompt": "a"}, {"prompt": "b" * 100}]
@@ -530,6 +537,20 @@ def test_a_prompt_that_leaves_no_room_is_refused_with_its_line(workshop):
         DataError, match=r"long.jsonl:2: \d+ tokens and completions of 12 .* are over"
     ):
         workshop.check(**own)
+
+
+def test_completions_have_to_fit_into_the_positions_of_the_model(workshop):
+    own = sampled.settings(workshop, data__max_length=9000, data__truncation="left")
+    positions = TINY_LLAMA["max_position_embeddings"]
+    own["objective__rollouts"] |= {"max_new_tokens": positions}
+    with pytest.raises(ConfigError, match=rf"max_new_tokens: the model has {positions:,} pos.*low"):
+        workshop.check(**own)
+    own["objective__rollouts"] |= {"max_new_tokens": positions - 5}
+    own["data__truncation"] = "error"
+    with pytest.raises(DataError, match=rf"prompts.jsonl:1: .* the model's {positions} positions"):
+        workshop.check(**own)
+    with pytest.raises(DataError, match=r"no prompt is left; lower objective.rollouts.max_new_tok"):
+        workshop.check(**own | {"data__truncation": "drop"})
 
 
 @pytest.mark.parametrize(

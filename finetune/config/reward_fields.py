@@ -190,6 +190,8 @@ def _add_up(rewards: list[AnyReward]) -> list[AnyReward]:
     titles = [each.title for each in rewards]
     if twice := [title for title in titles if titles.count(title) > 1]:
         raise ValueError(f"should have different names, and two are {twice[0]}; give each a `name`")
+    if "std" in titles:
+        raise ValueError("should not be named std: the logs have a reward_std of all of them")
     if not any(each.weight for each in rewards):
         raise ValueError("should have one whose weight is not 0")
     return rewards

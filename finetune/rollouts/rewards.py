@@ -25,6 +25,8 @@ from finetune.rollouts import parts
 from finetune.rollouts.parts import Part
 
 FILE = "scores.jsonl"
+LARGEST = 1e15
+"""The largest reward: the sum of squares of larger ones may overflow in float32."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,10 @@ class Rewards:
         ]
         if reasons:
             return Reward(None, found, "; ".join(reasons))
-        return Reward(sum(weights[name] * value for name, value in found.items()), found)
+        total = sum(weights[name] * value for name, value in found.items())
+        if not abs(total) <= LARGEST:
+            return Reward(None, found, f"the sum of its rewards is {total:g}, over {LARGEST:.2g}")
+        return Reward(total, found)
 
 
 class KeptScores:
