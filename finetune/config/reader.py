@@ -55,7 +55,7 @@ def from_dict(
     problems = [*(problems or []), *(f"{key}: {what}; write it again" for key in halves)]
     if any("half a character" in problem for problem in problems):  # nothing else could be printed
         raise ConfigError(listed(problems, where))
-    config = None
+    config, left_out = None, set[str]()
     values, of_code = _with_own_code(_without_other_kinds(_with_lists(values)), folder)
     problems += of_code
     try:
@@ -70,6 +70,7 @@ def from_dict(
         errors = exc.errors()
         problems += joined(dict.fromkeys(describe(error, values) for error in errors))
         config = _without(values, errors)
+        left_out = {".".join(map(str, error["loc"][:2])) for error in errors}
     except Exception as exc:
         if not isinstance(values.get("objective"), dict) or not own_code.is_own(
             values["objective"].get("kind")
@@ -81,7 +82,10 @@ def from_dict(
         config, of_base = _beside_base(config, needs_weights)
         problems += of_base
         named = {problem.split(":")[0] for problem in problems}
-        problems += [each for each in conflicts(config) if each.split(":")[0] not in named]
+        problems += [
+            each for each in conflicts(config)
+            if each.split(":")[0] not in named and not any(name in each for name in left_out)
+        ]  # fmt: skip
     if problems or config is None:
         raise ConfigError(listed(problems, where))
     return config

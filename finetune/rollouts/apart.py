@@ -5,6 +5,7 @@ A thread could not be ended, and a pattern that backtracks holds the interpreter
 
 import ctypes
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -124,7 +125,7 @@ def _serve(
     # Code that holds the interpreter's lock keeps that thread from running; the kernel needs none.
     with suppress(OSError, AttributeError):  # no Linux
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    scorer = make(*arguments)
+    scorer, own_id = make(*arguments), os.getpid()
     connection.send(None)
     while True:
         try:
@@ -135,4 +136,6 @@ def _serve(
             found = scorer(completions)
         except Exception as exc:
             found = [Score(None, f"{type(exc).__name__}: {exc}"[:200])] * len(completions)
+        if os.getpid() != own_id:  # a fork that the scorer left behind would answer, too
+            os._exit(0)
         connection.send(found)

@@ -16,7 +16,7 @@ from finetune.data.examples import Examples, Ragged
 from finetune.data.problems import Problems
 from finetune.data.templates import Template
 from finetune.data.tokenised import Options
-from finetune.errors import DataError
+from finetune.errors import ConfigError, DataError
 from finetune.generation.completions import Prompt
 
 Place = tuple[int, int, int]
@@ -61,7 +61,13 @@ def prepare(
     numbers = {name: number for number, name in enumerate(names)}
     problems, unread = Problems(options.skipping), Counter[str]()
     control = ControlTokens(tokenizer, template.turn_ends)
-    most = min(options.max_length, options.positions or options.max_length) - max_new_tokens
+    room = min(options.max_length, options.positions or options.max_length)
+    most = room - max_new_tokens
+    if most < 1:
+        raise ConfigError(
+            f"objective.rollouts.max_new_tokens: the model has {room:,} positions for a prompt and "
+            f"its completion of up to {max_new_tokens:,} tokens; lower it"
+        )
     ids, places, prompts = list[np.ndarray](), list[Place](), dict[Place, Prompt]()
     num_rows, num_cut, num_dropped = 0, 0, 0
     for sample in _samples(names, options, problems, unread):
@@ -84,7 +90,10 @@ def prepare(
             prompts[place] = Prompt(asked, reference, sample.row.values if sample.row else {})
     problems.raise_if_any()
     if not ids:
-        raise DataError(f"{names[0]}: no prompt is left; raise data.max_length, or check the rows")
+        how = "lower objective.rollouts.max_new_tokens"
+        if room == options.max_length:
+            how = "raise data.max_length"
+        raise DataError(f"{names[0]}: no prompt is left; {how}, or check the rows")
     return _examples(ids, places, prompts, names, num_rows, num_cut, num_dropped, problems, unread)
 
 
@@ -146,6 +155,12 @@ def _end_of(ids: list[int], most: int, tokenizer: Any) -> list[int]:
 
 
 def _too_long(asked: Conversation, length: int, options: Options, max_new_tokens: int) -> str:
+    if options.positions and length + max_new_tokens > options.positions:
+        return (
+            f"{asked.place}: {length} tokens and completions of {max_new_tokens} "
+            f"(objective.rollouts.max_new_tokens) are over the model's {options.positions} "
+            "positions; lower max_new_tokens, or set data.truncation to drop or left"
+        )
     return (
         f"{asked.place}: {length} tokens and completions of {max_new_tokens} "
         f"(objective.rollouts.max_new_tokens) are over data.max_length {options.max_length}; set "
