@@ -180,7 +180,7 @@ def one_step(run: Run) -> StepResult:
         )  # fmt: skip
     except TrainingDiverged as exc:
         advice = "lower optimizer.lr under another run.name, or look at its rows"
-        rows = ", ".join(order.places(progress.step))
+        rows = ", ".join(run.batches.places(progress.step))
         raise TrainingDiverged(f"step {step}: {exc}; {advice}: {rows}") from exc
     state.count_skips(result.skipped)
     num_sequences = order.size_of(progress.step)

@@ -19,7 +19,14 @@ from invariants import sampled
 from finetune.config.rollout_fields import Rollouts as Settings
 from finetune.data.order import Sequences
 from finetune.engine.checkpoint.storage import Storage
-from finetune.errors import ConfigError, DataError, FinetuneError, Preempted, RunDirectoryError
+from finetune.errors import (
+    ConfigError,
+    DataError,
+    FinetuneError,
+    Preempted,
+    RunDirectoryError,
+    TrainingDiverged,
+)
 from finetune.rollouts import group_examples
 from finetune.rollouts.asked import Asked
 from finetune.rollouts.collecting import Collector
@@ -584,6 +591,27 @@ def test_a_reward_that_fails_everywhere_is_asked_again_by_the_same_command(works
         workshop.train(**own)
     assert not of_all
     assert len(asked_all) == 4
+
+
+def test_a_step_that_diverges_names_the_prompts_that_it_learned_from(workshop):
+    """Not those that it would have learned from, had no group been left out."""
+    own = sampled.settings(workshop, rollouts={"steps_per_phase": 2})
+    reward_group, places = Collector.rewards, list[str]()
+
+    def rewards(self, group, example):
+        places.append(group.place)
+        found = reward_group(self, group, example)
+        return [replace(each, total=None) for each in found] if group.number < 4 else found
+
+    def diverging(*given, **more):
+        raise TrainingDiverged("loss nan")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Collector, "rewards", rewards)
+        patch.setattr("finetune.loop.train_step", diverging)
+        with pytest.raises(TrainingDiverged) as error:
+            workshop.train(**own)
+    assert str(error.value).endswith(f"look at its rows: {places[4]}, {places[5]}")
 
 
 @pytest.mark.parametrize("kind", short(["ppo", "grpo", "rloo"], "ppo"))

@@ -58,6 +58,10 @@ class Prefetch:
             self._next = (step + 1, self._thread.submit(self._make, step + 1))
         return found
 
+    def places(self, step: int) -> list[str]:
+        """Return file:line of every row of a step."""
+        return self.batches.places(step)
+
     def _wait(self, made: Future[Any]) -> None:
         """Wait for a step, which may wait for shards that are still made."""
         progress = self.batches.progress()

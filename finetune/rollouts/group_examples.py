@@ -62,6 +62,14 @@ def examples_of(
     )  # fmt: skip
 
 
+def places_of(groups: Sequence[Group], settings: Settings) -> list[str]:
+    """Return file:line of the prompt of each of these examples."""
+    return [
+        group.place for group in groups for rollout in group.rollouts
+        if not _is_masked(rollout, settings)
+    ]  # fmt: skip
+
+
 def _is_masked(rollout: Rollout, settings: Settings) -> bool:
     return rollout.is_cut and settings.cut_answers == "mask"
 

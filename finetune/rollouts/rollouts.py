@@ -53,6 +53,7 @@ class Rollouts:
         """What the logs say of the phase that is learned from."""
         self._phase = -1
         self._batches: PhaseBatches | None = None
+        self._places = list[str]()
 
     def ready(self, step: int) -> bool:
         """Sample, score and seal the phase of a step, unless it is there. Collective.
@@ -80,6 +81,13 @@ class Rollouts:
         assert self._batches is not None, "ready comes before at"
         mine = [self.around.topology.part(batch) for batch in self._batches.at(number)]
         return mine, self._batches.totals(number)
+
+    def places(self, step: int) -> list[str]:
+        """Return file:line of every prompt whose completions a step learns from."""
+        _, number = self.asked.phase_of(step)
+        assert self._batches is not None, "ready comes before places"
+        found = (self._places[each] for each in self._batches.of_step(number))
+        return list(dict.fromkeys(found))
 
     def close(self) -> None:
         """Say how large the record is."""
@@ -129,6 +137,7 @@ class Rollouts:
             chosen, self.around.objective, self.around.settings
         )
         self._phase, self._batches = phase, self._batches_of(phase, chosen, columns)
+        self._places = group_examples.places_of(chosen, self.settings)
         own = group_examples.facts_of(groups, chosen, self.settings)
         self.facts = {**facts, **own, **header["speed"]}
         self.around.opened(phase, groups, self.facts)
