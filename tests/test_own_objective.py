@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from conftest import read_jsonl
-from invariants import objectives
+from invariants import objectives, sampled
 
 from finetune import config as configs
 from finetune import own_code, replay
@@ -595,3 +595,32 @@ def test_terms_may_not_change_during_a_run(workshop, own):
             objective__kind=own(LOSS + body), train__micro_batch_size=8, train__max_steps=9,
             train__epochs=9,
         )  # fmt: skip
+
+
+@pytest.mark.proof
+def test_an_objective_of_ones_own_learns_completions_without_rewards(workshop, own):
+    """Equal rewards are no error, and no log-probabilities are asked for before the first step."""
+    kind = own(
+        "import numpy as np\nfrom pydantic import BaseModel\n"
+        "from finetune.config.reward_fields import RewardList\n"
+        "from finetune.config.rollout_fields import Rollouts\n"
+        "from finetune.objectives import Objective, Term\n\n\n"
+        "class Own(Objective):\n"
+        "    samples, learns_rewards = True, False\n\n"
+        "    class Settings(BaseModel):\n"
+        "        rewards: RewardList\n"
+        "        rollouts: Rollouts\n\n"
+        "    def scored_by(self, settings):\n"
+        "        return frozenset()\n\n"
+        "    def columns(self, scored, settings):\n"
+        "        return {'gain': scored.of_tokens(1.0 / scored.lengths)}, {}\n\n"
+        "    def loss(self, policy, batch, settings, prepared):\n"
+        "        logprobs = policy(batch, {'logprobs'}).logprobs\n"
+        "        total = -(batch.token_columns['gain'] * logprobs).sum()\n"
+        "        return [Term('loss', total, per='documents')]\n"
+    )
+    equal = [{"kind": "contains", "text": "no answer says this"}]
+    run = workshop.train(
+        **sampled.settings(workshop, kind, rewards=equal, train__max_steps=2), name="sampled"
+    )
+    assert [line["reward"] for line in read_jsonl(run / "metrics.jsonl")] == [0, 0]

@@ -38,6 +38,7 @@ class Own(Objective):
     def __init__(self, settings: OwnObjective) -> None:
         self.code, self.objective = settings.code, settings.objective
         self.has_turns = self.objective.has_turns
+        self.samples, self.learns_rewards = self.objective.samples, self.objective.learns_rewards
         self._units: dict[str, dict[str, tuple[str, float]]] = {}  # of the terms of each method
 
     @property
@@ -69,7 +70,7 @@ class Own(Objective):
     ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
         with self._blamed():
             made, facts = self.objective.columns(scored, settings)
-        count = len(scored.old_logprobs)
+        count = int(scored.lengths.sum())
         if wrong := [name for name, values in made.items() if np.shape(values) != (count,)]:
             what = f"{wrong[0]!r} has the shape {list(np.shape(made[wrong[0]]))}"
             raise self._wrong("columns", f"{what}; give a number for each of {count} tokens")
