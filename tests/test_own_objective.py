@@ -599,7 +599,7 @@ def test_terms_may_not_change_during_a_run(workshop, own):
 
 @pytest.mark.proof
 def test_an_objective_of_ones_own_learns_completions_without_rewards(workshop, own):
-    """Equal rewards are no error, and no log-probabilities are asked for before the first step."""
+    """All rewards are equal, and no log-probabilities are asked for before the first step."""
     kind = own(
         "import numpy as np\nfrom pydantic import BaseModel\n"
         "from finetune.config.reward_fields import RewardList\n"
