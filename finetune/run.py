@@ -71,7 +71,7 @@ from finetune.rollouts.rollouts import Rollouts
 from finetune.rollouts.served import Served
 from finetune.survival.preemption import StopFlag
 
-SCORED = 2  # documents, one pair, that an export scores
+SCORED = 2  # documents at most, one pair, that an export scores
 EXPORT = "the export"  # where the run is after the last step
 MOST_SAMPLES = 8  # completions of a phase that go to samples.jsonl
 LATER: Any = None  # the value of a field until `loop` has come so far
@@ -461,7 +461,8 @@ class Run:
         if families.of(self.config) != families.SCORES:
             return None
         examples = self.data.train.in_memory.examples
-        documents = [examples.input.ids[examples.input.span(n)] for n in range(SCORED)]
+        number = min(SCORED, len(examples.input.ends))
+        documents = [examples.input.ids[examples.input.span(n)] for n in range(number)]
         model = self.topology.unwrap(self.state.model)
         return document_scores.trained(model, documents, self.topology.device)
 

@@ -497,6 +497,12 @@ def test_single_answers_with_a_label_train_too(workshop):
     assert (run / "model").is_dir()
 
 
+def test_a_row_of_one_step_is_enough_to_export(workshop):
+    one = {"prompt": "1", "steps": ["so 3"], "labels": [True]}
+    run = workshop.train(**steps(workshop, rows=[one], train__max_steps=1))
+    assert workshop.outcome(run.name)["state"] == "complete"
+
+
 STEPS = {"prompt": "1 2", "steps": ["1+2=3", "so 3"], "labels": [True, False]}
 
 

@@ -19,6 +19,7 @@ from invariants import sampled
 from finetune.config.rollout_fields import Rollouts as Settings
 from finetune.data.order import Sequences
 from finetune.engine.checkpoint.storage import Storage
+from finetune.engine.metrics import of_rollouts
 from finetune.errors import (
     ConfigError,
     DataError,
@@ -182,6 +183,14 @@ def test_groups_without_rewards_are_left_out_and_counted():
     assert (facts["failed_groups"], facts["reward"], facts["no_signal_share"]) == (1, 0.75, 0.5)
     others = Settings(dynamic_sampling=1.0)
     assert [each.number for each in group_examples.kept(groups, others, 3)] == [0]
+
+
+def test_a_completion_alone_in_its_group_lacks_no_signal():
+    """Each of ppo's usual groups is one completion, which the value head is compared with."""
+    groups = [group(0, [3], rewards=(1.0,)), group(1, [4], rewards=(0.0,))]
+    facts = group_examples.facts_of(groups, groups, Settings(group_size=1))
+    assert "no_signal_share" not in facts
+    assert of_rollouts(facts) == "reward 0.500  length 1  cut 0%"
 
 
 def test_a_penalty_of_cut_answers_is_a_signal():

@@ -200,6 +200,7 @@ def of_rollouts(facts: Mapping[str, float]) -> str:
     found = [f"length {facts['completion_length']:.0f}", f"cut {facts['cut_share']:.0%}"]
     if "reward" in facts:
         found.insert(0, f"reward {facts['reward']:.3f}")
+    if "no_signal_share" in facts:
         found.append(f"without signal {facts['no_signal_share']:.0%}")
     return "  ".join(found)
 

@@ -140,8 +140,10 @@ def facts_of(
     rewards = {
         "reward": _mean([each.reward for each in rollouts if each.reward is not None]),
         **(parts if len(parts) > 1 else {}),
-        "no_signal_share": _mean([not has_signal(each, settings) for each in scored_groups]),
     }
+    compared = [each for each in scored_groups if len(each.rollouts) > 1]
+    if compared:  # else a completion is alone in its group, as ppo has it
+        rewards["no_signal_share"] = _mean([not has_signal(it, settings) for it in compared])
     return {
         **(rewards if parts or len(scored_groups) < len(groups) else {}),
         "completion_length": _mean([len(each.ids) for each in everyone]),
