@@ -33,6 +33,7 @@ from finetune.rollouts.asked import Asked
 from finetune.rollouts.collecting import Collector
 from finetune.rollouts.phases import Group, PhaseFiles, Rollout, ShardFile
 from finetune.rollouts.rewards import Reward, Rewards
+from finetune.rollouts.rollouts import Rollouts
 from finetune.rollouts.sampling import Drawn, _Drawing, draw, numbers_of
 
 pytestmark = pytest.mark.slow
@@ -387,6 +388,39 @@ def test_several_processes_sample_and_learn_like_one(workshop):
         )
         mine, wanted = weights(run), weights(alone)
         assert max(float((mine[name] - wanted[name]).abs().max()) for name in wanted) < 1e-4
+
+
+def test_a_process_that_cannot_write_a_shard_leaves_no_other_in_a_pass(tmp_path):
+    """Where processes sample together, each has to come to the same collectives in turn."""
+
+    def collectives(can_write):
+        calls = list[str]()
+
+        def on_every(action):
+            try:
+                return action()
+            finally:
+                calls.append("on_every")
+
+        topology = SimpleNamespace(
+            rank=0, data_rank=0, num_data=1, parallel=SimpleNamespace(num_context=1),
+            any=lambda request: calls.append("any") or request, on_every=on_every, is_main=False,
+            watchdog=SimpleNamespace(heartbeat=lambda *_: None),
+        )  # fmt: skip
+        folder = tmp_path / str(can_write)
+        folder.mkdir()
+        rollouts = Rollouts.__new__(Rollouts)
+        rollouts.around = SimpleNamespace(topology=topology, stop=lambda: False, of="a run")
+        rollouts.files, rollouts.settings = PhaseFiles(folder), Settings()
+        rollouts.collector = SimpleNamespace(together=True, drawn=lambda *_: killed())
+        if not can_write:
+            rollouts.files.folder.write_text("in the way")
+        with pytest.raises(Killed if can_write else (OSError, FinetuneError)):
+            rollouts._collected(0, [(0, [(0, 0)])], 1)
+        return calls
+
+    alone, others = collectives(False), collectives(True)
+    assert alone == others[: len(alone)]
 
 
 # ------------------------------------------------------------------- what an end leaves behind

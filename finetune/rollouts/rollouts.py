@@ -282,7 +282,9 @@ class Rollouts:
                 topology.watchdog.heartbeat(title)
                 if topology.any(stop()):
                     return None
-                work = functools.partial(self._shard, phase, shard, failed, note)
+                # Apart, as a process that fails here takes part in no pass of the others.
+                file = topology.on_every(functools.partial(self._file, phase, shard))
+                work = functools.partial(self._shard, phase, shard, file, failed, note)
                 is_whole = topology.on_every(work)
                 if topology.any(not is_whole):
                     return None
@@ -298,17 +300,20 @@ class Rollouts:
             return nullcontext(lambda count: None)
         return generate.progress(title, count, self.around.log)
 
+    def _file(self, phase: int, shard: Shard | None) -> ShardFile | None:
+        if shard is None:
+            return None
+        return ShardFile(self.files.partial(phase), shard[0], self._of(phase))
+
     def _shard(
-        self, phase: int, shard: Shard | None, failed: dict[int, str], note: Callable[[int], None]
-    ) -> bool:
+        self, phase: int, shard: Shard | None, file: ShardFile | None, failed: dict[int, str],
+        note: Callable[[int], None],
+    ) -> bool:  # fmt: skip
         """Sample and score what is missing of a shard; return False if a request to stop came.
 
         None: take part in the passes of the others, where processes share the weights.
         """
-        collector, file, members = self.collector, None, list[tuple[int, int]]()
-        if shard is not None:
-            number, members = shard[0], list(shard[1])
-            file = ShardFile(self.files.partial(phase), number, self._of(phase))
+        collector, members = self.collector, [] if shard is None else list(shard[1])
         try:
             missing = file is not None and any(n not in file.groups for n, _ in members)
             if self.around.topology.any(missing) if collector.together else missing:
