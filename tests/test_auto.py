@@ -129,7 +129,7 @@ def test_a_model_that_cannot_be_forecast_trains_without_recomputation(monkeypatc
     def fails(*_):
         raise ValueError("no shapes")
 
-    monkeypatch.setattr(trace, "_loss", fails)
+    monkeypatch.setattr(trace.Rehearsal, "_loss", fails)
     assert sized(1e12, monkeypatch, micro_batch_size=1) == (1, False, None)
     said = "gradient_checkpointing: auto recomputes no layer: the memory of llama cannot be"
     assert said in capsys.readouterr().out

@@ -249,11 +249,11 @@ def test_a_function_that_skips_every_row_is_refused(workshop, own):
         (
             {"data__format": "rows"},
             "data.format: should be 'auto', 'text', 'prompt_completion', 'question_answer', "
-            "'instruction', 'messages', 'preference', 'unpaired', 'choices', 'text_label' or "
-            "'token_labels' or FILE.py:NAME, "
+            "'instruction', 'messages', 'preference', 'unpaired', 'choices', "
+            "'text_label', 'token_labels' or 'prompt' or FILE.py:NAME, "
             "got 'rows'",
         ),
-        ({"data__format": 3}, "'text_label' or 'token_labels' or FILE.py:NAME, got 3"),
+        ({"data__format": 3}, "'token_labels' or 'prompt' or FILE.py:NAME, got 3"),
         ({"data__format": "own.py:rows\n"}, "or FILE.py:NAME, got 'own.py:rows\\n'"),
     ],
 )  # fmt: skip
