@@ -1,5 +1,6 @@
 """A column of a teacher's likeliest tokens: written, read, and refused where it does not fit."""
 
+import base64
 import json
 
 import chat_server
@@ -78,6 +79,16 @@ def test_another_temperature_or_loss_is_refused_with_the_line(workshop, teacher)
         workshop.check("run", **own)
     assert "taught.jsonl:4: column teacher is missing; write it with" in str(refused.value)
     assert "taught.jsonl:6: column teacher is damaged" in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["tokens", "ids", "logprobs"])
+def test_a_digit_that_changed_is_damage_though_the_numbers_could_be_right(name):
+    held = Taught(np.arange(4), np.array([2, 3]), np.array([[1, 2]] * 2), -np.ones((2, 2))).values()
+    assert Taught.read(held | {"temperature": 1}).temperature == 1.0
+    bytes_of = bytearray(base64.b64decode(held[name]))
+    bytes_of[1] ^= 4
+    with pytest.raises(ValueError, match="is damaged: it has another hash"):
+        Taught.read(held | {name: base64.b64encode(bytes_of).decode()})
 
 
 def test_numbers_that_are_no_distribution_are_refused():

@@ -7,6 +7,7 @@ int32 and float32: exact, and a third of their decimals.
 
 import base64
 import binascii
+import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ COLUMN = "teacher"
 IDS, LOGPROBS = "teacher_ids", "teacher_logprobs"
 """Columns of tokens: the likeliest of the teacher, [S, K] each."""
 HOW = "write it again with `finetune data teach`"
+HASHED = ("k", "temperature", "tokens", "scored", "ids", "logprobs")
 MOST_SUM = 1e-3  # by which rounded probabilities of one token may exceed 1 together
 
 
@@ -43,15 +45,16 @@ class Taught:
         """Return what a row holds."""
         arrays = {"tokens": self.tokens, "scored": self.scored, "ids": self.ids}
         written = {name: _text(each, "<i4") for name, each in arrays.items()}
-        return {
+        found = {
             "k": self.ids.shape[1], "temperature": self.temperature, **written,
             "logprobs": _text(self.logprobs, "<f4"),
         }  # fmt: skip
+        return {**found, "sha256": _hash(found)}
 
     @classmethod
     def read(cls, values: Any) -> "Taught":
         """Read what a row holds. Raises ValueError that says what is wrong."""
-        names = {"k", "temperature", "tokens", "scored", "ids", "logprobs"}
+        names = {*HASHED, "sha256"}
         if not isinstance(values, Mapping) or not names <= values.keys():
             raise ValueError(f"should have {', '.join(sorted(names))}; {HOW}")
         k, temperature = values["k"], values["temperature"]
@@ -67,6 +70,8 @@ class Taught:
             raise ValueError(f"is damaged: {exc}; {HOW}") from exc
         if problem := found._problem():
             raise ValueError(f"{problem}; {HOW}")
+        if values["sha256"] != _hash(values):
+            raise ValueError(f"is damaged: it has another hash than when it was written; {HOW}")
         return found
 
     def _problem(self) -> str:
@@ -84,6 +89,12 @@ class Taught:
         if (np.diff(bounds) <= 0).any():
             return "scores places that the document does not have"
         return ""
+
+
+def _hash(values: Mapping[str, Any]) -> str:
+    """Return a hash of what a row holds, which also tells other numbers that could be right."""
+    content = [float(values[name]) if name == "temperature" else values[name] for name in HASHED]
+    return hashlib.sha256(" ".join(map(str, content)).encode()).hexdigest()[:32]
 
 
 def _text(values: np.ndarray, kind: str) -> str:
