@@ -565,9 +565,11 @@ def test_settings_that_cannot_work_are_refused(workshop, name):
         ({"data__truncation": "right"}, "data.truncation: right would cut the end of a prompt"),
         ({"train__neftune_alpha": 5.0}, "the first ratio of their probabilities would not be 1"),
         ({"objective__kind": "sft", "objective__rewards": None}, "belongs to grpo"),
+        ({"adapter__kind": "lora", "adapter__init": "pissa", "objective__stop_kl": 1.0},
+         "adapter.init: pissa starts from other weights than the base's"),
     ],
-)
-def test_settings_that_rollouts_would_ignore_are_refused(workshop, changes, message):
+)  # fmt: skip
+def test_settings_that_do_not_fit_rollouts_are_refused(workshop, changes, message):
     with pytest.raises(ConfigError, match=message):
         workshop.check(**sampled.settings(workshop) | changes)
 

@@ -2,11 +2,23 @@
 
 from collections.abc import Iterator
 
+from finetune.config.choices import ADAPTER_INITS
+from finetune.config.fields import Adapter, Full
 from finetune.config.objective_fields import Grpo, PolicyGradient, Ppo
 
 
-def conflicts(objective: PolicyGradient) -> Iterator[str]:
+def conflicts(objective: PolicyGradient, adapter: Adapter | Full) -> Iterator[str]:
     """List the problems of an objective that learns from rewards."""
+    compares = objective.beta > 0 or objective.stop_kl is not None
+    if (
+        compares and not isinstance(adapter, Full) and adapter.path is None
+        and not ADAPTER_INITS[adapter.init].leaves_model
+    ):  # fmt: skip
+        yield (
+            f"adapter.init: {adapter.init} starts from other weights than the base's, which "
+            "nothing keeps to compare with; use default, or set objective.beta to 0 and remove "
+            "objective.stop_kl"
+        )
     if objective.rollouts.group_size == 1 and not isinstance(objective, Ppo):
         yield (
             "objective.rollouts.group_size: 1 completion has no others of its prompt to be "

@@ -115,7 +115,7 @@ def _objective_conflicts(config: Config) -> Iterator[str]:
         trains_on_all = objective.kind == "clm"
         has_turns = not trains_on_all
     if isinstance(objective, PolicyGradient):
-        yield from reinforcement_rules.conflicts(objective)
+        yield from reinforcement_rules.conflicts(objective, config.adapter)
     if isinstance(objective, Distill):
         yield from _distill_conflicts(config, objective)
     if config.rollouts:
