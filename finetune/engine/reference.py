@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from tqdm import tqdm
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from finetune import failures, files
 from finetune.config.choices import REFERENCE
 from finetune.data.batches import Batch, Batches
-from finetune.engine.token_values import token_values, with_column
+from finetune.engine.token_values import logprobs_as, token_values, with_column
 from finetune.engine.topology import Topology
 from finetune.errors import Preempted, RunDirectoryError
 from finetune.models.policy import Policy
@@ -110,12 +109,7 @@ def _of_part(
     def walk(numbered: Batches) -> Iterator[Batch]:
         return _watched(topology, numbered, steps, stop)
 
-    def answer(policy: Policy, batch: Batch) -> dict[str, torch.Tensor]:
-        logprobs = policy(batch, {"logprobs"}).logprobs
-        assert logprobs is not None
-        return {"logprobs": logprobs}
-
-    return token_values(topology, policy, batches, walk, answer)["logprobs"]
+    return token_values(topology, policy, batches, walk, logprobs_as(REFERENCE))[REFERENCE]
 
 
 def _watched(

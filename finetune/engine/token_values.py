@@ -17,6 +17,17 @@ Answer = Callable[[Policy, Batch], Mapping[str, torch.Tensor]]
 """(policy, micro-batch on the device) -> numbers of its supervised tokens, [S] by name."""
 
 
+def logprobs_as(name: str, temperature: float = 1.0) -> Answer:
+    """Return what answers with the log-probability of each token, under a name."""
+
+    def answer(policy: Policy, batch: Batch) -> dict[str, torch.Tensor]:
+        found = policy(batch, {"logprobs"}, temperature=temperature).logprobs
+        assert found is not None
+        return {name: found}
+
+    return answer
+
+
 def token_values(
     topology: Topology, policy: Policy, batches: Batches,
     walk: Callable[[Batches], Iterable[Batch]], answer: Answer,

@@ -22,7 +22,7 @@ import torch
 
 from finetune.data.batches import Batch, Batches, Counts
 from finetune.data.order import Sequences
-from finetune.engine.token_values import token_values
+from finetune.engine.token_values import logprobs_as, token_values
 from finetune.errors import RunDirectoryError
 from finetune.generation import generate
 from finetune.models.policy import Policy
@@ -189,15 +189,11 @@ class Rollouts:
             named = {group_examples.OLD: given.logprobs, "old_values": given.values}
             return {name: values for name, values in named.items() if values is not None}
 
-        def of_reference(policy: Policy, batch: Batch) -> dict[str, torch.Tensor]:
-            logprobs = policy(batch, {"logprobs"}, temperature=temperature).logprobs
-            assert logprobs is not None
-            return {"reference": logprobs}
-
         found = dict[str, np.ndarray]()
         if wanted:
             found = token_values(topology, around.policy(), batches, walk, answers)
         if around.reference is not None:
+            of_reference = logprobs_as("reference", temperature)
             with around.reference() as before:
                 found |= token_values(topology, before, batches, walk, of_reference)
         is_learned = batches.in_memory.examples.supervised
@@ -237,11 +233,7 @@ class Rollouts:
             for step in range(batches.steps):
                 yield from numbered.at(step)
 
-        def answers(policy: Policy, batch: Batch) -> dict[str, torch.Tensor]:
-            given = policy(batch, {"logprobs"}, temperature=self.settings.temperature).logprobs
-            assert given is not None
-            return {"logprobs": given}
-
+        answers = logprobs_as("logprobs", self.settings.temperature)
         found = token_values(self.around.topology, self.around.policy(), batches, walk, answers)
         return found["logprobs"][batches.in_memory.examples.supervised]
 
