@@ -92,7 +92,10 @@ class LinesFile:
             return place
 
     def close(self) -> None:
-        """Close the file, and remove it if it has no line."""
-        if not self._file.closed and not self._file.seek(0, os.SEEK_END):
-            self._path.unlink(missing_ok=True)
-        self._file.close()
+        """Close the file, and remove it if it has no line. Raises Outage if the disk fails."""
+        with failures.writing(self._path):  # what a full disk did not take is tried again
+            try:
+                if not self._file.closed and not self._file.seek(0, os.SEEK_END):
+                    self._path.unlink(missing_ok=True)
+            finally:
+                self._file.close()

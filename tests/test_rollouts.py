@@ -7,6 +7,7 @@ import shutil
 import signal
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,10 +25,12 @@ from finetune.errors import (
     ConfigError,
     DataError,
     FinetuneError,
+    Outage,
     Preempted,
     RunDirectoryError,
     TrainingDiverged,
 )
+from finetune.lines_file import LinesFile
 from finetune.rollouts import group_examples
 from finetune.rollouts.asked import Asked
 from finetune.rollouts.collecting import Collector
@@ -232,6 +235,20 @@ def test_what_was_recorded_survives_and_a_torn_line_goes(tmp_path):
     for of, known in (("run", [True, True]), ("another run", [])):
         with closing(ShardFile(tmp_path, 0, of)) as found:
             assert [each.is_scored for each in found.groups.values()] == known
+
+
+def test_a_full_disk_is_named_with_the_file_though_closing_fails_too(tmp_path):
+    def fail(file, *line):
+        file._file.close()
+        file._file = Path("/dev/full").open("ab")  # noqa: SIM115 - the next line
+        with closing(file):
+            (file.append if isinstance(file, LinesFile) else file.failed)(*line)
+
+    full = f"{tmp_path}/.* cannot be written now: the disk is full"
+    with pytest.raises(Outage, match=full):
+        fail(ShardFile(tmp_path, 0, "run"), 0, "no reason")
+    with pytest.raises(Outage, match=full):
+        fail(LinesFile(tmp_path / "lines", "", "", print), {})
 
 
 def test_a_sealed_phase_reads_back_the_same_floats(tmp_path):

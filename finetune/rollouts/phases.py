@@ -180,7 +180,9 @@ class ShardFile:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        """Close the file. Raises Outage if the disk fails."""
+        with failures.writing(self.path):  # what a full disk did not take is tried again
+            self._file.close()
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
