@@ -396,6 +396,16 @@ def test_code_of_a_reward_is_found_and_read_with_the_config(tmp_path):
 # ------------------------------------------------------------------------- models and tasks
 
 
+def test_a_model_that_continues_text_is_refused_before_it_is_asked(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    (tmp_path / "model.safetensors").write_bytes(bytes([2, 0, 0, 0, 0, 0, 0, 0]) + b"{}")
+    settings = {"kind": "reward_model", "model": str(tmp_path)}
+    with pytest.raises(
+        ConfigError, match=r"rewards.0 \(reward_model\): .*LlamaForCausalLM gives no"
+    ):
+        rewards(settings)
+
+
 @pytest.mark.proof
 def test_a_reward_model_scores_whole_conversations_once(tmp_path, workshop):
     pairs = [{"prompt": f"{n}", "chosen": "good", "rejected": "bad"} for n in range(8)]

@@ -1,6 +1,7 @@
 """The score of a reward model as a reward; the model is loaded when it is first asked."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 from finetune.config import base
 from finetune.data.conversations import Message
-from finetune.errors import DataError
+from finetune.errors import DataError, ModelError
 from finetune.evaluation.scores.base import NO_ANSWER
 from finetune.generation.completions import Completion, Score
 
@@ -19,7 +20,21 @@ class ModelReward:
     def __init__(self, path: str) -> None:
         self._folder = base.model_in(path)
         base.require_model(self._folder, "model")
+        self._require_scores()
         self._model: Any = None
+
+    def _require_scores(self) -> None:
+        """Raise ModelError where config.json already says that the model gives no scores."""
+        path = Path(self._folder, "config.json")
+        try:
+            names = json.loads(path.read_bytes()).get("architectures") or []
+        except (OSError, ValueError, AttributeError):  # an adapter, a Hub id; or loading says why
+            return
+        if names and not any(str(name).endswith("ForSequenceClassification") for name in names):
+            raise ModelError(
+                f"model: {self._folder}: {str(names[0])[:80]} gives no single score; "
+                "give the model of a run with objective.kind: reward"
+            )
 
     @cached_property
     def identity(self) -> str:
