@@ -62,6 +62,7 @@ from finetune.objectives import Encoding, Objective, Own, chosen
 from finetune.objectives.base import with_blank_reference
 from finetune.rollouts import prompts
 from finetune.rollouts.asked import Asked
+from finetune.rollouts.turns import Turns
 
 if TYPE_CHECKING:
     from finetune.rollouts.rewards import Rewards
@@ -99,6 +100,8 @@ class Data:
     """The model that the objective's `teacher` names."""
     rewards: "Rewards | None" = None
     """What completions are worth, where the run samples some."""
+    turns: Turns | None = None
+    """What stands between the turns of a completion, where an environment answers them."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,9 @@ def prepare(
             else tokenised.first_that_fits(sources.train, template, options)
         )  # fmt: skip
         template = replace(template, example=example)
+    turns = None
+    if config.rollouts and config.rollouts.environment:
+        turns = Turns(template, tokenizer, wanted.special_tokens_in_text)
     _rehearse_export(config, topology, tokenizer, model_config, template)
     train_batches, eval_batches = _batched(
         config, topology, objective, train, evals, kernel, tokenizer
@@ -192,7 +198,7 @@ def prepare(
     return Data(
         tokenizer, template, model_config, kernel, train_batches, eval_batches, num_steps, new_ids,
         sources, known, identity, format, num_rows, options, _columns(wanted, sources, format),
-        teaches, rewards,
+        teaches, rewards, turns,
     )  # fmt: skip
 
 

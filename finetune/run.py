@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from finetune import config as configs
-from finetune import failures, files, places, preflight
+from finetune import failures, files, own_code, places, preflight
 from finetune.config import Config, base, differences
 from finetune.config.choices import REFERENCE
 from finetune.config.engine_fields import ServerEngine
@@ -65,8 +65,9 @@ from finetune.objectives import Objective, chosen
 from finetune.preflight import Data
 from finetune.rollouts.around import Around
 from finetune.rollouts.asked import Asked
+from finetune.rollouts.episodes import Environments
 from finetune.rollouts.group_examples import left_out
-from finetune.rollouts.phases import Group
+from finetune.rollouts.phases import Group, Rollout
 from finetune.rollouts.rollouts import Rollouts
 from finetune.rollouts.served import Served
 from finetune.survival.preemption import StopFlag
@@ -225,17 +226,30 @@ class Run:
         rewards = self.resources.enter_context(
             data.rewards.opened(scores, lambda: self.stop.is_set)
         )
+        own = config.rollouts.model_dump(exclude={"engine", "environment"})
         about = {
-            **self.identity(), "rollouts": config.rollouts.model_dump(exclude={"engine"}),
+            **self.identity(), "rollouts": own,
             "seed": config.run.seed, "completions of a step": config.train.global_batch_size,
         }  # fmt: skip
         around = Around(
             self.directory.path, topology, lambda: self.policy(model), lambda: bare,
             data.tokenizer, ends, self.objective, config.objective, rewards,
             files.json_sha256(about), lambda: self.stop.is_set, self.log, self.storage,
-            self._served(ends), self._save_policy, self._before_training(), self._note_rollouts,
+            self._served(ends), self._environments(), self._save_policy, self._before_training(),
+            self._note_rollouts,
         )  # fmt: skip
         return Rollouts(data.train, around)
+
+    def _environments(self) -> Environments | None:
+        """Return what answers the model between its turns, if the config names it."""
+        rollouts, turns = self.config.rollouts, self.data.turns
+        if rollouts is None or turns is None:
+            return None
+        made = Environments(
+            own_code.get(str(rollouts.environment)), turns, rollouts.max_turns,
+            rollouts.turn_seconds, lambda: self.stop.is_set,
+        )  # fmt: skip
+        return self.resources.enter_context(made)
 
     def _served(self, ends: Set[int]) -> Served | None:
         """Return the server that samples, if one does."""
@@ -300,9 +314,13 @@ class Run:
         if why := left_out(groups):
             self.log(f"note: phase {phase + 1}: {why}")
         decode = functools.partial(generate.decode, self.data.tokenizer)
+
+        def text_of(rollout: Rollout) -> str:
+            return decode(rollout.ids) if rollout.heard else rollout.text
+
         self.metrics.rollouts(step, [
             {
-                "prompt": decode(group.prompt_ids), "completion": group.rollouts[0].text,
+                "prompt": decode(group.prompt_ids), "completion": text_of(group.rollouts[0]),
                 "reward": group.rollouts[0].reward,
                 **{f"reward_{name}": each for name, each in group.rollouts[0].parts.items()},
             }

@@ -604,14 +604,16 @@ def test_a_judge_may_be_a_model_of_this_machine(tmp_path, workshop, rubric):
 
 ENDLESS = """
 import re, sys
+from functools import partial
 from finetune.data.conversations import Conversation, Message
 from finetune.data.places import Place
 from finetune.evaluation.scores import matching
-from finetune.generation.completions import Completion, Prompt
+from finetune.generation.completions import Completion, Prompt, Score
 from finetune.rollouts.apart import Apart
 
 if __name__ == "__main__":
-    apart = Apart(matching.regex, (re.compile("(a+)+$"),), seconds=600, call_seconds=600)
+    limits = {"seconds": 600, "call_seconds": 600}
+    apart = Apart(matching.regex, (re.compile("(a+)+$"),), partial(Score, None), **limits)
     prompt = Prompt(Conversation((Message("user", "q"),), Place("rows", 1)))
     apart([Completion(prompt, "a")])
     print(apart._process.pid, flush=True)

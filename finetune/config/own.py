@@ -1,6 +1,7 @@
 """Objectives and formats of the user's own: their sections, and which code a config names."""
 
 import functools
+import inspect
 import sys
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args
 
@@ -29,6 +30,7 @@ class OwnObjective(Kind):
     """The Objective itself."""
 
 
+ENVIRONMENT = "objective.rollouts.environment"
 HEADS = {"scores", "values"}  # what an objective may need
 OWN_NAMES = tuple(OwnObjective.__class_vars__)
 
@@ -79,6 +81,9 @@ def own_codes(config: "Config") -> dict[str, OwnCode]:
     for place, reward in enumerate(getattr(objective, "rewards", None) or ()):
         if own_code.is_own(reward.kind):
             found[f"objective.rewards.{place}"] = own_code.get(reward.kind)
+    rollouts = getattr(objective, "rollouts", None)
+    if name := getattr(rollouts, "environment", None):
+        found[ENVIRONMENT] = own_code.get(name)
     return found
 
 
@@ -109,6 +114,37 @@ def rewards_in(objective: Any) -> dict[str, Any]:
         for place, each in enumerate(listed)
         if isinstance(each, dict)
     }
+
+
+def environment_in(objective: Any) -> str | None:
+    """Return the code that a config names as objective.rollouts.environment, if it does."""
+    rollouts = objective.get("rollouts") if isinstance(objective, dict) else None
+    name = rollouts.get("environment") if isinstance(rollouts, dict) else None
+    return name if own_code.is_own(name) else None
+
+
+def own_environment(name: str) -> OwnCode:
+    """Return a user's class with `reset` and `step`. Raises ConfigError."""
+    code = own_code.read(name)
+    if not isinstance(code.value, type):
+        kind = type(code.value).__name__
+        raise ConfigError(f"{code} is of type {kind}, not a class with reset and step")
+    for method, takes in (("reset", "row"), ("step", "text")):
+        found = getattr(code.value, method, None)
+        if not callable(found):
+            raise ConfigError(f"{code} has no method {method}(self, {takes})")
+        _require_call(code, f"{method}(self, {takes})", found, None, "")
+    _require_call(code, "__init__(self)", code.value)
+    return code
+
+
+def _require_call(code: OwnCode, wanted: str, called: Any, *arguments: Any) -> None:
+    try:
+        inspect.signature(called).bind(*arguments)
+    except TypeError as exc:
+        raise ConfigError(f"{code}: {wanted} is what is called: {exc}") from exc
+    except ValueError:  # it has no signature
+        return
 
 
 def own_reward(name: str) -> OwnCode:

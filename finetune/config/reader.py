@@ -11,7 +11,15 @@ from finetune import own_code
 from finetune.config import base, names, paths
 from finetune.config.fields import Config
 from finetune.config.messages import describe, joined, listed
-from finetune.config.own import own_format, own_objective, own_reward, rewards_in
+from finetune.config.own import (
+    ENVIRONMENT,
+    environment_in,
+    own_environment,
+    own_format,
+    own_objective,
+    own_reward,
+    rewards_in,
+)  # fmt: skip
 from finetune.config.rules import conflicts
 from finetune.config.sections import field, kinds_with, sections_of_config, takes_only_lists
 from finetune.config.yaml_text import NotText, dump, read_yaml
@@ -35,6 +43,7 @@ def own_names(settings: dict[str, Any]) -> dict[str, str]:
     named: dict[str, Any] = {key: settings.get(key) for key in OWN_CODE}
     rewards = rewards_in({"rewards": settings.get("objective.rewards")})
     named |= {key: each.get("kind") for key, each in rewards.items()}
+    named[ENVIRONMENT] = environment_in({"rollouts": settings.get("objective.rollouts")})
     return {key: str(name) for key, name in named.items() if own_code.is_own(name)}
 
 
@@ -108,7 +117,8 @@ def _with_own_code(values: dict[str, Any], folder: Path | None) -> tuple[dict[st
             # Without its kind, no other setting of an objective can be checked.
             given = {} if name == "kind" else {each: given[each] for each in given if each != name}
         values = values | {section: given}
-    return _with_own_rewards(values, folder, problems), problems
+    values = _with_own_rewards(values, folder, problems)
+    return _with_own_environment(values, folder, problems), problems
 
 
 def _with_own_rewards(
@@ -129,6 +139,23 @@ def _with_own_rewards(
         rewards = [completed if each is reward else each for each in objective["rewards"]]
         objective = objective | {"rewards": rewards}
     return values | {"objective": objective} if isinstance(objective, dict) else values
+
+
+def _with_own_environment(
+    values: dict[str, Any], folder: Path | None, problems: list[str]
+) -> dict[str, Any]:
+    objective: Any = values.get("objective")
+    name = environment_in(objective)
+    if name is None:
+        return values
+    try:
+        found = own_code.find(name, folder)
+        own_environment(found)
+    except ConfigError as exc:
+        problems.append(f"{ENVIRONMENT}: {exc}")
+        return values
+    rollouts = objective["rollouts"] | {"environment": found}
+    return values | {"objective": objective | {"rollouts": rollouts}}
 
 
 def _beside_base(config: Config, needs_weights: bool) -> tuple[Config, list[str]]:
@@ -236,7 +263,10 @@ def differences(old: dict[str, Any], new: Config) -> list[str]:
         own = [key for key in OWN_CODE if own_code.is_own(values.get(key))]
         values |= {key: own_code.without_folder(values[key]) for key in own}
         if isinstance(rollouts := values.get("objective.rollouts"), dict):
-            values["objective.rollouts"] = {n: v for n, v in rollouts.items() if n != "engine"}
+            rollouts = {name: value for name, value in rollouts.items() if name != "engine"}
+            if name := rollouts.get("environment"):
+                rollouts["environment"] = own_code.without_folder(name)
+            values["objective.rollouts"] = rollouts
         if isinstance(rewards := values.get("objective.rewards"), list):
             values["objective.rewards"] = [
                 each | {"kind": own_code.without_folder(each["kind"])} for each in rewards

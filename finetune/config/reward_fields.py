@@ -168,6 +168,13 @@ class RewardModel(RewardPart):
     """Folder of its run, or of the model; or its name on the Hub."""
 
 
+class FromEnvironment(RewardPart):
+    """What the environment gave."""
+
+    kind: Literal["environment"]
+    """Give the sum of the rewards that objective.rollouts.environment gave over the turns."""
+
+
 class OwnReward(TimedReward):
     """A reward of your own."""
 
@@ -177,11 +184,11 @@ class OwnReward(TimedReward):
 
 BUILT_IN = (
     ExactMatch, Contains, Regex, Number, Math, JsonSchema, CodeTests, Length, ByScore, Judge,
-    RewardModel, ReasoningGym,
+    RewardModel, ReasoningGym, FromEnvironment,
 )  # fmt: skip
 AnyReward = Annotated[
     ExactMatch | Contains | Regex | Number | Math | JsonSchema | CodeTests | Length | ByScore
-    | Judge | RewardModel | ReasoningGym | OwnReward,
+    | Judge | RewardModel | ReasoningGym | FromEnvironment | OwnReward,
     Field(title="REWARD"), by_kind(*BUILT_IN, own=lambda kind: OwnReward),
 ]  # fmt: skip
 

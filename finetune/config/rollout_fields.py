@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from finetune.config.engine_fields import Engine, LocalEngine
 from finetune.config.kinds import PositiveNumber, Section
+from finetune.config.own import OwnName
 
 Positive = Annotated[int, Field(gt=0)]
 # What other tools let alter sampling -> how to do without it.
@@ -28,7 +29,9 @@ class Rollouts(Section):
     group_size: Positive = 8
     """Completions of each prompt; they are compared with each other."""
     max_new_tokens: Positive = 512
-    """Maximum number of tokens in a completion."""
+    """Maximum number of tokens in a completion; with an environment, of all its turns together,
+    what the environment says included.
+    """
     temperature: PositiveNumber = 1.0
     """Divide the logits by it, in sampling and in training; nothing else alters sampling."""
     steps_per_phase: Positive = 1
@@ -50,6 +53,14 @@ class Rollouts(Section):
     """What cut_answers: penalise subtracts."""
     engine: Engine = LocalEngine()
     """What samples: {kind: local}, the processes of the run, or {kind: server}, a vLLM server."""
+    environment: OwnName | None = None
+    """A class of your own that answers the model between its turns, as a tool or a game does
+    (docs/reinforcement.md). null: a completion is one turn.
+    """
+    max_turns: Positive = 8
+    """With an environment: turns of the model after which a completion is cut."""
+    turn_seconds: Annotated[float, Field(gt=0, le=86_400)] = 10.0
+    """With an environment: time limit for one call of it, in seconds."""
 
     @model_validator(mode="before")
     @classmethod

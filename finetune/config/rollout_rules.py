@@ -50,8 +50,29 @@ def conflicts(config: Config, rollouts: Rollouts) -> Iterator[str]:
             "objective.rollouts.dynamic_sampling: a group of 1 completion has nothing to differ "
             "from, so every prompt would be replaced; remove it, or raise group_size"
         )
+    yield from _turn_conflicts(config, rollouts)
     if rollouts.cut_answers != "penalise" and rollouts.cut_penalty != 1.0:
         yield "objective.rollouts: cut_penalty is only for cut_answers: penalise; remove it"
+
+
+def _turn_conflicts(config: Config, rollouts: Rollouts) -> Iterator[str]:
+    """List settings of several turns that do not fit."""
+    rewards = [each.kind for each in getattr(config.objective, "rewards", None) or ()]
+    if rollouts.environment is None:
+        if "environment" in rewards:
+            yield (
+                "objective.rewards: kind: environment gives what objective.rollouts.environment "
+                "gave, and there is none; name one, or remove the reward"
+            )
+        for name in ("max_turns", "turn_seconds"):
+            if getattr(rollouts, name) != type(rollouts).model_fields[name].default:
+                yield f"objective.rollouts.{name}: would be ignored without an environment"
+        return
+    if isinstance(rollouts.engine, ServerEngine):
+        yield (
+            "objective.rollouts.environment: a server continues one prompt a request, and the next "
+            "turn continues tokens that only this run has; sample with engine: {kind: local}"
+        )
 
 
 def _server_conflicts(config: Config) -> Iterator[str]:

@@ -176,6 +176,29 @@ class Template:
         asked = self._render(asking, add_generation_prompt=True)
         return asked if self.learn_opening or asked.endswith(self.opening) else asked + self.opening
 
+    def after_answer(self, messages: Sequence[Message], place: Place) -> tuple[str, str]:
+        """Return (the token that ends an answer, what stands from there up to the next answer).
+
+        `messages`: those between the two. Raises DataError if no token of the tokenizer ends the
+        answer, or if the template fails or leaves out a message.
+        """
+        conversation = Conversation((*self.probe, Message("assistant", MARK), *messages), place)
+        text = self.prompt(conversation.messages, place)
+        end = text.find(MARK) + len(MARK)
+        found = self._end_of_turn.match(text, end) if self.turn_ends else None
+        if text.count(MARK) != 1 or found is None:
+            raise self._wrong(
+                conversation,
+                "ends answers without a token of the tokenizer, so nothing can follow them; use a "
+                "template that writes {{ eos_token }} or another special token after each answer",
+            )
+        after = text[found.end() :]
+        for message in messages:
+            if not _holds(after, message.content):
+                what = f"leaves out {_short(message.content)} of the role {message.role}"
+                raise self._wrong(conversation, f"{what}; give it another role")
+        return found[0].strip(), after
+
     def stop_token(self, conversation: Conversation | None = None) -> str | None:
         """Return the token that ends an answer; None if the tokenizer's EOS must do that.
 

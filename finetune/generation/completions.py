@@ -43,6 +43,8 @@ class Completion:
     token_ids: without the token that ended the answer; empty where a server does not give them.
     seconds: of the request, or of the batch divided by its answers. billed: tokens of the prompt
     and of the answer as a server counts them; None of a model here, or where it does not say.
+    environment: the sum of rewards that an environment gave over the turns, of which `text` is the
+    last and `token_ids` are all that the model wrote; None without one.
     """
 
     prompt: Prompt
@@ -52,6 +54,7 @@ class Completion:
     seed: int | None = None
     seconds: float = 0.0
     billed: tuple[int, int] | None = None
+    environment: float | None = None
 
     @property
     def is_cut(self) -> bool:

@@ -10,6 +10,7 @@ from finetune.engine.checkpoint.storage import Storage
 from finetune.engine.topology import Topology
 from finetune.generation.completions import Completion
 from finetune.models.policy import Policy
+from finetune.rollouts.episodes import Environments
 from finetune.rollouts.phases import Group
 from finetune.rollouts.served import Served
 
@@ -27,7 +28,8 @@ class Around:
 
     policy: as it is at the moment. model: the same without what shares it, for generation. ends:
     tokens that end a completion. of: a hash of what completions depend on besides the weights.
-    served: the server that samples; None: the model does. save: writes the policy's weights to a
+    served: the server that samples; None: the model does. environments: what answers the model
+    between its turns; None: a completion is one turn. save: writes the policy's weights to a
     folder, for the server; collective.
     reference: gives the policy as it was before the first step; None: it is not needed. opened:
     gets the number of each phase that steps are about to learn from, its groups, and facts for the
@@ -48,6 +50,7 @@ class Around:
     log: Callable[[str], None]
     storage: Storage | None = None
     served: Served | None = None
+    environments: Environments | None = None
     save: Callable[[Path], None] = lambda folder: None
     reference: Callable[[], AbstractContextManager[Policy]] | None = None
     opened: Callable[[int, Sequence[Group], Mapping[str, float]], None] = lambda *_: None

@@ -9,6 +9,7 @@ import numpy as np
 from finetune.generation import generate
 from finetune.generation.completions import Completion
 from finetune.rollouts.around import Around
+from finetune.rollouts.episodes import Environments, Episode
 from finetune.rollouts.phases import Group, Rollout
 from finetune.rollouts.prompts import PromptExamples
 from finetune.rollouts.sampling import Drawn, Stopped, draw, numbers_of, seed_of
@@ -40,24 +41,53 @@ class Collector:
         """
         if self.around.served is not None:
             return self._at_server(self.around.served, of, members)
-        size, around, most = self.group_size, self.around, self.settings.max_new_tokens
-        pad = generate.pad_of(around.tokenizer)
-        prompts, numbers = [[pad]], [np.zeros((1, 1))]
-        if members:
-            prompts = [self.prompts.ids(each).tolist() for _, each in members for _ in range(size)]
-            numbers = [
-                numbers_of(self.seed, *of, number, count=size, places=most) for number, _ in members
-            ]
-        with around.topology.arithmetic():
-            found = draw(
-                around.model(), prompts, np.concatenate(numbers),
-                temperature=self.settings.temperature, ends=around.ends, pad=pad,
-                together=self.together, beat=self._beat,
-            )  # fmt: skip
+        size, most = self.group_size, self.settings.max_new_tokens
+        numbers = [
+            numbers_of(self.seed, *of, number, count=size, places=most) for number, _ in members
+        ]
+        if self.around.environments is not None:
+            return self._played(self.around.environments, members, numbers)
+        prompts = [self.prompts.ids(each).tolist() for _, each in members for _ in range(size)]
+        found = self._draw(prompts, np.concatenate(numbers) if numbers else np.zeros((0, 1)))
         return [
             self._group(number, example, found[place * size : (place + 1) * size])
             for place, (number, example) in enumerate(members)
         ]
+
+    def _draw(self, prompts: list[list[int]], numbers: np.ndarray) -> list[Drawn]:
+        """Continue prompts by the policy. None: take part in the passes of the others."""
+        around, pad = self.around, generate.pad_of(self.around.tokenizer)
+        with around.topology.arithmetic():
+            found = draw(
+                around.model(), prompts or [[pad]], numbers if prompts else np.zeros((1, 1)),
+                temperature=self.settings.temperature, ends=around.ends, pad=pad,
+                together=self.together, beat=self._beat,
+            )  # fmt: skip
+        return found[: len(prompts)]
+
+    def _played(
+        self, environments: Environments, members: Members, numbers: Sequence[np.ndarray]
+    ) -> list[Group]:
+        """Sample a group of completions of several turns for each prompt."""
+        topology = self.around.topology
+
+        def anyone(has_turns: bool) -> bool:
+            return topology.any(has_turns) if self.together else has_turns
+
+        groups = [
+            [Episode(self.prompts.ids(example).tolist(), row) for row in rows]
+            for (_, example), rows in zip(members, numbers)
+        ]
+        prompts = [self.prompts.prompt(example) for _, example in members]
+        topology.watchdog.pause("the environments")
+        failed = environments.play(groups, prompts, self._draw, self._text, anyone, self._beat)
+        return [
+            Group(
+                number, prompt.place, tuple(self.prompts.ids(example).tolist()),
+                tuple(episode.rollout(why) for episode in episodes),
+            )
+            for (number, example), prompt, episodes, why in zip(members, prompts, groups, failed)
+        ]  # fmt: skip
 
     def _at_server(self, served: Served, of: Sequence[int], members: Members) -> list[Group]:
         """Let a server sample a group of completions of each prompt, by a seed for each."""
@@ -72,10 +102,19 @@ class Collector:
 
     def rewards(self, group: Group, example: int) -> "list[Reward]":
         """Return the rewards of the completions of a group."""
+        if why := group.unplayed:
+            from finetune.rollouts.rewards import Reward  # which imports all scores
+
+            return [Reward(None, {}, why) for _ in group.rollouts]
         watchdog, prompt = self.around.topology.watchdog, self.prompts.prompt(example)
         watchdog.pause(f"the rewards of {group.place}")
         found = self.around.rewards(
-            [Completion(prompt, each.text, each.finish_reason, each.ids) for each in group.rollouts]
+            [
+                Completion(
+                    prompt, each.text, each.finish_reason, each.own_ids, environment=each.given
+                )
+                for each in group.rollouts
+            ]
         )
         watchdog.heartbeat()
         return found

@@ -46,7 +46,7 @@ def examples_of(
         for rollout in group.rollouts:
             if not _is_masked(rollout, settings):
                 parts.append(np.array([*group.prompt_ids, *rollout.ids], np.int32))
-                supervised.append(np.arange(len(parts[-1])) >= len(group.prompt_ids))
+                supervised.append(np.append(np.zeros(len(group.prompt_ids), bool), rollout.is_own))
     is_supervised = np.concatenate([np.zeros(0, bool), *supervised])
     ends = np.cumsum([len(each) for each in parts], dtype=np.int64)
     number = np.arange(len(parts))
@@ -83,7 +83,7 @@ def scored(groups: Sequence[Group], settings: Settings) -> Scored:
             is_learned = not _is_masked(rollout, settings)
             rewards.append(_reward(rollout, settings))
             numbers.append(group.number)
-            lengths.append(len(rollout.ids) if is_learned else 0)
+            lengths.append(int(rollout.is_own.sum()) if is_learned else 0)
             cut.append(rollout.is_cut)
             own = {"sampler_logprobs": rollout.sampler_logprobs, **rollout.values}
             for name, values in own.items() if is_learned else ():
@@ -146,7 +146,7 @@ def facts_of(
         rewards["no_signal_share"] = _mean([not has_signal(it, settings) for it in compared])
     return {
         **(rewards if parts or len(scored_groups) < len(groups) else {}),
-        "completion_length": _mean([len(each.ids) for each in everyone]),
+        "completion_length": _mean([len(each.own_ids) for each in everyone]),
         "cut_share": _mean([each.is_cut for each in everyone]),
         "failed_groups": float(len(groups) - len(scored_groups)),
         "learned_groups": float(len(kept_groups)),
@@ -200,7 +200,7 @@ def with_values(
         rollouts = []
         for rollout in group.rollouts:
             if not _is_masked(rollout, settings):
-                part = slice(at, at + len(rollout.ids))
+                part = slice(at, at + int(rollout.is_own.sum()))
                 values = {name: array[part] for name, array in found.items()}
                 rollout, at = replace(rollout, values=values), part.stop
             rollouts.append(rollout)

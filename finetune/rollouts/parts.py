@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from finetune.evaluation.scores import matching, reasoning_tasks, table
 from finetune.evaluation.scores.base import NO_REFERENCE, OfAnswer
 from finetune.evaluation.scores.code_tests import CodeTests
 from finetune.generation.completions import Completion, Prompt, Score
-from finetune.rollouts.apart import Apart, Scoring
+from finetune.rollouts.apart import Apart
 from finetune.rollouts.judged import JudgeReward
 from finetune.rollouts.model_reward import ModelReward
 from finetune.rollouts.own_rewards import OwnReward
 from finetune.rollouts.own_rewards import made as own_made
 
+Scoring = Callable[[Sequence[Completion]], list[Score]]
 # Scores of `finetune evaluate` that are rewards of their own kind, and those that need more than
 # an answer and its row.
 OF_OWN_KIND = (
@@ -176,8 +178,9 @@ def _in_process(
 ) -> Part:  # fmt: skip
     # `make` is in a module without torch, so that its process starts in half a second.
     apart = Apart(
-        make, arguments, seconds=settings.seconds, call_seconds=settings.call_seconds, whole=whole
-    )
+        make, arguments, partial(Score, None), seconds=settings.seconds,
+        call_seconds=settings.call_seconds, whole=whole,
+    )  # fmt: skip
     return Part(settings, apart, problem, identity, open=apart.open, close=apart.close)
 
 
@@ -199,6 +202,13 @@ def _reward_model(settings: fields.RewardModel, _: Any) -> Part:
     return Part(settings, scorer, identity=scorer.identity, is_kept=True)
 
 
+def _environment(settings: fields.FromEnvironment, _: Any) -> Part:
+    def scorer(completions: Sequence[Completion]) -> list[Score]:
+        return [Score(each.environment, "no environment gave a reward") for each in completions]
+
+    return Part(settings, scorer)
+
+
 def _own(settings: fields.OwnReward, _: Any) -> Part:
     code = own_code.get(settings.kind)
     whole = OwnReward(code).is_of_all
@@ -218,5 +228,6 @@ MAKE: Mapping[type[RewardPart], Callable[[Any, Callable[[str], None]], Part]] = 
     fields.Judge: _judge,
     fields.RewardModel: _reward_model,
     fields.ReasoningGym: _reasoning_gym,
+    fields.FromEnvironment: _environment,
     fields.OwnReward: _own,
 }

@@ -32,7 +32,9 @@ FOLDER = "rollouts"
 class Rollout:
     """One completion, all that is known of it.
 
-    ids: with the token that ended it. The arrays are float32 [ids]. reward None: it failed.
+    ids: with the token that ended it, and of several turns with what the environment said between
+    them. The arrays are float32 [ids that the model wrote]. text: of several turns the last.
+    reward None: it failed.
     """
 
     ids: tuple[int, ...]
@@ -45,6 +47,22 @@ class Rollout:
     values: Mapping[str, np.ndarray] = field(default_factory=dict)
     """What the policy that is updated says of each token before the first step of the phase:
     `old_logprobs`, and where the objective asks for them `reference` and `old_values`."""
+    heard: tuple[tuple[int, int], ...] = ()
+    """Stretches of the ids that the environment said."""
+    given: float | None = None
+    """The sum of the rewards that the environment gave; None without one."""
+
+    @property
+    def is_own(self) -> np.ndarray:
+        """Return which ids the model wrote, bool [ids]."""
+        own = np.ones(len(self.ids), bool)
+        for start, end in self.heard:
+            own[start:end] = False
+        return own
+
+    @property
+    def own_ids(self) -> tuple[int, ...]:
+        return tuple(token for token, own in zip(self.ids, self.is_own.tolist()) if own)
 
     @property
     def is_cut(self) -> bool:
@@ -55,6 +73,8 @@ class Rollout:
             "ids": list(self.ids), "text": self.text, "finish_reason": self.finish_reason,
             "reward": self.reward, "parts": dict(self.parts),
             **({"reason": self.reason} if self.reason else {}),
+            **({"heard": self.heard} if self.heard else {}),
+            **({} if self.given is None else {"given": self.given}),
             "sampler_logprobs": _floats(self.sampler_logprobs),
             **{name: _floats(values) for name, values in self.values.items()},
         }  # fmt: skip
@@ -63,12 +83,14 @@ class Rollout:
     def from_json(cls, known: Mapping[str, Any]) -> "Rollout":
         others = known.keys() - {
             "ids", "text", "finish_reason", "reward", "parts", "reason", "sampler_logprobs",
+            "heard", "given",
         }  # fmt: skip
         return cls(
             tuple(known["ids"]), np.array(known["sampler_logprobs"], np.float32),
             known["finish_reason"], known["text"], known["reward"], known["parts"],
             known.get("reason", ""),
             {name: np.array(known[name], np.float32) for name in sorted(others)},
+            tuple((start, end) for start, end in known.get("heard", ())), known.get("given"),
         )  # fmt: skip
 
 
@@ -93,6 +115,11 @@ class Group:
         return next(
             (each.reason or "no reason" for each in self.rollouts if each.reward is None), ""
         )
+
+    @property
+    def unplayed(self) -> str:
+        """Return why the environment of a group without rewards failed; empty if it did not."""
+        return next((each.reason for each in self.rollouts if each.reason), "")
 
     def to_json(self) -> dict[str, Any]:
         rollouts = [each.to_json() for each in self.rollouts]
@@ -158,6 +185,11 @@ class ShardFile:
             return True
         except (KeyError, TypeError, ValueError):
             return False
+
+    def lacks(self, number: int) -> bool:
+        """Return whether a group is to be sampled: it is not here, or its environment failed."""
+        group = self.groups.get(number)
+        return group is None or not (group.is_scored or group.unplayed == "")
 
     def sampled(self, groups: Iterable[Group]) -> None:
         """Append groups without rewards. Raises Outage if the disk fails."""

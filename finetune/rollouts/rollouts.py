@@ -158,7 +158,7 @@ class Rollouts:
         chosen, compares = self._kept(phase, groups), self.around.objective.learns_rewards
         group_examples.require_some(phase, groups, chosen, self.settings, compares)
         groups = self._with_values(phase, groups)
-        tokens = sum(len(each.ids) for group in groups for each in group.rollouts)
+        tokens = sum(len(each.own_ids) for group in groups for each in group.rollouts)
         speed = {"rollout_seconds": round(seconds, 3), "rollout_tokens": tokens}
         header = {"phase": phase + 1, "of": self._of(phase), "step": step, "speed": speed}
 
@@ -307,14 +307,14 @@ class Rollouts:
         """
         collector, members = self.collector, [] if shard is None else list(shard[1])
         try:
-            missing = file is not None and any(n not in file.groups for n, _ in members)
+            missing = file is not None and any(file.lacks(number) for number, _ in members)
             if self.around.topology.any(missing) if collector.together else missing:
                 try:
                     drawn = collector.drawn([phase], members if missing else [])
                 except Stopped:
                     return False
                 if file is not None:
-                    file.sampled([each for each in drawn if each.number not in file.groups])
+                    file.sampled([each for each in drawn if file.lacks(each.number)])
             return file is None or self._score(file, members, failed, note)
         finally:
             if file is not None:
@@ -355,7 +355,9 @@ class Rollouts:
     def _evaluated(self, asked: Asked) -> dict[str, float] | None:
         topology, prompts = self.around.topology, asked.prompts
         collector = Collector(self.around, prompts, asked.seed, 1)
-        shards = _shards(list(enumerate(range(len(prompts)))), self.settings.shard_size * 8)
+        # An environment that hangs takes others of its process with it, so each prompt has its own.
+        size = self.settings.shard_size * (1 if self.around.environments else 8)
+        shards = _shards(list(enumerate(range(len(prompts)))), size)
         rank, number = topology.data_rank, topology.num_data
         samples = topology.rank % topology.parallel.num_context == 0
         found = list[Group]()
