@@ -6,8 +6,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT, pretrained, read_jsonl, write_jsonl
+import yaml
+from conftest import ROOT, TINY_LLAMA, pretrained, read_jsonl, write_jsonl
 from invariants import sampled
+from test_rewards import run_until
 from test_rollouts import Killed, asking, equal, killed, tokens
 
 from finetune import own_code
@@ -40,11 +42,11 @@ class Game:
 """
 
 
-def doc_example():
-    """The first Python block of the section "Environments" of docs/reinforcement.md."""
+def doc_example(language):
+    """The first block in a language of the section "Environments" of docs/reinforcement.md."""
     page = (ROOT / "docs/reinforcement.md").read_text()
     section = page[page.index("## Environments") :]
-    return re.search(r"```python\n(.+?)```", section, re.DOTALL)[1]
+    return re.search(rf"```{language}\n(.+?)```", section, re.DOTALL)[1]
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +190,9 @@ def test_a_template_that_cannot_take_turns_is_an_error(tmp_path, tokenizer):
     turns = Turns(deaf, tokenizer, "error")
     with pytest.raises(DataError, match="leaves out '12' of the role tool; give it another role"):
         turns.between([Message("tool", "12")])
+    turns = Turns(template_of(tokenizer, "question_answer"), tokenizer, "error")
+    with pytest.raises(DataError, match="writes the role tool as an answer of the model"):
+        turns.between([Message("tool", "12")])
 
 
 def test_limits_hold_over_all_turns(play):
@@ -274,9 +279,20 @@ def test_a_group_whose_environment_failed_is_played_again(tmp_path, play):
 
 def test_the_example_of_the_documentation(play):
     groups = [["<calc>3 * 4</calc>", "12"], ["13"]]
-    played = play(doc_example(), groups, rows=[{"prompt": "3 times 4?", "answer": 12}])
+    played = play(doc_example("python"), groups, rows=[{"prompt": "3 times 4?", "answer": 12}])
     assert played.failed == [""]
     assert [each.given for each in played.rollouts[0]] == [1.0, 0.0]
+
+
+@pytest.mark.proof
+def test_the_config_of_the_documentation(workshop):
+    (workshop.folder / "tools.py").write_text(doc_example("python"))
+    rows = [{"prompt": "3 times 4?", "answer": 12}] * 16
+    given = yaml.safe_load(doc_example("yaml"))
+    given["data"]["train"] = str(write_jsonl(workshop.folder / given["data"]["train"], rows))
+    settings = {f"{part}__{n}": v for part, values in given.items() for n, v in values.items()}
+    shape = TINY_LLAMA | {"max_position_embeddings": 1024}
+    workshop.check(**{**settings, "data__max_length": 1024, "model__config": shape})
 
 
 # -------------------------------------------------------------------------------- by the config
@@ -407,6 +423,39 @@ def test_two_processes_play_like_one(workshop, topology):
     launch = several(workshop.folder, "ddp", 2, f"topology:{topology}", path)
     assert launch.codes() == [0, 0], launch.output()
     assert tokens(workshop.run_dir(topology)) == tokens(alone)
+
+
+@pytest.mark.proof
+def test_a_request_to_stop_does_not_wait_for_an_environment(workshop, tmp_path):
+    """What was under way is played again, and no group is lost."""
+    seen = tmp_path / "seen"
+    slow = (
+        FUSSY.replace('raise ValueError("no board")', "self.wait()")
+        + f"""
+    def wait(self):
+        import pathlib, time
+
+        seen = pathlib.Path({str(seen)!r})
+        if not seen.exists():
+            seen.touch()
+            time.sleep(500)
+"""
+    )
+    own = fussy_settings(workshop)
+    own["objective__rollouts"]["turn_seconds"] = 600.0
+    (workshop.folder / "game.py").write_text(slow)
+    assert run_until(workshop.write(workshop.config(**own)), seen.exists) == 75
+    run = workshop.train(**own)
+    assert [line["failed_groups"] for line in read_jsonl(run / "metrics.jsonl")] == [0, 0, 0]
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("kind", ["ppo", "rloo"])
+def test_other_policy_gradients_and_evaluations_play_too(workshop, kind):
+    own = fussy_settings(workshop, data__eval_fraction=0.2, evaluation__every_steps=2)
+    run = workshop.train(**own | {"objective__kind": kind, "objective__beta": 0.05})
+    assert all(line["ratio"] == 1 for line in read_jsonl(run / "metrics.jsonl"))
+    assert {"eval_loss", "reward_environment"} <= read_jsonl(run / "eval.jsonl")[-1].keys()
 
 
 GAME = """

@@ -197,7 +197,21 @@ class Template:
             if not _holds(after, message.content):
                 what = f"leaves out {_short(message.content)} of the role {message.role}"
                 raise self._wrong(conversation, f"{what}; give it another role")
+            if message.role != "user" and text == self._as_answers(conversation, message.role):
+                what = f"writes the role {message.role} as an answer of the model"
+                raise self._wrong(conversation, f"{what}; give it another role")
         return found[0].strip(), after
+
+    def _as_answers(self, conversation: Conversation, role: str) -> str | None:
+        """Return the prompt with the messages of a role as answers; None if that cannot be."""
+        messages = [
+            replace(each, role="assistant") if each.role == role else each
+            for each in conversation.messages
+        ]
+        try:
+            return self.prompt(messages, conversation.place)
+        except DataError:
+            return None
 
     def stop_token(self, conversation: Conversation | None = None) -> str | None:
         """Return the token that ends an answer; None if the tokenizer's EOS must do that.
