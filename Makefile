@@ -60,7 +60,7 @@ shy: install runs/quickstart/model
 runs/quickstart/model:
 	$(MAKE) quickstart
 
-# About 5 minutes on two idle cores; it ends with a count of what it leaves to the targets below.
+# Four to six minutes on two idle cores; it ends with a count of what it leaves to the targets below.
 test: .venv/tools
 	$(BIN)/python -m pytest tests -n auto --dist worksteal
 
