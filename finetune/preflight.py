@@ -153,43 +153,26 @@ def prepare(
         if wanted.streaming
         else _sequences(config, sources, template, tokenizer, options, view)
     )
-    if isinstance(config.objective, Distill) and config.objective.teacher is None:
-        for part in filter(None, (train, evals)):
-            _attach_taught(part, config.objective, model_config, wanted.text_unit)
+    for part in filter(None, (train, evals)):
+        _attach_taught(part, config, model_config)
     families.set_labels(model_config, train.examples.labels)
     if families.of(config) == families.SCORES:
         _part_padding(model_config, tokenizer, [each.examples for each in (train, evals) if each])
-    template = replace(template, learn_opening=train.examples.learn_opening)
-    if objective.has_turns:
-        example = (
-            train.examples.answered() if config.rollouts
-            else tokenised.first_that_fits(sources.train, template, options)
-        )  # fmt: skip
-        template = replace(template, example=example)
-    turns = None
-    if config.rollouts and config.rollouts.environment:
-        turns = Turns(template, tokenizer, wanted.special_tokens_in_text)
+    template = _with_example(template, config, objective, train, sources, options)
+    plays = config.rollouts and config.rollouts.environment
+    turns = Turns(template, tokenizer, wanted.special_tokens_in_text) if plays else None
     _rehearse_export(config, topology, tokenizer, model_config, template)
     train_batches, eval_batches = _batched(
         config, topology, objective, train, evals, kernel, tokenizer
     )
     num_steps = min(natural_steps(config, train_batches), config.train.max_steps or sys.maxsize)
     parts = [each.examples for each in (train, evals) if each is not None]
-    check_lengths(parts, config, model_config)
-    if teaches is not None:
-        with teacher.named():
-            check_lengths(parts, config, teaches.model_config)
+    _check_lengths_for_all(parts, config, model_config, teaches)
     check_warmup(config, num_steps)
     topology.on_every(lambda: _rehearse_objective(config, objective, train_batches))
     rewards = topology.on_every(lambda: _rewards(config, topology, parts))
-    kind = objective_kind(config.objective.kind)
     for each in filter(None, (train_batches, eval_batches)):
-        if kind.rates:
-            pairs.require(each.in_memory.examples, kind.compares)
-        if objective.mismatches(config.objective):
-            given = each.in_memory.examples
-            beside = mismatched(given, wanted.max_length, config.run.seed)
-            each.mismatched = each.with_examples(beside)
+        _require_rated(config, objective, each)
     identity = {
         **_identity(train_batches, eval_batches, tokenizer, template), "model": architecture,
         **code_identity(config), **(rewards.identity() if rewards else {}),
@@ -200,6 +183,31 @@ def prepare(
         sources, known, identity, format, num_rows, options, _columns(wanted, sources, format),
         teaches, rewards, turns,
     )  # fmt: skip
+
+
+def _with_example(
+    template: templates.Template, config: Config, objective: Objective, train: Any,
+    sources: Sources, options: tokenised.Options,
+) -> templates.Template:  # fmt: skip
+    """Return the template with what the rows have shown of it: an opening, a row that it takes."""
+    template = replace(template, learn_opening=train.examples.learn_opening)
+    if not objective.has_turns:
+        return template
+    example = (
+        train.examples.answered() if config.rollouts
+        else tokenised.first_that_fits(sources.train, template, options)
+    )  # fmt: skip
+    return replace(template, example=example)
+
+
+def _require_rated(config: Config, objective: Objective, given: batches.Batches) -> None:
+    """Check answers that the objective compares or judges; give KTO its mismatched documents."""
+    kind = objective_kind(config.objective.kind)
+    if kind.rates:
+        pairs.require(given.in_memory.examples, kind.compares)
+    if objective.mismatches(config.objective):
+        beside = mismatched(given.in_memory.examples, config.data.max_length, config.run.seed)
+        given.mismatched = given.with_examples(beside)
 
 
 def _identity(
@@ -378,10 +386,13 @@ def _teacher(
     )  # fmt: skip
 
 
-def _attach_taught(part: Any, objective: Distill, model_config: Any, text_unit: str) -> None:
-    """Give the examples of sequences what their rows hold of a teacher."""
+def _attach_taught(part: Any, config: Config, model_config: Any) -> None:
+    """Give the examples of sequences what their rows hold of a teacher, if no model is one."""
+    objective = config.objective
+    if not isinstance(objective, Distill) or objective.teacher is not None:
+        return
     size = model_config.get_text_config().vocab_size
-    found = taught.columns(part.examples, text_unit, objective.temperature, size)
+    found = taught.columns(part.examples, config.data.text_unit, objective.temperature, size)
     unread = {name: n for name, n in part.examples.unread.items() if name != taught.COLUMN}
     part.examples = replace(part.examples, token_columns=found, unread=unread)
 
@@ -644,6 +655,16 @@ def check_lengths(parts: Sequence[Any], config: Config, model_config: Any) -> No
                 f"{positions} positions (max_position_embeddings); "
                 + tokenised.fitting(longest, config.data.max_length, positions, num_documents)
             )
+
+
+def _check_lengths_for_all(
+    parts: Sequence[Any], config: Config, model_config: Any, teaches: teacher.Teacher | None
+) -> None:
+    """Raise DataError for documents that are too long for the model, or for its teacher."""
+    check_lengths(parts, config, model_config)
+    if teaches is not None:
+        with teacher.named():
+            check_lengths(parts, config, teaches.model_config)
 
 
 def check_warmup(config: Config, num_steps: int) -> None:

@@ -220,8 +220,12 @@ def _preference_conflicts(config: Config) -> Iterator[str]:
         )
     if row.family == "scores" and config.evaluation.sample_prompts:
         yield "evaluation.sample_prompts: a reward model does not write answers; remove it"
-    if not isinstance(objective, Dpo):
-        return
+    if isinstance(objective, Dpo):
+        yield from _pair_loss_conflicts(config, objective)
+
+
+def _pair_loss_conflicts(config: Config, objective: Dpo) -> Iterator[str]:
+    """List settings that the loss of a pair would ignore."""
     loss = objective.loss
     if loss in NOISY and not objective.swap_probability:
         yield (
