@@ -254,6 +254,15 @@ BY_TRL = [
 ]  # fmt: skip
 
 
+def our_step(kind, own):
+    """(model, examples, scored, means, gradients) of one step over all completions at once."""
+    examples, (model, policy) = completions_of(), make(kind)
+    scored = scored_of(examples)
+    columns, _ = KINDS[kind][0].columns(scored, own)
+    found = step(kind, model, policy, own, batches_of(examples, columns, 8))
+    return model, examples, scored, *found
+
+
 @pytest.mark.proof
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("loss", "values", "theirs"), BY_TRL, ids=str)
@@ -265,11 +274,8 @@ def test_losses_and_gradients_equal_trls(tmp_path, loss, values, theirs):
         max_completion_length=10, num_generations=4, steps_per_generation=1,
         **_of_trl(tmp_path), **{"loss_type": loss, **theirs, "beta": 0.0},
     )  # fmt: skip
-    examples, (model, policy), objective = completions_of(), make("grpo"), KINDS["grpo"][0]
     _, own = chosen(**settings)
-    scored = scored_of(examples)
-    columns, _ = objective.columns(scored, own)
-    means, gradients = step("grpo", model, policy, own, batches_of(examples, columns, 8))
+    model, examples, scored, means, gradients = our_step("grpo", own)
     trainer = trl.GRPOTrainer(
         as_trl_wants(model), reward_funcs=lambda completions, **_: [0.0] * len(completions),
         args=arguments, **_rows(),
@@ -297,11 +303,8 @@ def test_rloo_equals_trls(tmp_path, beta):
     arguments = trl.RLOOConfig(
         max_completion_length=10, num_generations=4, beta=0.0, **_of_trl(tmp_path)
     )
-    examples, (model, policy), objective = completions_of(), make("rloo"), KINDS["rloo"][0]
     _, own = chosen("rloo", beta=beta, sampler_correction="none")
-    scored = scored_of(examples)
-    columns, _ = objective.columns(scored, own)
-    means, gradients = step("rloo", model, policy, own, batches_of(examples, columns, 8))
+    model, examples, scored, means, gradients = our_step("rloo", own)
     trainer = trl.RLOOTrainer(
         as_trl_wants(model), reward_funcs=lambda completions, **_: [0.0] * len(completions),
         args=arguments, **_rows(),
