@@ -153,11 +153,13 @@ def prepare(
         if wanted.streaming
         else _sequences(config, sources, template, tokenizer, options, view)
     )
-    for part in filter(None, (train, evals)):
+    # Not `if part`: the length of a stream is known when its last shard is made.
+    both = [part for part in (train, evals) if part is not None]
+    for part in both:
         _attach_taught(part, config, model_config)
     families.set_labels(model_config, train.examples.labels)
     if families.of(config) == families.SCORES:
-        _part_padding(model_config, tokenizer, [each.examples for each in (train, evals) if each])
+        _part_padding(model_config, tokenizer, [part.examples for part in both])
     template = _with_example(template, config, objective, train, sources, options)
     plays = config.rollouts and config.rollouts.environment
     turns = Turns(template, tokenizer, wanted.special_tokens_in_text) if plays else None
@@ -166,7 +168,7 @@ def prepare(
         config, topology, objective, train, evals, kernel, tokenizer
     )
     num_steps = min(natural_steps(config, train_batches), config.train.max_steps or sys.maxsize)
-    parts = [each.examples for each in (train, evals) if each is not None]
+    parts = [part.examples for part in both]
     _check_lengths_for_all(parts, config, model_config, teaches)
     check_warmup(config, num_steps)
     topology.on_every(lambda: _rehearse_objective(config, objective, train_batches))
@@ -581,11 +583,11 @@ def _batched(
                 micro_batch_size=micro_size, rank=topology.data_rank,
                 num_processes=topology.num_data, padded=padded, pad_id=pad_id,
             )
-            for each in (train, evals) if each
+            for each in (train, evals) if each is not None
         ]  # fmt: skip
-        return of_both[0], of_both[1] if evals else None
+        return of_both[0], of_both[1] if evals is not None else None
     of_train = batched(train, size, micro_size, config.data.group_by_length)
-    if not evals:
+    if evals is None:
         return of_train, None
     at_once = config.evaluation.micro_batch_size or config.micro_batch_size
     # What an objective prepares is of a step: the same however it is cut up and shared.

@@ -229,6 +229,8 @@ def _rows(config: Config, data: Data) -> str:
     if data.eval and config.data.eval_fraction:
         held = data.eval.sequences.examples.num_distinct_rows
     trained = train.num_distinct_rows
+    if not data.train.sequences.is_whole:
+        return f"{_counted(trained, 'row')} so far"
     left_out = data.num_rows - train.num_dropped - held - trained
     fates = (
         (train.num_dropped, "dropped"),

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import threading
 import time
@@ -397,7 +398,11 @@ def test_a_function_of_the_user_makes_rows_in_worker_processes(workshop):
         patch.setattr(workers, "cores", lambda: 2)
         whole = losses(workshop.train("whole", **settings))
         shutil.rmtree(workshop.folder / "cache")
-        assert losses(workshop.train("early", **settings, data__window_gb=4e-5)) == whole
+        assert losses(workshop.train("one", **settings, data__window_gb=1.0)) == whole
+        shutil.rmtree(workshop.folder / "cache")
+        several = {**settings, "data__window_gb": 2e-5}  # another order, by windows
+        early = losses(workshop.train("early", **several))
+        assert losses(workshop.train("again", **several)) == early != whole
 
 
 def test_code_that_changes_while_it_is_read_again_is_refused(tmp_path):
@@ -424,6 +429,10 @@ def test_skipped_rows_are_counted_and_kept_as_without_streaming(tmp_path):
         assert getattr(streamed, name) == getattr(whole, name)
     kept = "".join(path.read_text() for path in streamed.reject_files)
     assert kept == whole.rejects.read_text()
+    (moved := tmp_path / "a folder of another name").mkdir()
+    other = Streaming(moved, rows)
+    sizes = [[line["bytes"] for line in Layout(s.make(**skips)[1]).lines] for s in (each, other)]
+    assert sizes[0] == sizes[1], "windows would end elsewhere"
     few = {"skipping": Skipping(True, 0.01)}
     assert refused(lambda: each.make(**few)) == refused(lambda: each.whole(**few))
 
@@ -954,7 +963,7 @@ def test_a_builder_that_was_killed_ends_the_run(halting, monkeypatch):
     early.let_through(8)
 
 
-def test_a_run_trains_while_shards_are_made(workshop, monkeypatch):
+def test_a_run_trains_while_shards_are_made(workshop, monkeypatch, capfd):
     """All but the first few wait for a step to be on record."""
     write_jsonl(workshop.rows, pairs(ROWS))
     metrics, late, append = workshop.run_dir("early") / "metrics.jsonl", [], Layout.append
@@ -973,6 +982,7 @@ def test_a_run_trains_while_shards_are_made(workshop, monkeypatch):
     run = workshop.train("early", **settings, data__max_length=100)
     assert late == [True] * 6 + [False] * 5
     assert len(losses(run)) == 20
+    assert re.search(r"^data +\d+ rows so far -> \d+ examples", capfd.readouterr().out, re.M)
 
 
 @pytest.mark.parametrize("number", [5, 190])
