@@ -100,3 +100,10 @@ def test_a_call_of_the_model_elsewhere_would_be_caught(call):
     assert calls_of_a_model(f"def step(topology, state, model, engine, x):\n    return {call}") == [
         2
     ]
+
+
+def test_the_first_line_of_a_module_says_what_is_in_it():
+    """docs/architecture.md lists packages alone, and shows how to list their files by this line."""
+    for path in sorted(ROOT.glob("finetune/**/*.py")):
+        line = path.read_text().split("\n", 1)[0]
+        assert re.fullmatch(r'"""[A-Z`-].*[.:]("""|)', line), f"{path}: {line}"

@@ -1,0 +1,1 @@
+"""Rows: from files to the micro-batches of a step."""

@@ -1,0 +1,1 @@
+"""One optimizer step, what a run keeps of it, and what it writes."""

@@ -1,0 +1,1 @@
+"""Models that others open: saved, compared, merged, in other forms."""

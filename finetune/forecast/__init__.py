@@ -1,0 +1,1 @@
+"""Memory and speed of a run, before any weights are loaded."""

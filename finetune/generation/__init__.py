@@ -1,0 +1,1 @@
+"""Answers to prompts, by a model here or at a server."""

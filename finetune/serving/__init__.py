@@ -1,0 +1,1 @@
+"""Answers to other programs and to a page."""

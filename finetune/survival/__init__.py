@@ -1,0 +1,1 @@
+"""How a run outlives signals, spot machines and processes that hang."""
