@@ -275,5 +275,5 @@ def test_the_architecture_names_every_module():
     text = (ROOT / "docs/architecture.md").read_text()
     for path in ROOT.glob("finetune/**/*.py"):
         if path.name != "__init__.py":
-            folder = str(path.parent.relative_to(ROOT)) + "/"
-            assert path.name in text or f"`{folder}`" in text, path
+            package = path.relative_to(ROOT).parts[1]  # or the file itself
+            assert path.name in text or f"`finetune/{package}/`" in text, path

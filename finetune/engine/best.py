@@ -1,4 +1,4 @@
-"""Track the best evaluation: which checkpoint has its weights; has the run to stop early?"""
+"""Track the best evaluation: which checkpoint has its weights, and when to stop early."""
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any

@@ -1,5 +1,7 @@
-"""How a judge weighs the answers that it may give: one forward pass, or the log-probabilities that
-a server returns. Each is asked once: what a judge has said is kept in a file by its content.
+"""How a judge weighs the answers that it may give.
+
+By one forward pass, or by the log-probabilities that a server returns. Each is asked once: what a
+judge has said is kept in a file by its content.
 """
 
 import hashlib
