@@ -66,7 +66,7 @@ from finetune.preflight import Data
 from finetune.rollouts.around import Around
 from finetune.rollouts.asked import Asked
 from finetune.rollouts.episodes import Environments
-from finetune.rollouts.group_examples import left_out
+from finetune.rollouts.phase_facts import left_out
 from finetune.rollouts.phases import Group, Rollout
 from finetune.rollouts.rollouts import Rollouts
 from finetune.rollouts.served import Served

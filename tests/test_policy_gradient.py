@@ -166,10 +166,9 @@ def test_equal_rewards_give_no_gradient_at_all(scale):
         objective, settings = chosen(kind, **values)
         examples, (model, policy) = completions_of(), make(kind)
         scored = replace(scored_of(examples, groups=1), rewards=np.full(8, 0.1))
-        columns, facts = objective.columns(scored, settings)
+        columns, _ = objective.columns(scored, settings)
         _, gradients = step(kind, model, policy, settings, batches_of(examples, columns, 8))
         assert not any(gradient.any() for gradient in gradients)
-        assert facts["no_signal_share"] == 1
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
@@ -575,7 +574,6 @@ def test_advantages_by_hand():
     found = advantages.beside_others(rewards, groups)
     assert found == pytest.approx([1, -1 / 3, -1 / 3, -1 / 3, -2, 2])
     assert advantages.beside_others(rewards[:1], groups[:1]) == 0, "nothing to compare with"
-    assert advantages.without_signal(np.array([1, 1, 0, 1]), np.array([0, 0, 1, 1])) == 0.5
 
 
 def test_completions_of_another_distribution_count_less():
@@ -602,9 +600,8 @@ def test_ppo_gives_the_reward_at_the_end_and_the_divergence_at_each_token():
     assert columns["returns"] == pytest.approx([1.5, 2.0, 0.0])
     assert columns["advantages"].mean() == pytest.approx(0, abs=1e-7)
     assert columns["advantages"].std(ddof=1) == pytest.approx(1, rel=1e-3)
-    assert facts["reward"] == 0.5
+    assert facts["reward_std"] == 1.5
     assert facts["explained_variance"] == 0, "values of 0 know nothing"
-    assert "no_signal_share" not in facts, "a group of one has nothing to compare with"
 
 
 @pytest.mark.proof

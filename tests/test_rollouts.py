@@ -31,12 +31,12 @@ from finetune.errors import (
     TrainingDiverged,
 )
 from finetune.lines_file import LinesFile
-from finetune.rollouts import group_examples
+from finetune.rollouts import group_examples, phase_facts
 from finetune.rollouts.asked import Asked
 from finetune.rollouts.collecting import Collector
+from finetune.rollouts.phase_sampler import PhaseSampler
 from finetune.rollouts.phases import Group, PhaseFiles, Rollout, ShardFile
 from finetune.rollouts.rewards import Reward, Rewards
-from finetune.rollouts.rollouts import Rollouts
 from finetune.rollouts.sampling import Drawn, _Drawing, draw, numbers_of
 
 pytestmark = pytest.mark.slow
@@ -183,7 +183,7 @@ def test_groups_without_rewards_are_left_out_and_counted():
     groups.append(group(2, [3], [4], rewards=(1.0, 1.0)))
     assert [each.number for each in group_examples.kept(groups, Settings(), 3)] == [0, 2]
     kept = group_examples.kept(groups, Settings(), 3)
-    facts = group_examples.facts_of(groups, kept, Settings())
+    facts = phase_facts.of_phase(groups, kept, Settings())
     assert (facts["failed_groups"], facts["reward"], facts["no_signal_share"]) == (1, 0.75, 0.5)
     others = Settings(dynamic_sampling=1.0)
     assert [each.number for each in group_examples.kept(groups, others, 3)] == [0]
@@ -192,7 +192,7 @@ def test_groups_without_rewards_are_left_out_and_counted():
 def test_a_completion_alone_in_its_group_lacks_no_signal():
     """Each of ppo's usual groups is one completion, which the value head is compared with."""
     groups = [group(0, [3], rewards=(1.0,)), group(1, [4], rewards=(0.0,))]
-    facts = group_examples.facts_of(groups, groups, Settings(group_size=1))
+    facts = phase_facts.of_phase(groups, groups, Settings(group_size=1))
     assert "no_signal_share" not in facts
     assert of_rollouts(facts) == "reward 0.500  length 1  cut 0%"
 
@@ -203,7 +203,7 @@ def test_a_penalty_of_cut_answers_is_a_signal():
     groups.append(group(1, [3], [4], rewards=(0.0, 0.0)))
     settings = Settings(cut_answers="penalise", **others)
     assert [each.number for each in group_examples.kept(groups, settings, 2)] == [0]
-    assert group_examples.facts_of(groups, groups, settings)["no_signal_share"] == 0.5
+    assert phase_facts.of_phase(groups, groups, settings)["no_signal_share"] == 0.5
     assert not group_examples.has_signal(groups[0], Settings(cut_answers="learn", **others))
 
 
@@ -426,14 +426,16 @@ def test_a_process_that_cannot_write_a_shard_leaves_no_other_in_a_pass(tmp_path)
         )  # fmt: skip
         folder = tmp_path / str(can_write)
         folder.mkdir()
-        rollouts = Rollouts.__new__(Rollouts)
-        rollouts.around = SimpleNamespace(topology=topology, stop=lambda: False, of="a run")
-        rollouts.files, rollouts.settings = PhaseFiles(folder), Settings()
-        rollouts.collector = SimpleNamespace(together=True, drawn=lambda *_: killed())
+        sampler = PhaseSampler.__new__(PhaseSampler)
+        sampler.around = SimpleNamespace(
+            topology=topology, stop=lambda: False, of_phase=lambda phase: "a run"
+        )
+        sampler.files, sampler.settings = PhaseFiles(folder), Settings()
+        sampler.collector = SimpleNamespace(together=True, drawn=lambda *_: killed())
         if not can_write:
-            rollouts.files.folder.write_text("in the way")
+            sampler.files.folder.write_text("in the way")
         with pytest.raises(Killed if can_write else (OSError, FinetuneError)):
-            rollouts._collected(0, [(0, [(0, 0)])], 1)
+            sampler._collected(0, [(0, [(0, 0)])], 1)
         return calls
 
     alone, others = collectives(False), collectives(True)

@@ -76,12 +76,6 @@ def beside_others(rewards: np.ndarray, groups: np.ndarray) -> np.ndarray:
     return centred * (count / np.maximum(count - 1, 1))[number]
 
 
-def without_signal(rewards: np.ndarray, groups: np.ndarray) -> float:
-    """Return the share of groups whose rewards are all equal."""
-    centred, number, count = _centred(rewards, groups)
-    return float(np.mean(np.bincount(number, centred != 0, len(count)) == 0))
-
-
 def _centred(rewards: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (rewards minus the mean of their group, the number of each group, its size)."""
     _, first, number, count = np.unique(

@@ -107,7 +107,7 @@ class PolicyGradient(Objective):
             columns[REFERENCE] = scored.reference
         return (
             {name: values.astype(np.float32) for name, values in columns.items()},
-            _facts(scored, of_tokens, weights),
+            _spreads(scored, of_tokens, weights),
         )
 
     def advantages(self, scored: Scored, settings: Any) -> tuple[np.ndarray, Columns]:
@@ -217,14 +217,9 @@ def _exp(nats: Tensor) -> Tensor:
     return nats.clamp(max=LARGEST).exp()
 
 
-def _facts(scored: Scored, of_tokens: np.ndarray, weights: np.ndarray) -> Facts:
-    """Return what the log says of a phase."""
-    facts = {
-        "reward": scored.rewards.mean(), "reward_std": scored.rewards.std(),
-        "completion_length": scored.lengths.mean(), "cut_share": scored.cut.mean(),
-    }  # fmt: skip
-    if len(np.unique(scored.groups)) < len(scored.groups):
-        facts["no_signal_share"] = advantages.without_signal(scored.rewards, scored.groups)
+def _spreads(scored: Scored, of_tokens: np.ndarray, weights: np.ndarray) -> Facts:
+    """Return how far rewards, advantages and the two log-probabilities lie apart in a phase."""
+    facts = {"reward_std": scored.rewards.std()}
     if len(of_tokens):  # else all are masked
         facts["advantage_std"] = of_tokens.std()
     if len(of_tokens) and scored.sampler_logprobs is not None:

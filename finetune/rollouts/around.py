@@ -54,3 +54,7 @@ class Around:
     save: Callable[[Path], None] = lambda folder: None
     reference: Callable[[], AbstractContextManager[Policy]] | None = None
     opened: Callable[[int, Sequence[Group], Mapping[str, float]], None] = lambda *_: None
+
+    def of_phase(self, phase: int) -> str:
+        """Return what the file of a phase depends on."""
+        return f"{self.of} {phase}"

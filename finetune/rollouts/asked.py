@@ -1,6 +1,6 @@
 """Prompts by phase and step: what is known of a run before it has sampled anything."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,6 +8,7 @@ import numpy as np
 from finetune.data.batches import Batch, Batches
 from finetune.data.order import Sequences
 from finetune.rollouts import group_examples
+from finetune.rollouts.phases import Group
 from finetune.rollouts.prompts import PromptExamples
 
 
@@ -115,6 +116,14 @@ class Asked(Batches):
 
     def filler(self) -> Batch:
         return self._blank().filler()
+
+    def batches_of(
+        self, phase: int, groups: Sequence[Group], columns: Mapping[str, np.ndarray]
+    ) -> "PhaseBatches":
+        """Return the batches of groups for the steps of a phase. columns: [S] by name."""
+        examples = group_examples.examples_of(groups, self.rollouts, columns)
+        sequences = Sequences(examples, False, 0, 0)
+        return self.learning_from(sequences, self.passes_and_steps(phase)[1])
 
     def learning_from(self, sequences: Sequences, steps: int) -> "PhaseBatches":
         """Return the batches of a phase's completions: as many steps, again and again."""

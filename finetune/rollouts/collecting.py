@@ -22,6 +22,11 @@ Members = Sequence[tuple[int, int]]
 """(number of a prompt among those that are asked, its example) of each prompt of a shard."""
 
 
+def shards_of(members: Sequence[tuple[int, int]], size: int) -> list[Sequence[tuple[int, int]]]:
+    """Part prompts into shards."""
+    return [members[start : start + size] for start in range(0, len(members), size)]
+
+
 class Collector:
     """Samples and rewards groups for one process.
 

@@ -40,6 +40,9 @@ class Reward:
     parts: Mapping[str, float]
     reason: str = ""
 
+    def to_json(self) -> dict[str, Any]:
+        return {"reward": self.total, "parts": dict(self.parts), "reason": self.reason}
+
 
 class Rewards:
     """The rewards of a config. Raises ConfigError for what is wrong with one of them."""
