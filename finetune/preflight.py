@@ -128,7 +128,7 @@ def prepare(
     """
     _require_packages(config, topology)
     remote.keep_in(config.cache_dir)
-    wanted, objective = _in_format(config), chosen(config.objective)
+    wanted, objective = _in_format(config), chosen(config)
     # Before anything is fetched from the Hub
     sources, format = _checked_rows(wanted, topology, config.rollouts is not None)
     model_config, tokenizer = _config_and_tokenizer(config)
@@ -600,7 +600,7 @@ def _rehearse_export(
     template: templates.Template,
 ) -> None:  # fmt: skip
     """Raise UserError for what the export could not save, and for prompts without tokens."""
-    model, kept = config.model, template if chosen(config.objective).has_turns else None
+    model, kept = config.model, template if chosen(config).has_turns else None
     of_base = Base(model.path, model.revision, model.trust_remote_code)
     system_prompt = config.data.system_prompt
     topology.on_main(lambda: rehearse(tokenizer, model_config, of_base, kept, system_prompt))
@@ -706,7 +706,7 @@ def check_model(config: Config, data: Data) -> ModelFacts:
         float8.large_products(skeleton)
     new_ids = data.new_token_ids
     adapted = adapters.apply(skeleton, config.adapter, config.model, new_token_ids=new_ids)
-    scalar_heads.attach(skeleton, chosen(config.objective).heads)
+    scalar_heads.attach(skeleton, chosen(config).heads)
     trainable, total = parameters.count(adapted)
     _check_rates(config, skeleton, data.num_steps)
     counted = weights.count(adapted, config, FLOAT32)

@@ -413,7 +413,7 @@ class Run:
     @functools.cached_property
     def objective(self) -> Objective:
         """One for the whole run: it compares the terms of all steps."""
-        return chosen(self.config.objective)
+        return chosen(self.config)
 
     def policy(self, model: Any) -> Policy:
         """Return the model as objectives see it."""

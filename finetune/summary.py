@@ -94,7 +94,7 @@ def notes(config: Config, data: Data, model: ModelFacts, check_only: bool = Fals
             "others are tokenised meanwhile"
         )
     columns = data.train.sequences.examples.first_ones().columns
-    found += chosen(config.objective).notes(config.objective, columns)
+    found += chosen(config).notes(config.objective, columns)
     found += [*data.sources.notes, *_surprises(config, data), *_template_notes(config, data)]
     found += [*_stops_without_effect(config, data), *_data_without_effect(config, data)]
     if not check_only:
@@ -393,7 +393,7 @@ def _surprises(config: Config, data: Data) -> Iterator[str]:
 
 def _template_notes(config: Config, data: Data) -> Iterator[str]:
     """Note what the template does that its user may not expect."""
-    template, has_turns = data.template, chosen(config.objective).has_turns
+    template, has_turns = data.template, chosen(config).has_turns
     if has_turns and data.tokenizer.chat_template and template.name != "chat":
         # Suppress: the model's own template need not be usable.
         with contextlib.suppress(DataError, templates.BrokenTemplate):

@@ -11,7 +11,7 @@ from conftest import TINY_LLAMA, read_jsonl, write_jsonl
 
 from finetune.__main__ import main
 from finetune.data.taught import Scored, Taught
-from finetune.errors import DataError
+from finetune.errors import ConfigError, DataError
 from finetune.models.load import bytes_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -43,6 +43,30 @@ def test_all_tokens_stored_train_as_the_teacher_itself(workshop, teacher):
     stored = workshop.train("stored", **STEPS, data__train=str(rows))
     assert values(stored) == pytest.approx(values(beside), rel=1e-6, abs=1e-7)
     assert values(stored, "grad_norm") == pytest.approx(values(beside, "grad_norm"), rel=1e-4)
+
+
+def test_every_token_of_plain_text_is_taught_as_clm_learns_it(workshop, teacher):
+    """Also of rows that are split: each part is a document of its row."""
+    rows = [{"text": "to be, or not to be " * (1 + number % 9)} for number in range(24)]
+    own = {
+        "data__train": str(write_jsonl(workshop.folder / "text.jsonl", rows)),
+        "data__format": "text", "data__truncation": "split", "data__max_length": 64,
+        "train__max_steps": 2,
+    }  # fmt: skip
+    clm = workshop.train("clm", **own, objective__kind="clm")
+    own |= STEPS
+    beside = workshop.train("beside", **own, objective__teacher=str(teacher))
+    config, output = workshop.write(workshop.config("config", **own)), workshop.folder / "taught"
+    words = ["--config", config, "--model", teacher, "--top", 261, "--output", f"{output}.jsonl"]
+    assert main(["data", "teach", own["data__train"], *map(str, words)]) == 0
+    stored = workshop.train("stored", **own | {"data__train": f"{output}.jsonl"})
+    assert values(stored) == pytest.approx(values(beside), rel=1e-6, abs=1e-7)
+    tokens = [values(run, "supervised_tokens") for run in (clm, beside, stored)]
+    assert tokens[0] == tokens[1] == tokens[2]
+    with pytest.raises(ConfigError, match="distill trains on every token of rows of text"):
+        workshop.check("run", **own, data__loss_on="last_turn")
+    with pytest.raises(DataError, match=r"clm \(or distill with data.format: text\)"):
+        workshop.check("run", **own | {"data__format": "auto", "data__truncation": "drop"})
 
 
 @pytest.mark.proof

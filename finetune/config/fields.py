@@ -516,6 +516,11 @@ class Config(Section):
         return found
 
     @property
+    def distills_text(self) -> bool:
+        """Return whether a teacher says what follows each token of plain text."""
+        return isinstance(self.objective, Distill) and self.data.format == "text"
+
+    @property
     def trains_in_16_bits(self) -> bool:
         """Return whether trained weights are bfloat16; adapters always train in float32."""
         return self.adapter.kind == "full" and self.model.dtype == "bfloat16"

@@ -112,7 +112,7 @@ def _objective_conflicts(config: Config) -> Iterator[str]:
         has_turns = objective.objective.has_turns
         trains_on_all = objective.objective.supervises("completion") == "all"
     else:
-        trains_on_all = objective.kind == "clm"
+        trains_on_all = objective.kind == "clm" or config.distills_text
         has_turns = not trains_on_all
     if isinstance(objective, PolicyGradient):
         yield from reinforcement_rules.conflicts(objective, config.adapter)
@@ -130,7 +130,8 @@ def _objective_conflicts(config: Config) -> Iterator[str]:
         yield from _preference_conflicts(config)
         return
     if trains_on_all:
-        why = f"objective.kind: {name} trains on every token"
+        of_text = " of rows of text" if config.distills_text else ""
+        why = f"objective.kind: {name} trains on every token{of_text}"
         yield from _ignored(config, why, "data.loss_on")
     elif data.truncation == "split":
         why = "would cut answers from their prompts; use it with objective.kind: clm"
@@ -142,7 +143,7 @@ def _objective_conflicts(config: Config) -> Iterator[str]:
             "choose the good answers with data.columns, as {completion: chosen}"
         )
     if data.format == "text" and has_turns:
-        why = "needs prompts and answers, but data.format is text; use clm"
+        why = "needs prompts and answers, but data.format is text; use clm, or distill"
         yield f"objective.kind: {name} {why}"
 
 

@@ -124,8 +124,11 @@ class Template:
         messages = conversation.messages
         if messages[0].role == "text":
             if loss_on != "all":
-                why = "but objective.kind: sft learns answers"
-                remedy = "use objective.kind: clm, or rows with prompts and answers"
+                why = "but the objective learns answers"
+                remedy = (
+                    "use objective.kind: clm (or distill with data.format: text), or rows with "
+                    "prompts and answers"
+                )
                 what = f"the row is plain text without an answer, {why}; {remedy}"
                 raise DataError(f"{conversation.place}: {what}")
             return [Segment(messages[0].content, True)]

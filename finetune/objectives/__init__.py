@@ -1,12 +1,10 @@
 """What is learned: one file for each objective."""
 
-from typing import Any
-
-from finetune.config import OwnObjective
+from finetune.config import Config, OwnObjective
 from finetune.objectives.base import Encoding, Objective, Term
 from finetune.objectives.classification import SequenceLabels, WordLabels
 from finetune.objectives.clm import Clm
-from finetune.objectives.distill import Distill
+from finetune.objectives.distill import Distill, DistillText
 from finetune.objectives.kto import Kto
 from finetune.objectives.mlm import Mlm
 from finetune.objectives.own import Own
@@ -29,6 +27,9 @@ OBJECTIVES: dict[str, Objective] = {
 __all__ = ["OBJECTIVES", "Encoding", "Objective", "Own", "Term", "chosen"]
 
 
-def chosen(settings: Any) -> Objective:
-    """Return the objective that the section `objective` of a config asks for."""
-    return Own(settings) if isinstance(settings, OwnObjective) else OBJECTIVES[settings.kind]
+def chosen(config: Config) -> Objective:
+    """Return the objective that a config asks for."""
+    settings = config.objective
+    if isinstance(settings, OwnObjective):
+        return Own(settings)
+    return DistillText() if config.distills_text else OBJECTIVES[settings.kind]

@@ -74,3 +74,13 @@ class Distill(Objective):
         found = policy.companion(batch, {"distribution"}).distribution
         assert found is not None
         return found
+
+
+class DistillText(Distill):
+    """The same of rows of plain text: every token, as clm learns them."""
+
+    has_turns = False
+
+    def supervises(self, loss_on: str) -> str:
+        """Supervise all of a row, whatever data.loss_on says."""
+        return "all"

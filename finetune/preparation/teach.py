@@ -27,7 +27,7 @@ import torch
 from finetune import config as configs
 from finetune import preflight
 from finetune.config import Config, paths
-from finetune.config.objective_fields import Distill, Sft
+from finetune.config.objective_fields import Clm, Distill, Sft
 from finetune.data.batches import Batches
 from finetune.data.places import Row
 from finetune.data.taught import COLUMN, Taught
@@ -105,7 +105,8 @@ def _config(given: argparse.Namespace, sources: list[str]) -> Config:
     )  # fmt: skip
     if config.train.micro_batch_size == "auto":
         config = config.changed("train", micro_batch_size=1)
-    return config.model_copy(update={"objective": Sft()})
+    usual = Clm(kind="clm") if config.distills_text else Sft()
+    return config.model_copy(update={"objective": usual})
 
 
 def _write(frame: Frame, data: Data, given: argparse.Namespace, model: _Teacher) -> None:
