@@ -1,32 +1,25 @@
 """Check all that can be checked before weights are loaded, and put the rows into order."""
 
-import functools
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from finetune import extras, kernels, own_code
+from finetune import extras, kernels, own_code, sequences
 from finetune.config import Config, Distill, base, code_identity
 from finetune.config import fields as config_fields
 from finetune.config.choices import OPTIMIZERS, objective_kind
 from finetune.config.engine_fields import ServerEngine
 from finetune.data import (
     batches,
-    building,
-    examples,
     file_types,
-    layout,
-    order,
     pairs,
     remote,
     rows,
-    shards,
     source_files,
-    stream,
     taught,
     templates,
     tokenised,
@@ -37,11 +30,10 @@ from finetune.data.mismatched import mismatched
 from finetune.data.places import list_columns
 from finetune.data.problems import Skipping
 from finetune.data.source_files import Sources
-from finetune.data.views import View
 from finetune.engine import optim, trackers
 from finetune.engine.metrics import log
 from finetune.engine.topology import Topology
-from finetune.errors import ConfigError, DataError, ModelError
+from finetune.errors import ConfigError, ModelError
 from finetune.export.publish import rehearse
 from finetune.export.save import Base
 from finetune.forecast import weights
@@ -60,15 +52,12 @@ from finetune.models import (
 )
 from finetune.objectives import Encoding, Objective, Own, chosen
 from finetune.objectives.base import with_blank_reference
-from finetune.rollouts import prompts
 from finetune.rollouts.asked import Asked
 from finetune.rollouts.turns import Turns
 
 if TYPE_CHECKING:
     from finetune.rollouts.rewards import Rewards
 
-# Share of the evaluation rows that may also be training rows: common data sets have a few.
-MAX_EVAL_OVERLAP = 0.1
 FLOAT32 = 4  # bytes
 
 
@@ -148,11 +137,9 @@ def prepare(
     if wanted.streaming:  # a shard may not show the format
         options = _for_shards(options, sources, format)
     early = topology.is_first_of_node if may_start_early and _starts_early(config) else None
-    train, evals, known, num_rows = (
-        _streamed(config, sources, template, tokenizer, options, view, early)
-        if wanted.streaming
-        else _sequences(config, sources, template, tokenizer, options, view)
-    )
+    reader = sequences.Reader(config, sources, template, tokenizer, options, view)
+    found = reader.streamed(early) if wanted.streaming else reader.in_memory()
+    train, evals, known, num_rows = found
     # Not `if part`: the length of a stream is known when its last shard is made.
     both = [part for part in (train, evals) if part is not None]
     for part in both:
@@ -412,152 +399,6 @@ def _template(
         wanted.template, format, tokenizer.chat_template, tokenizer.special_tokens_map,
         tokenizer.get_added_vocab(), date, wanted.template_arguments,
     )  # fmt: skip
-
-
-def _sequences(
-    config: Config, sources: Sources, template: templates.Template, tokenizer: Any,
-    options: tokenised.Options, view: View,
-) -> tuple[Any, Any, int, int]:  # fmt: skip
-    """Return (training sequences, those of evaluation or None, how many are in both, all rows)."""
-    wanted, seed = config.data, config.run.seed
-    made = _read(config, sources.train, template, tokenizer, options)
-    train = replace(made, view=view)
-    evals = _evaluation(config, sources, train, template, tokenizer, options, view)
-    num_rows = train.num_rows
-    if wanted.max_rows is not None:
-        train = examples.draw(train, wanted.max_rows, seed)
-    if wanted.eval_fraction:
-        train, evals = examples.hold_out(train, wanted.eval_fraction, seed)
-    train = _mixed(wanted, sources, train, seed)
-    known = examples.num_trained_on(evals, train) if evals else 0
-    _require_other_rows(evals, known)
-    found, held = (
-        each and order.Sequences(each, wanted.packing, wanted.max_length, seed)
-        for each in (train, evals)
-    )
-    return found, held, known, num_rows
-
-
-def _read(
-    config: Config, sources: Mapping[str, str], template: templates.Template, tokenizer: Any,
-    options: tokenised.Options,
-) -> examples.Examples:  # fmt: skip
-    """Return the rows of sources as tokens: conversations, or where the run samples, prompts."""
-    if config.rollouts:
-        most = config.rollouts.max_new_tokens
-        return prompts.prepare(sources, template, tokenizer, options, most)
-    return examples.prepare(sources, template, tokenizer, options, config.cache_dir)
-
-
-def _streamed(
-    config: Config, sources: Sources, template: templates.Template, tokenizer: Any,
-    options: tokenised.Options, view: View, early: bool | None = None,
-) -> tuple[Any, Any, int, int]:  # fmt: skip
-    """Return the same of rows that stay on the disk.
-
-    `early`: whether this process makes the shards beside the run; None: all are made first.
-    """
-    wanted, seed = config.data, config.run.seed
-    if hasattr(config.objective, "labels") and not options.labels:
-        raise ConfigError(
-            "objective.labels: name the labels, as data.streaming does not have all rows when it "
-            "numbers the first"
-        )
-    plan = layout.Plan(wanted.packing, wanted.max_length, seed, wanted.eval_fraction)
-    recipe = shards.Recipe(
-        shards.root(config.cache_dir), sources.train, template, tokenizer, options, plan,
-        config.cache_dir, view, wanted.shards,
-        None if wanted.window_gb is None else int(wanted.window_gb * 1e9),
-    )  # fmt: skip
-    evals: Any
-    if early is None:
-        train, evals = stream.opened(*shards.prepare(recipe))
-    else:
-        _require_positions(wanted, options)
-        train, evals = stream.opened(*building.begin(recipe, early))
-        train.require_once_whole(functools.partial(_require_steps, config))
-    if sources.eval:
-        found = _evaluation(config, sources, train.examples, template, tokenizer, options, view)
-        evals = order.Sequences(found, wanted.packing, wanted.max_length, seed)
-    for part, what in ((train, "leaves no rows to train on"), (evals, "holds none out")):
-        if wanted.eval_fraction and not len(part or ()):
-            raise DataError(
-                f"data.eval_fraction: {wanted.eval_fraction} of {train.examples.num_rows:,} rows "
-                f"{what}: each row is drawn by its content; change the fraction or run.seed"
-            )
-    counted = evals and train.is_whole
-    known = stream.num_known(evals.examples.digests(), train.examples) if counted else 0
-    _require_other_rows(evals and evals.examples, known)
-    return train, evals, known, train.examples.num_rows
-
-
-def _require_positions(wanted: config_fields.Data, options: tokenised.Options) -> None:
-    """Raise ConfigError if a row that is not tokenised yet may be too long for the model."""
-    if options.positions is not None and wanted.max_length > options.positions:
-        raise ConfigError(
-            f"data.max_length: {wanted.max_length}, but the model has only {options.positions} "
-            "positions, and with data.window_gb and train.max_steps training starts before all "
-            "rows are measured; lower it"
-        )
-
-
-def _require_steps(config: Config, num_sequences: int) -> None:
-    """Raise DataError if the rows end before train.max_steps, on which the learning rates rely."""
-    per_epoch = -(-num_sequences // config.train.global_batch_size)
-    steps, most = math.ceil(per_epoch * config.train.epochs - 1e-9), config.train.max_steps or 0
-    if steps < most:
-        raise DataError(
-            f"train.max_steps: {most:,}, but train.epochs: {config.train.epochs} of the rows are "
-            f"{steps:,} steps; set it to {steps:,}, or raise train.epochs, under another run.name"
-        )
-
-
-def _require_other_rows(evals: Any, known: int) -> None:
-    """Raise DataError if too many evaluation rows are also trained on."""
-    if evals and known > MAX_EVAL_OVERLAP * len(evals):
-        raise DataError(
-            f"data.eval: {known:,} of its {len(evals):,} examples are also trained on, so it would "
-            "measure memorisation; remove them from one of the two"
-        )
-
-
-def _evaluation(
-    config: Config, sources: Sources, train: Any, template: templates.Template, tokenizer: Any,
-    options: tokenised.Options, view: View,
-) -> Any:  # fmt: skip
-    """Return the examples of data.eval, or None. Raise DataError if they do not fit `train`."""
-    if not sources.eval:
-        return None
-    same = replace(template, learn_opening=train.learn_opening)
-    alike = replace(options, labels=tuple(train.labels))
-    made = _read(config, sources.eval, same, tokenizer, alike)
-    evals = replace(made, view=view)
-    if evals.learn_opening != train.learn_opening:
-        raise DataError(
-            f"data.eval: some of its answers do not begin with {template.opening!r}, which the "
-            "template puts before every answer of data.train; evaluation rows have thoughts "
-            "that no training row has"
-        )
-    if evals.columns.keys() != train.columns.keys():
-        here, there = (list_columns(sorted(e.columns)) for e in (evals, train))
-        raise DataError(
-            f"data.eval: data.format gives its rows the fields {here}, and those of data.train "
-            f"{there}; return the same for every row"
-        )
-    return evals
-
-
-def _mixed(wanted: config_fields.Data, sources: Sources, train: Any, seed: int) -> Any:
-    """Return the training examples in the shares of data.weights and data.token_budgets."""
-    if not wanted.weights and not wanted.token_budgets:
-        return train
-    files, shares = list(sources.train), []
-    for name, amount in [*wanted.weights.items(), *wanted.token_budgets.items()]:
-        found = source_files.expand(name, "data.train")[0]
-        numbers = [files.index(file) for file in found if file in files]
-        weight = amount if name in wanted.weights else None
-        shares.append(examples.Share(name, numbers, weight, None if weight else int(amount)))
-    return examples.mixed(train, shares, seed)
 
 
 def _batched(
