@@ -459,7 +459,7 @@ def _rewards(config: Config, topology: Topology, parts: Sequence[Any]) -> "Rewar
     made = Rewards(settings.rewards or (), log if topology.is_main else lambda text: None)
     made.check(prompt for part in parts for prompt in part.every_prompt())
     if isinstance(engine := config.rollouts.engine, ServerEngine) and topology.is_main:
-        require_server(engine)
+        require_server(engine, config.rollouts.temperature)
     return made
 
 

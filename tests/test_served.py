@@ -73,7 +73,8 @@ def test_each_phase_is_sampled_with_the_weights_of_its_step(workshop, vllm, adap
         assert names[0] == "policy"  # before the first step
         assert len(set(names)) == 3
         assert names[1].startswith("run-phase-1-")
-        assert len(vllm.adapters) == 1
+        assert not vllm.adapters
+        assert vllm.calls[-1] == "/v1/unload_lora_adapter"
     seeds = [body["seed"] for body in vllm.sampled if body["seed"]]  # without probes
     assert len(set(seeds)) == len(seeds) == 8
 

@@ -145,3 +145,24 @@ def test_an_answer_that_ends_with_another_token_is_an_error(vllm, monkeypatch):
         pytest.raises(UserError, match="ends answers with 2"),
     ):
         asked(VllmServer(client), max_new_tokens=1)
+
+
+def test_a_completion_that_another_program_ended_is_an_outage(vllm, monkeypatch):
+    """Such as `abort`, when another program lets the server sleep: the policy had not finished."""
+    inner = vllm._choice
+    monkeypatch.setattr(vllm, "_choice", lambda *given: inner(*given) | {"finish_reason": "abort"})
+    with Client(Server(vllm.url, "policy")) as client, pytest.raises(Outage, match="by abort"):
+        asked(VllmServer(client))
+
+
+def test_a_cache_of_earlier_weights_that_stays_is_an_error(vllm, folders):
+    vllm.is_busy = True
+    with Client(Server(vllm.url, "policy")) as client, pytest.raises(UserError, match="run alone"):
+        VllmServer(client).load_weights(folders / "second")
+
+
+def test_a_temperature_that_the_server_does_not_know_is_an_error_at_the_start(vllm):
+    with Client(Server(vllm.url, "policy")) as client:
+        VllmServer(client).require_tokens(2.0)
+        with pytest.raises(UserError, match="temperature must be in"):
+            VllmServer(client).require_tokens(2.5)

@@ -1,4 +1,8 @@
-"""A server that speaks vLLM's protocol in front of a small model: real tokens, real numbers."""
+"""A server that speaks vLLM's protocol in front of a small model: real tokens, real numbers.
+
+Paths, fields and messages are those of vLLM 0.33.0: vllm/entrypoints/serve/lora, .../dev/sleep,
+.../dev/cache, .../dev/rpc, vllm/entrypoints/openai/completion and .../models.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -15,7 +19,8 @@ class VllmServer(ChatServer):
     """`model`: a folder. calls: paths of all methods but completions, as they came.
 
     faults: of the next completions, as in chat_server. off_by: added to log-probabilities.
-    ignores_weights: answers 200 to new weights, and keeps the old.
+    ignores_weights: answers 200 to new weights, and keeps the old. is_busy: other requests hold
+    blocks of the cache, so that it cannot be emptied.
     """
 
     def __init__(self, model: str | Path) -> None:
@@ -25,7 +30,7 @@ class VllmServer(ChatServer):
         self.sampled: list[dict[str, Any]] = []
         self.calls: list[str] = []
         self.asleep = False
-        self.stale_cache = False
+        self.stale_cache = self.is_busy = False
         self.restart()
 
     def restart(self) -> None:
@@ -41,7 +46,7 @@ class VllmServer(ChatServer):
         self.calls.append(path)
         method = getattr(self, f"_{url.path.removeprefix('/v1').strip('/')}", None)
         if method is None:
-            return 404, {"error": {"message": "Not Found"}}
+            return 404, {"detail": "Not Found"}
         return method(body, query)  # type: ignore[no-any-return]
 
     # ------------------------------------------------------------------------------ methods
@@ -49,9 +54,13 @@ class VllmServer(ChatServer):
     def _load_lora_adapter(self, body: dict[str, Any], query: Any) -> tuple[int, Any]:
         name = body["lora_name"]
         if name in self.adapters:
-            return 400, {"error": {"message": f"The lora adapter '{name}' has already been loaded"}}
+            return _error(
+                400, f"The lora adapter '{name}' has already been loaded. If you want to load the "
+                "adapter in place, set 'load_inplace' to True.", "InvalidUserInput"
+            )  # fmt: skip
         if not Path(body["lora_path"], "adapter_config.json").exists():
-            return 404, {"error": {"message": f"No adapter found for {body['lora_path']}"}}
+            what = f"Loading lora {name} failed: No adapter found for {body['lora_path']}"
+            return _error(404, what, "NotFoundError")
         from peft import PeftModel
 
         model = _loaded(self.start)
@@ -61,9 +70,10 @@ class VllmServer(ChatServer):
         return 200, f"Success: LoRA adapter '{name}' added successfully."
 
     def _unload_lora_adapter(self, body: dict[str, Any], query: Any) -> tuple[int, Any]:
-        if self.adapters.pop(body["lora_name"], None) is None:
-            return 404, {"error": {"message": "The lora adapter cannot be found"}}
-        return 200, "Success: LoRA adapter removed successfully."
+        name = body["lora_name"]
+        if self.adapters.pop(name, None) is None:
+            return _error(404, f"The lora adapter '{name}' cannot be found.", "NotFoundError")
+        return 200, f"Success: LoRA adapter '{name}' removed successfully."
 
     def _collective_rpc(self, body: dict[str, Any], query: Any) -> tuple[int, Any]:
         assert body["method"] == "reload_weights"
@@ -73,31 +83,45 @@ class VllmServer(ChatServer):
         return 200, {"results": [None]}
 
     def _reset_prefix_cache(self, body: dict[str, Any], query: Any) -> tuple[int, Any]:
-        self.stale_cache = False
-        return 200, None
+        self.stale_cache = self.is_busy
+        return 200, {"success": not self.is_busy}
 
     def _sleep(self, body: dict[str, Any], query: dict[str, list[str]]) -> tuple[int, Any]:
         self.asleep = True
-        if query["level"] == ["2"]:
+        [level] = query["level"]
+        if level == "2":
             self.weights = None
-        return 200, None
+        return 200, {"status": "sleeping", "level": int(level)}
 
     def _wake_up(self, body: dict[str, Any], query: dict[str, list[str]]) -> tuple[int, Any]:
-        if query.get("tags") != ["weights"]:
+        tags = query.get("tags")
+        if tags != ["weights"]:
             self.asleep = False
-        return 200, None
+        return 200, {"status": "sleeping" if self.asleep else "awake", "tags": tags}
 
     def _completions(self, body: dict[str, Any]) -> tuple[int, Any]:
         model = self.adapters.get(body["model"], self.weights)
         if body["model"] not in (*self.adapters, "policy"):
-            return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
+            what = f"The model `{body['model']}` does not exist."
+            return _error(404, what, "NotFoundError", "model")
+        if not 0 <= (temperature := body["temperature"]) <= 2:
+            what = f"temperature must be in [0, 2], got {temperature}."
+            return _error(400, what, "BadRequestError", "temperature")
         assert not self.asleep, "asked while asleep"
         assert not self.stale_cache, "keys and values of earlier weights"
         assert (body["top_p"], body["top_k"], body["min_p"]) == (1.0, -1, 0.0)
         with self.lock:  # the generator is the process's
             self.sampled.append(body)
             choices = [self._choice(model, body, place) for place in range(body["n"])]
-        return 200, {"choices": choices}
+        number = sum(len(each.get("token_ids", ())) for each in choices)
+        usage = {
+            "prompt_tokens": len(body["prompt"]), "completion_tokens": number,
+            "total_tokens": len(body["prompt"]) + number,
+        }  # fmt: skip
+        return 200, {
+            "id": f"cmpl-{len(self.sampled)}", "object": "text_completion", "created": 0,
+            "model": body["model"], "choices": choices, "usage": usage,
+        }  # fmt: skip
 
     @torch.no_grad()
     def _choice(self, model: Any, body: dict[str, Any], place: int) -> dict[str, Any]:
@@ -113,9 +137,21 @@ class VllmServer(ChatServer):
             if token in body["stop_token_ids"]:
                 reason = "stop"
                 break
-        found = {"token_ids": ids[start:], "logprobs": {"token_logprobs": logprobs},
-                 "finish_reason": reason, "text": ""}  # fmt: skip
+        words = [f"token_id:{each}" for each in ids[start:]]
+        found = {
+            "index": place, "text": "", "finish_reason": reason,
+            "stop_reason": ids[-1] if reason == "stop" else None,
+            "logprobs": {
+                "text_offset": [0] * len(words), "token_logprobs": logprobs, "tokens": words,
+                "top_logprobs": [{word: each} for word, each in zip(words, logprobs)],
+            },
+            "token_ids": ids[start:], "prompt_token_ids": body["prompt"], "prompt_logprobs": None,
+        }  # fmt: skip
         return {name: value for name, value in found.items() if name != self.without}
+
+
+def _error(status: int, message: str, kind: str, of: str | None = None) -> tuple[int, Any]:
+    return status, {"error": {"message": message, "type": kind, "param": of, "code": status}}
 
 
 def _loaded(folder: str) -> Any:

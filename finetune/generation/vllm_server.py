@@ -5,7 +5,7 @@
         server.load_adapter("step-8", folder)
         server.sample(ids, count=8, max_new_tokens=512, temperature=1.0, seed=1, ends={2})
 
-Its methods as vLLM documented them in November 2026: completions with `return_token_ids`; adapters,
+Its methods as the sources of vLLM 0.33.0 have them: completions with `return_token_ids`; adapters,
 with VLLM_ALLOW_RUNTIME_LORA_UPDATING; sleep, wake_up, collective_rpc and reset_prefix_cache, with
 VLLM_SERVER_DEV_MODE.
 """
@@ -20,7 +20,7 @@ import numpy as np
 
 from finetune.data.places import short
 from finetune.endpoint import WRONG_SHAPE, Client, Refused
-from finetune.errors import UserError
+from finetune.errors import Outage, UserError
 from finetune.generation.completions import FinishReason
 
 # A server takes others from the model's generation_config.json, and samples by these.
@@ -29,6 +29,8 @@ ONLY_TEMPERATURE = {
     "frequency_penalty": 0.0,
 }  # fmt: skip
 
+ENDED = ("stop", "length")
+"""How a completion ends; by `abort` where another client lets the server sleep, for one."""
 LOADED = "has already been loaded"
 OF_ADAPTERS = (
     "start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, with a "
@@ -52,7 +54,8 @@ class VllmServer:
 
     def __init__(self, client: Client) -> None:
         self._client, self.model = client, client.server.model
-        self._adapter: str | None = None
+        self.adapter: str | None = None
+        """The one that is loaded."""
 
     @property
     def url(self) -> str:
@@ -92,14 +95,18 @@ class VllmServer:
             **ONLY_TEMPERATURE,
         }  # fmt: skip
 
-    def require_tokens(self) -> None:
-        """Raise UserError unless it gives tokens and their log-probabilities."""
-        self._asked(self._body([0], 1, 1, 1.0, 0, frozenset()))
+    def require_tokens(self, temperature: float = 1.0) -> None:
+        """Raise UserError unless it gives tokens and log-probabilities at this temperature."""
+        self._asked(self._body([0], 1, 1, temperature, 0, frozenset()))
 
     def _asked(self, body: dict[str, Any]) -> list[Sampled]:
         values = self._client.call("/v1/completions", body)
         try:
-            return [_sampled(each) for each in values["choices"]]
+            choices = values["choices"]
+            if others := {str(each["finish_reason"]) for each in choices} - {*ENDED}:
+                what = f"ended a completion by {', '.join(sorted(others))}, not by its tokens"
+                raise Outage(f"{self.url}: {what}; does another program use or stop the server?")
+            return [_sampled(each) for each in choices]
         except WRONG_SHAPE as exc:
             what = f"gives no tokens with log-probabilities, but {short(values)}"
             raise UserError(f"{self.url}: {what}; rollouts need vLLM 0.10.2 or newer") from exc
@@ -113,18 +120,27 @@ class VllmServer:
         """
         body = {"lora_name": name, "lora_path": str(folder.absolute())}
         self._control("/v1/load_lora_adapter", body, OF_ADAPTERS)
-        before, self._adapter, self.model = self._adapter, name, name
+        before, self.adapter, self.model = self.adapter, name, name
         if before:
-            with suppress(Refused):  # it was restarted, and knows no such adapter
-                self._client.call("/v1/unload_lora_adapter", {"lora_name": before})
+            self.unload_adapter(before)
+
+    def unload_adapter(self, name: str) -> None:
+        """Let the server forget an adapter."""
+        with suppress(Refused):  # it was restarted, and knows no such adapter
+            self._client.call("/v1/unload_lora_adapter", {"lora_name": name})
 
     def load_weights(self, folder: Path) -> None:
         """Load all weights from a folder that the server sees."""
         kwargs = {"weights_path": str(folder.absolute())}
         self._control("/collective_rpc", {"method": "reload_weights", "kwargs": kwargs}, OF_WEIGHTS)
-        self._control(
-            "/reset_prefix_cache", {}, OF_WEIGHTS
-        )  # keys and values of the weights before
+        # Keys and values of the weights before. Requests of others may hold some, and then the
+        # answer is 200 with `success: false`; older servers answer with an empty text.
+        found = self._control("/reset_prefix_cache", {}, OF_WEIGHTS)
+        if isinstance(found, dict) and found.get("success") is False:
+            raise UserError(
+                f"{self.url}: keeps keys and values of earlier weights, as it answers other "
+                "requests; let the run alone use it"
+            )
 
     # --------------------------------------------------------------------------------- sleep
 
@@ -136,12 +152,12 @@ class VllmServer:
         """Take the memory again. part: weights or kv_cache; None: both."""
         self._control("/wake_up" + (f"?tags={part}" if part else ""), {}, OF_SLEEP)
 
-    def _control(self, path: str, body: dict[str, Any], hint: str) -> None:
+    def _control(self, path: str, body: dict[str, Any], hint: str) -> Any:
         try:
-            self._client.call(path, body)
+            return self._client.call(path, body)
         except Refused as exc:
             if LOADED in str(exc):  # by a try whose answer came too late
-                return
+                return None
             raise UserError(f"{exc} (of {path}); {hint}") from exc
 
 

@@ -1,6 +1,6 @@
 """Completions of a vLLM server, which gets the policy's weights before each phase.
 
-require_server(settings)             # before weights load
+require_server(settings, temperature)    # before weights load
 served.hand_over(topology, phase, save)
 served.draw(prompts, seeds, ...)
 """
@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +20,25 @@ import numpy as np
 from finetune.config.engine_fields import ServerEngine
 from finetune.endpoint import Client, Server
 from finetune.engine.topology import Topology
-from finetune.errors import ConfigError, Outage, UserError
+from finetune.errors import ConfigError, FinetuneError, Outage, UserError
 from finetune.generation.vllm_server import VllmServer
 from finetune.rollouts.sampling import Drawn
 
 SETTING = "objective.rollouts.engine"
+LAST_SECONDS = 10.0  # for the last request, when all else is done
 BEAT_SECONDS = 1.0  # between looks at a request to stop, while requests are under way
 PROBES, PROBE_TOKENS = 4, 32
 """Completions of the probe, and their tokens at most: 128 numbers are compared."""
 
 
-def require_server(settings: ServerEngine) -> None:
+def require_server(settings: ServerEngine, temperature: float) -> None:
     """Raise ConfigError unless the server answers with tokens; let it sleep, if it should."""
     try:
         with _client(settings) as client:
             server = VllmServer(client)
             if settings.sleep:
                 server.wake_up()
-            server.require_tokens()
+            server.require_tokens(temperature)
             if settings.sleep:
                 server.sleep(keeps_weights=True)
     except (Outage, UserError) as exc:
@@ -44,11 +46,14 @@ def require_server(settings: ServerEngine) -> None:
 
 
 def _client(settings: ServerEngine, log: Callable[[str], None] = lambda text: None) -> Client:
-    server = Server(
+    return Client(_server(settings), log)
+
+
+def _server(settings: ServerEngine) -> Server:
+    return Server(
         settings.url, settings.model, settings.key_variable, settings.at_once,
         timeout=settings.seconds,
     )  # fmt: skip
-    return Client(server, log)
 
 
 class Served:
@@ -75,6 +80,10 @@ class Served:
     def __exit__(self, *exc: object) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
         self._client.__exit__(*exc)
+        if name := self._server.adapter:
+            last = replace(_server(self.settings), retries=0, timeout=LAST_SECONDS)
+            with suppress(FinetuneError), Client(last) as client:  # the server may be gone
+                VllmServer(client).unload_adapter(name)
 
     # ------------------------------------------------------------------------------- weights
 
