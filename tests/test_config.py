@@ -16,7 +16,9 @@ import yaml
 from conftest import ROOT, TINY_LLAMA, tracked
 
 from finetune import config as configs
-from finetune.config import Config, help, paths
+from finetune.config import Config, help, paths, sections
+from finetune.config.choices import OBJECTIVES
+from finetune.config.fields import usual_lr
 from finetune.errors import ConfigError
 
 COMPLETE: dict[str, Any] = {
@@ -35,6 +37,7 @@ EACH = [
     field in cls.model_fields.items()
 ]  # fmt: skip
 FIELDS = list(dict(EACH))
+ALL_KEYS = sections.keys_of(sections.with_inner(sections.sections_of_config()))
 EVERYTHING: dict[str, Any] = {
     "run": {"name": "all-2.5_b", "dir": "/some/where", "seed": 7},
     "model": {
@@ -520,8 +523,67 @@ def test_every_suggested_setting_exists():
     from finetune.config import names
 
     settings = {setting for setting in names.ELSEWHERE.values() if " " not in setting}
-    assert settings <= set(FIELDS)
+    assert settings <= set(ALL_KEYS)
     assert set(names.NOT_YET) <= set(FIELDS)
+
+
+GRPO = YAML + "objective: {kind: grpo, rewards: [{kind: exact_match}]}"
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "value"),
+    [
+        (["--objective.rollouts.temperature", "0.7"], "rollouts.temperature", 0.7),
+        (["--objective.rollouts.engine.kind=local"], "rollouts.engine.kind", "local"),
+        (["--objective.rewards.0.weight", "2"], "rewards.0.weight", 2.0),
+        (
+            ["--objective.rewards.1.pattern", "[0-9]", "--objective.rewards.1.kind=regex"],
+            "rewards.1.pattern", "[0-9]",
+        ),
+        (
+            ["--objective.rollouts.passes=2", "--objective.rollouts", "{passes: 3, group_size: 4}"],
+            "rollouts.passes", 2,
+        ),
+    ],
+)  # fmt: skip
+def test_settings_inside_settings_can_stand_on_the_command_line(parse, words, key, value):
+    place: Any = parse(GRPO, *words).objective.model_dump()
+    for name in key.split("."):
+        place = place[int(name) if name.isdigit() else name]
+    assert place == value
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--objective.temperature=1"], "did you mean objective.rollouts.temperature?"),
+        (["--objective.rolouts.passes=1"], "did you mean objective.rollouts.passes?"),
+        (["--objective.rollouts.top_p=0.9"], "a cut distribution has another one; remove it"),
+        (["--objective.rollouts.passes=x"], "objective.rollouts.passes: should be a valid integer"),
+        (["--objective.rewards.3.weight=1"], "has 1 entry, so the next number is 1, not 3"),
+        (["--objective.rewards.N.weight=1"], "write a number for N: 0 for the first"),
+        (["--objective.rewards.0=1"], "as --objective.rewards.0.kind VALUE"),
+        (["--objective.kind=dpo"], "it belongs to grpo, rloo, ppo and distill; remove it"),
+        (["--num_generations=1"], "did you mean objective.rollouts.group_size?"),
+    ],
+)
+def test_wrong_settings_inside_settings_are_named(refusal, words, says):
+    assert says in refusal(GRPO, *words)
+
+
+def test_help_has_the_rates_that_objectives_take():
+    described = dict(EACH)["optimizer.lr"].description
+    said = {
+        kind: [float(rate) for rate in rates.split(",")]
+        for kinds, rates in re.findall(r"([a-z_, ]+): (\de-\d,\s\de-\d)", described)
+        for kind in kinds.split(",")
+    }
+    said = {kind.strip(): rates for kind, rates in said.items()}
+    for kind in OBJECTIVES:
+        rates = [usual_lr("adamw", adapter, kind) for adapter in ("full", "lora")]
+        assert said.get(kind, [2e-5, 2e-4]) == rates, kind
+    assert "null: 2e-5 for all weights, 2e-4 for adapters; dpo, " in described
+    assert said.keys() < OBJECTIVES.keys()
 
 
 def test_a_usual_rate_is_a_number_everywhere_and_resumes_as_one(parse):
@@ -971,6 +1033,10 @@ def test_help_is_short_and_names_the_settings_that_matter_most(monkeypatch):
         ("adapter", "--adapter.dora", "--optimizer.lr"),
         ("optimizer.lr", "--optimizer.lr", "--optimizer.kind"),
         ("adaptr", "did you mean adapter?", "--adapter.dora"),
+        ("objective.rollouts", "--objective.rollouts.temperature FLOAT", "--objective.beta"),
+        ("objective.rewards.N", "--objective.rewards.N.pattern STR regex:", "--objective.beta"),
+        ("objective.beta", "(defaults: dpo, orpo, cpo, kto: 0.1; simpo: 2.0; ", "(default: "),
+        ("objective.loss", "discopop or kto|apo_zero_unpaired or grpo|", "(default: "),
         (
             "nothing-like-it",
             "No section or setting is named 'nothing-like-it'. --help SECTION",
@@ -990,7 +1056,8 @@ def test_help_answers_about_a_section_or_a_setting(capsys, asked, has, lacks):
 def test_help_all_names_every_field_and_does_not_wait_for_torch():
     process = train_py("--help", "all")
     assert process.returncode == 0
-    assert [key for key in FIELDS if f"--{key} " not in process.stdout] == []
+    assert set(FIELDS) < set(ALL_KEYS)
+    assert [key for key in ALL_KEYS if f"--{key} " not in process.stdout] == []
     text = " ".join(process.stdout.split())
     for key, field in EACH:
         assert " ".join(field.description.split()[:4]) in text, (

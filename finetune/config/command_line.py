@@ -1,6 +1,7 @@
 """The command line of a run: `train.py CONFIG [--check] [--section.field VALUE ...]` -> Config."""
 
 import argparse
+import copy
 import functools
 import os
 import sys
@@ -17,6 +18,7 @@ from finetune.config.messages import listed, quoted, unknown_argument
 from finetune.config.own import OwnObjective, own_objective
 from finetune.config.reader import from_dict
 from finetune.config.sections import (
+    NUMBER,
     Sections,
     field,
     keys_of,
@@ -25,6 +27,8 @@ from finetune.config.sections import (
     sections_of_config,
     type_name,
     types_in,
+    unnumbered,
+    with_inner,
 )
 from finetune.config.yaml_text import dump, from_yaml, read_yaml
 from finetune.errors import ConfigError
@@ -46,8 +50,8 @@ def parse(argv: list[str], needs_weights: bool = True) -> tuple[Config, Check]:
 
     `needs_weights`: whether a base in a folder must have its weights.
     """
-    sections = sections_of_config()
-    parser = _parser(sections)
+    sections = with_inner(sections_of_config())
+    parser = _parser(sections, argv)
     if (asked := help.topic(argv)) is not None:
         print(help.text(parser, asked), end="")
         raise SystemExit(0)
@@ -71,8 +75,9 @@ def parse(argv: list[str], needs_weights: bool = True) -> tuple[Config, Check]:
     ambiguous = _look_beside(values, folder) if folder else []
     kind = overrides.get("objective.kind", kind_of("objective", values))
     if own_code.is_own(kind) and any(word.startswith("--objective.") for word in unknown):
-        sections = sections_of_config(_own_objective(kind, folder, _where(path, True)))
-        known, unknown = _parser(sections).parse_known_args(unknown)
+        own = _own_objective(kind, folder, _where(path, True))
+        sections = with_inner(sections_of_config(own))
+        known, unknown = _parser(sections, unknown).parse_known_args(unknown)
         overrides |= vars(known)
     where = _where(path, bool(overrides or unknown))
     problems = _problems_of_words(path, unknown, sections) + taken + ambiguous
@@ -88,14 +93,14 @@ def parse(argv: list[str], needs_weights: bool = True) -> tuple[Config, Check]:
 def _override(values: dict[str, Any], overrides: dict[str, str], sections: Sections) -> list[str]:
     """Put settings of the command line into `values`; return what is wrong with them."""
     problems = []
-    for key, raw in overrides.items():
-        section, name = key.split(".")
-        if values.get(section) is None:
-            values[section] = {}
-        if not isinstance(values[section], dict):  # from_dict reports it
-            continue
+    for key in sorted(overrides, key=lambda key: key.count(".")):  # a setting, then those inside it
+        raw, (*path, name) = overrides[key], key.split(".")
         try:
-            values[section][name] = _value_of(field(key, sections).annotation, raw)
+            value = _value_of(field(key, sections).annotation, raw)
+            if (section := _opened(values, path)) is not None:
+                section[name] = value
+        except ConfigError as exc:
+            problems.append(f"{key}: {exc}")
         except (yaml.YAMLError, ValueError, RecursionError) as exc:
             has_mark = isinstance(exc, yaml.MarkedYAMLError)
             why = "" if has_mark else f" ({failures.parsing_reason(exc)})"
@@ -103,6 +108,37 @@ def _override(values: dict[str, Any], overrides: dict[str, str], sections: Secti
             how = "write lists as [a, b] and mappings as {a: b}"
             problems.append(f"{key}: {shown} cannot be read{why}; {how}")
     return problems
+
+
+def _opened(values: dict[str, Any], path: list[str]) -> dict[str, Any] | None:
+    """Return the section in `values` that a path of names leads to; add what is missing of it.
+
+    None if something else than a section stands there, which from_dict reports. Raises ConfigError.
+    """
+    place: Any = values
+    for name, following in zip(path, [*path[1:], ""]):
+        key: Any = name
+        if isinstance(place, list):
+            key = _number(name, len(place))
+            if key == len(place):
+                place.append({})
+        elif not isinstance(place, dict):
+            return None
+        elif place.get(name) is None:
+            place[name] = [] if following.isdigit() or following == NUMBER else {}
+        place[key] = copy.copy(place[key])  # YAML may give one object to two names
+        place = place[key]
+    return place if isinstance(place, dict) else None
+
+
+def _number(word: str, count: int) -> int:
+    """Return which section of a list a word names. Raises ConfigError."""
+    if not word.isdigit():
+        raise ConfigError(f"write a number for {word}: 0 for the first, 1 for the second")
+    if int(word) > count:
+        entries = "1 entry" if count == 1 else f"{count} entries"
+        raise ConfigError(f"the list has {entries}, so the next number is {count}, not {word}")
+    return int(word)
 
 
 def _value_of(annotation: Any, raw: str) -> Any:
@@ -140,8 +176,8 @@ def _own_objective(kind: str, folder: Path | None, where: str) -> type[OwnObject
         raise ConfigError(listed([f"objective.kind: {exc}"], where)) from exc
 
 
-def _parser(sections: Sections) -> "_Parser":
-    """Make a parser with an option for each setting of the sections."""
+def _parser(sections: Sections, argv: list[str]) -> "_Parser":
+    """Make a parser with an option for each setting of the sections, with the numbers in `argv`."""
     parser = _Parser(
         prog=places.train_command(),
         usage="%(prog)s CONFIG [--check] [--strict] [--section.field VALUE ...]",
@@ -160,15 +196,28 @@ def _parser(sections: Sections) -> "_Parser":
         help="check settings, rows and model without loading weights, and end",
     )
     parser.add_argument("--strict", action="store_true", help="--check, and notes are errors")
+    keys = (word.removeprefix("--").partition("=")[0] for word in argv if word.startswith("--"))
+    numbered = {key for key in keys if unnumbered(key) != key}
     for section, classes in sections.items():
-        about = Config.model_fields[section].description or classes[0].__doc__
-        group = parser.add_argument_group(section, about)
+        group = parser.add_argument_group(section, _about(section, sections))
         for name in names_in(classes):
-            is_switch = bool in types_in(field(f"{section}.{name}", sections).annotation)
+            key = f"{section}.{name}"
+            is_switch = bool in types_in(field(key, sections).annotation)
             metavar, text = _help(classes, name)
             bare: dict[str, Any] = {"nargs": "?", "const": "true"} if is_switch else {}
-            group.add_argument(f"--{section}.{name}", metavar=metavar, help=text, **bare)
+            group.add_argument(f"--{key}", metavar=metavar, help=text, **bare)
+            for each in sorted(each for each in numbered if unnumbered(each) == key):
+                parser.add_argument(f"--{each}", help=argparse.SUPPRESS, **bare)
     return parser
+
+
+def _about(section: str, sections: Sections) -> str | None:
+    """Return what a section is, or the setting that it stands in."""
+    if section in Config.model_fields:
+        found = Config.model_fields[section]
+    else:
+        found = field(section.removesuffix(f".{NUMBER}"), sections)
+    return found.description or sections[section][0].__doc__
 
 
 @functools.cache
@@ -176,7 +225,8 @@ def _help(classes: tuple[type[Section], ...], name: str) -> tuple[str, str]:
     """Return (what a setting takes; what it does, its default, and which kinds have it)."""
     having = [cls for cls in classes if name in cls.model_fields]
     field = min((cls.model_fields[name] for cls in having), key=lambda each: each.is_required())
-    metavar, text = type_name(field.annotation), field.description or ""
+    types = dict.fromkeys(type_name(cls.model_fields[name].annotation) for cls in having)
+    metavar, text = " or ".join(types), field.description or ""
     with_it = [kinds.name_of(cls) for cls in having] if len(classes) > 1 else []
     if with_it and name == "kind":
         descriptions = [cls.model_fields[name].description for cls in having]
@@ -189,12 +239,29 @@ def _help(classes: tuple[type[Section], ...], name: str) -> tuple[str, str]:
                 kinds.name_of(cls)
             )
         text = " ".join(f"{', '.join(each)}: {what}" for what, each in meanings.items())
+    defaults: dict[str, list[str]] = {}
+    for cls in [field_of for field_of in having if name != "kind"]:
+        kind = kinds.name_of(cls) if with_it else ""
+        defaults.setdefault(_default(cls.model_fields[name]), []).append(kind)
+    if len(defaults) > 1:
+        listed = "; ".join(f"{', '.join(each)}: {value}" for value, each in defaults.items())
+        default = f"defaults: {listed}"
+    else:
+        default = next(iter(defaults), _default(field))
+        default = default if default == "required" else f"default: {default}"
+    return metavar, f"{text} ({default})".replace("%", "%%")
+
+
+def _default(field: Any) -> str:
+    if field.is_required():
+        return "required"
+    if isinstance(field.default, Section):
+        return "those of its settings"
     value = field.get_default(call_default_factory=True, validated_data={})
     try:
-        default = "required" if field.is_required() else f"default: {dump(value)}"
+        return dump(value)
     except yaml.YAMLError:  # of a type of the user's own
-        default = f"default: {value}"
-    return metavar, f"{text} ({default})".replace("%", "%%")
+        return str(value)
 
 
 def _problems_of_words(path: str | None, unknown: list[str], sections: Sections) -> list[str]:
@@ -227,7 +294,7 @@ def _taken_configs(path: str | None, overrides: dict[str, str]) -> list[str]:
     """Report settings that took a YAML file as their value: a bare flag in front of the config."""
     problems = []
     for key, raw in overrides.items():
-        types = types_in(field(key, sections_of_config()).annotation)
+        types = types_in(field(key, with_inner(sections_of_config())).annotation)
         is_config = raw.lower().endswith((".yaml", ".yml"))
         if not is_config or (str in types and (path is not None or not os.path.isfile(raw))):
             continue

@@ -297,7 +297,9 @@ class Optimizer(Section):
         WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "null"}]}),
     ] = Field(default=None)  # type: ignore[assignment]
     """Peak learning rate.
-    null: 2e-4 for adapters and 2e-5 for all weights, a fifth of that for lion, 1e-3 for adafactor.
+    null: 2e-5 for all weights, 2e-4 for adapters; dpo, simpo, cpo, kto, grpo, rloo, ppo: 1e-6,
+    1e-5; orpo: 5e-6, 5e-5; reward, process_reward: 1e-5, 1e-4. With lion a fifth of these, with
+    adafactor 50 times those of all weights.
     """
     embedding_lr: PositiveNumber | None = None
     """Peak learning rate of embeddings and head; null: optimizer.lr."""
@@ -539,7 +541,8 @@ def usual_lr(optimizer: Any, adapter: Any, objective: Any = "sft") -> float:
     if own is None:
         return of_optimizer[which]
     # As far from AdamW's as the optimizer's usual rate is.
-    return own[which] * of_optimizer[which] / OPTIMIZERS["adamw"].lr[which]
+    lr = own[which] * of_optimizer[which] / OPTIMIZERS["adamw"].lr[which]
+    return float(f"{lr:.6g}")  # 5e-05, not 4.9999999999999996e-05
 
 
 def accumulation_steps(config: Config, num_processes: int) -> int:

@@ -42,7 +42,7 @@ def text(parser: argparse.ArgumentParser, asked: str) -> str:
     if asked in settings:
         return _part(parser, "", "", [settings[asked]])
     width = parser._get_formatter()._width
-    listed = ", ".join(groups)
+    listed = ", ".join(group for group in groups if "." not in group)
     more = f"--help SECTION lists the settings of a section ({listed}), --help all lists all."
     if asked and not asked.endswith((".yaml", ".yml")):
         near = difflib.get_close_matches(asked, [*groups, *settings], n=1)

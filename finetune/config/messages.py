@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from typing import Any, Literal, get_origin
 
 from finetune import own_code
-from finetune.config import engine_fields, names, paths, reward_fields
-from finetune.config.rollout_fields import Rollouts
+from finetune.config import engine_fields, kinds, names, paths, reward_fields
+from finetune.config.rollout_fields import NOT_HERE, Rollouts
 from finetune.config.sections import (
     Sections,
     field,
@@ -16,6 +16,8 @@ from finetune.config.sections import (
     names_in,
     sections_of,
     types_in,
+    unnumbered,
+    with_inner,
 )
 from finetune.config.yaml_text import dump
 
@@ -68,14 +70,29 @@ def _unknown_key(key: str, location: tuple[Any, ...], got: Any, values: dict[str
     """Describe a key that no section has, or that another kind of its section has."""
     sections = sections_of(values)
     section, _, name = key.partition(".")
-    if key in location and key in keys_of(sections):  # written with a dot, as on the command line
-        nested = dump({section: {name: got}}).removeprefix("{").removesuffix("}")
-        return f"{key}: unknown key; nest it: {nested}"
+    if key in location and key in keys_of(with_inner(sections)):  # as on the command line
+        for each in reversed(key.split(".")):
+            got = {each: got}
+        return f"{key}: unknown key; nest it: {dump(got).removeprefix('{').removesuffix('}')}"
+    if name and (inner := _inside_kind(section, name, values)):
+        return f"{key}: unknown key; did you mean {inner}?"
     if having := kinds_with(section, name):
-        kind, others = kind_of(section, values), " and ".join(having)
+        kind = kind_of(section, values)
+        others = " and ".join(filter(None, [", ".join(having[:-1]), having[-1]]))
         instead = f"remove it, or set {section}.kind"
         return f"{key}: {section}.kind is {kind}; it belongs to {others}; {instead}"
     return f"{key}: {_removed(key) or f'unknown key; {_nearest(key, sections)}'}"
+
+
+def _inside_kind(section: str, name: str, values: dict[str, Any]) -> str | None:
+    """Return the setting of this name inside another one of the section's kind."""
+    classes = sections_of(values).get(section, ())
+    if len(classes) < 2:
+        return None
+    kind = kind_of(section, values)
+    having = tuple(cls for cls in classes if kinds.name_of(cls) == kind)
+    inner = keys_of(with_inner({section: having}))[len(names_in(having)) :]
+    return next((each for each in inner if each.endswith(f".{name}")), None)
 
 
 NESTED = (("objective", "rewards"), ("objective", "rollouts"))
@@ -119,8 +136,8 @@ def joined(problems: Iterable[str]) -> list[str]:
 
 def unknown_argument(word: str, sections: Sections) -> str:
     """Describe an option that the command line does not have."""
-    key = paths.shown(word.lstrip("-").split("=")[0])
-    if (classes := sections.get(key)) is not None:
+    key, sections = paths.shown(word.lstrip("-").split("=")[0]), with_inner(sections)
+    if (classes := sections.get(unnumbered(key))) is not None:
         name = names_in(classes)[0]
         return f"--{key}: is a section; set each of its settings by itself, as --{key}.{name} VALUE"
     return f"--{key}: {_removed(key) or f'unknown option; {_nearest(key, sections)}'}"
@@ -132,10 +149,12 @@ def _removed(key: str) -> str | None:
 
 def _nearest(key: str, sections: Sections) -> str:
     """Suggest the setting that an unknown key may mean, or list what there is."""
-    leaf, keys = key.split(".")[-1], keys_of(sections)
+    leaf, keys = key.split(".")[-1], keys_of(with_inner(sections))
+    if key.startswith("objective.") and leaf in NOT_HERE:
+        return NOT_HERE[leaf]
     if (known := names.ELSEWHERE.get(leaf)) and leaf not in sections:
         return known if " " in known else f"did you mean {known}?"
-    leaves = {each: each.split(".")[1] for each in keys}
+    leaves = {each: each.rpartition(".")[2] for each in keys}
     near = _closest(key, [each for each in keys if leaves[each] == leaf], 0)
     if not near and "." not in key:
         near = _closest(key, sections, 0.75)

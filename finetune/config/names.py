@@ -63,8 +63,24 @@ _CALLED = {
     "data.cache_dir": "dataset_prepared_path",
     "objective.kind": "stage task",
     "objective.label_smoothing": "label_smoothing_factor",
+    "objective.rollouts.group_size": (
+        "num_generations num_return_sequences n_samples_per_prompt rollout_n"
+    ),
+    "objective.rollouts.max_new_tokens": (
+        "max_completion_length response_length max_response_length generate_max_len"
+    ),
+    "objective.rollouts.passes": "num_iterations ppo_epochs num_ppo_epochs",
+    "objective.rewards": "reward_funcs reward_functions",
+    "objective.stop_kl": "target_kl",
+    "objective.clip_low": "epsilon cliprange clip_ratio eps_clip",
+    "objective.clip_high": "epsilon_high clip_ratio_high",
+    "objective.gae_lambda": "lam",
+    "objective.loss": "loss_type pref_loss",
+    "objective.swap_probability": "dpo_label_smoothing",
+    "objective.sft_weight": "rpo_alpha cpo_alpha pref_ftx",
+    "objective.teacher": "teacher_model teacher_model_name_or_path",
     "optimizer.lora_plus_ratio": "loraplus_lr_ratio",
-    "optimizer.lr": "learning_rate",
+    "optimizer.lr": "learning_rate actor_learning_rate",
     "optimizer.kind": "optim",
     "optimizer.betas": "adam_beta1 adam_beta2",
     "optimizer.eps": "adam_epsilon",
@@ -133,7 +149,9 @@ _ADVICE = {
         "overwrite_output_dir"
     ),
     "objective.kind: reward trains a reward model": "reward_model",
-    "it is a setting of objective.kind: dpo, kto, cpo, simpo or orpo, as objective.beta": "beta",
+    "it is objective.beta, a setting of dpo, kto, cpo, simpo, orpo, grpo, rloo, ppo and distill": (
+        "beta kl_coef init_kl_coef kl_loss_coef"
+    ),
     "the reference of objective.kind: dpo and kto is the model as it was before the first step": (
         "ref_model"
     ),
@@ -164,7 +182,7 @@ _PREFERENCE = "{} is a loss of dpo here: objective.kind: dpo, objective.loss; or
 _REWARD = "{} is called reward here"
 _REINFORCE = "reinforcement learning is objective.kind: grpo, rloo or ppo here"
 _GRPO = "{} is a loss of grpo here: objective.kind: grpo, objective.loss: {}"
-_DISTILL = "distillation is not yet supported; use sft on the teacher's answers"
+_DISTILL = "{} is called distill here"
 _LABELS = "{} is sequence_classification (a label for each row) or token_classification here"
 _TRACKER = (
     "{} is not yet supported; use wandb, tensorboard or trackio, or send it the lines of "
@@ -179,7 +197,7 @@ _NOT_YET = {
         "{} is called process_reward here": "prm",
         _REINFORCE: "reinforce rl rft policy_gradient",
         _GRPO: "gspo dapo dr_grpo cispo bnpo",
-        _DISTILL: "distill distillation gkd kd",
+        _DISTILL: "distillation gkd kd minillm",
         "{} is called mlm here": "masked masked_lm",
         "{} is called seq2seq here": "s2s seq2seq_lm translation summarization",
         _LABELS: "classification classifier text_classification",

@@ -17,9 +17,9 @@ TRUNCATES = (
 NOT_HERE = {
     "top_p": TRUNCATES, "top_k": TRUNCATES, "min_p": TRUNCATES,
     "repetition_penalty": "learning would take the penalised choice for the policy's; remove it",
-    "num_generations": "it is called group_size here",
-    "max_completion_length": "it is called max_new_tokens here",
-    "num_iterations": "it is called passes here",
+    "num_generations": "it is called objective.rollouts.group_size here",
+    "max_completion_length": "it is called objective.rollouts.max_new_tokens here",
+    "num_iterations": "it is called objective.rollouts.passes here",
 }  # fmt: skip
 
 
@@ -27,7 +27,7 @@ class Rollouts(Section):
     """How completions are sampled, and how often they are learned from."""
 
     group_size: Positive = 8
-    """Completions of each prompt; they are compared with each other."""
+    """Completions of each prompt; they are compared with each other. ppo and distill: 1."""
     max_new_tokens: Positive = 512
     """Maximum number of tokens in a completion; with an environment, of all its turns together,
     what the environment says included.

@@ -1,5 +1,6 @@
 """The sections of a config: their classes, one for each kind, and their settings. No torch."""
 
+import re
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
@@ -11,6 +12,8 @@ from finetune.config.own import OwnObjective, own_objective
 
 Sections = dict[str, tuple[type[Section], ...]]
 """Section -> its classes: one, or one for each kind."""
+NUMBER = "N"
+"""Stands in a key for the place of a section in a list, as in objective.rewards.N."""
 
 
 def sections_of_config(own: type[OwnObjective] | None = None) -> Sections:
@@ -30,16 +33,47 @@ def sections_of(values: dict[str, Any]) -> Sections:
     return sections_of_config(own_objective(kind) if own_code.is_own(kind) else None)
 
 
+def with_inner(sections: Sections) -> Sections:
+    """Return the sections and those inside their settings: objective.rollouts, and so on."""
+    found = dict(sections)
+    for section, classes in sections.items():
+        for cls in classes:
+            for name, inner in cls.model_fields.items():
+                for key, each in _classes_in(f"{section}.{name}", inner.annotation):
+                    before = found.get(key, ())
+                    if not any(issubclass(each, known) for known in before):  # other defaults
+                        found[key] = (*before, each)
+    return found if len(found) == len(sections) else with_inner(found)
+
+
+def _classes_in(key: str, annotation: Any) -> list[tuple[str, type[Section]]]:
+    found = []
+    for each in types_in(annotation):
+        if get_origin(each) is list:
+            found += _classes_in(f"{key}.{NUMBER}", get_args(each)[0])
+        elif isinstance(each, type) and issubclass(each, Section):
+            found.append((key, each))
+    return found
+
+
 def names_in(classes: tuple[type[Section], ...]) -> list[str]:
     """Return the settings of a section, of all its kinds."""
     return list(dict.fromkeys(name for cls in classes for name in cls.model_fields))
 
 
 def field(key: str, sections: Sections) -> Any:
-    """Return a setting of the first kind that has it; None if no kind has it."""
-    section, _, name = key.partition(".")
+    """Return a setting of the first kind that has it; None if no kind has it.
+
+    `key`: with the number of a section in a list, or with NUMBER.
+    """
+    section, _, name = unnumbered(key).rpartition(".")
     having = (cls for cls in sections[section] if name in cls.model_fields)
     return next((cls.model_fields[name] for cls in having), None)
+
+
+def unnumbered(key: str) -> str:
+    """Return a key with NUMBER in place of its numbers."""
+    return re.sub(r"\.\d+(?=\.|$)", f".{NUMBER}", key)
 
 
 def keys_of(sections: Sections) -> list[str]:
