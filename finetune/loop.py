@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from finetune import preflight
-from finetune import run as runs
+from finetune import opening, preflight
 from finetune import summary as summaries
 from finetune.config import Check, Config
 from finetune.engine import optim
@@ -21,7 +20,7 @@ from finetune.engine.step import StepResult, train_step
 from finetune.errors import Preempted, TrainingDiverged
 from finetune.models import attention_probe, base_identity, head
 from finetune.models import build as models
-from finetune.run import Run
+from finetune.run import EXPORT, Run
 from finetune.survival.preemption import StopFlag
 
 EVA_STEPS = 8  # steps whose inputs adapter.init: eva looks at
@@ -31,7 +30,7 @@ def run(config: Config, check: Check, stop: StopFlag) -> None:
     """Make one attempt at a run. Until it opens its directory it writes only the token cache."""
     check_only = bool(check)
     stop.raises()
-    with runs.opened(config, check_only, stop) as run:
+    with opening.opened(config, check_only, stop) as run:
         if not check_only and run.is_complete():
             return
         facts = preflight.check_model(run.config, run.data)
@@ -230,7 +229,7 @@ def due(step: int, every: int | None) -> bool:
 def finish(run: Run, untrained: dict[str, float | str]) -> None:
     """Export the model, open the export and compare, and only then call the run complete."""
     run.stop.at_once()
-    run.topology.watchdog.pause(runs.EXPORT)
+    run.topology.watchdog.pause(EXPORT)
     state, step = run.state, run.state.progress.step
     exported, kind = run.best.restore(state, run.log)
     if state.ema:

@@ -27,8 +27,8 @@ from finetune.data.xray import (
 from finetune.engine.rundir import RunDirectory
 from finetune.engine.topology import Topology
 from finetune.errors import ConfigError, DataError, RunDirectoryError
+from finetune.opening import as_base_is
 from finetune.preflight import Data
-from finetune.run import as_base_is
 
 NO_LIMIT = 1 << 30  # tokens; no row is cut
 MOST = 1_000  # sequences of a page: about 10 MB for 2,000 tokens each
