@@ -269,12 +269,17 @@ def test_a_question_that_stands_twice_is_two_rows():
     assert len(set(rounds.keys([row.messages for row in found.rows]))) == 2
 
 
-def test_rounds_by_other_rules_are_refused(first):
-    made = with_hole()
-    with pytest.raises(
-        UserError, match="exact match below 0.5, and is here by exact match below 1"
-    ):
-        analysed(made, Decides(score="exact match", below=1.0), earlier=first)
+def test_a_later_round_takes_the_rule_of_the_earlier_one_and_no_other(first, tmp_path):
+    rule = Decides(score="exact match", below=0.5)
+    assert rounds.rule(first, None, None) == rounds.rule(first, "exact match", 0.5) == rule
+    for score, below in ((None, 1.0), ("exact match", 1.0), ("F1", 0.5)):
+        now = f"exact match below 0.5, and is here by {score or 'exact match'} below {below:g}"
+        with pytest.raises(UserError, match=now):
+            rounds.rule(first, score, below)
+    undecided = tmp_path / "undecided.json"
+    undecided.write_text(json.dumps({**json.loads(first.read_text()), "decides": None}))
+    with pytest.raises(UserError, match="no score said there which answers are wrong"):
+        rounds.rule(undecided, None, None)
 
 
 @pytest.mark.parametrize(

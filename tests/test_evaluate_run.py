@@ -10,6 +10,7 @@ from conftest import Workshop, launch, launcher, pretrained, read_jsonl, write_j
 
 from finetune.__main__ import main
 from finetune.evaluation import held_out, trained_rows
+from finetune.evaluation.results_file import read
 from finetune.evaluation.trained_run import TrainedRun
 from finetune.export.lineup import Lineup
 
@@ -90,6 +91,26 @@ def test_the_command_leaves_them_out_or_scores_with_and_without(run, tmp_path, c
     write_jsonl(path, [leak])
     assert evaluate(run, "--data", path) == 2
     assert "1 of 1 rows were trained on, so they cannot show" in capsys.readouterr().err
+
+
+def test_another_rule_than_that_of_the_round_before_ends_before_any_answer(run, tmp_path, capsys):
+    assert evaluate(run, "--scores", "exact-match", "--report", tmp_path / "one") == 0
+    before, now = tmp_path / "one/results.json", tmp_path / "now"
+    capsys.readouterr()
+    for options, message in (
+        (["--scores", "token-f1"], "was wrong there by exact match, which is not among the scores"),
+        (["--wrong-below", "0.9"], "exact match below 0.5, and is here by exact match below 0.9"),
+    ):
+        assert evaluate(run, "--before", before, "--report", now, *options) == 2
+        assert message in capsys.readouterr().err
+        assert not now.exists()
+    # Two scores could decide; the round before says which.
+    both = ["--scores", "contains", "exact-match"]
+    assert evaluate(run, "--before", before, "--report", now, *both) == 0
+    assert read(now / "results.json").decides.score == "exact match"
+    for option in (["--fail-under", "BLEU=1"], ["--wrong-below", "BLEU=1"]):
+        assert evaluate(run, "--report", tmp_path / "none", *option) == 2
+        assert not (tmp_path / "none").exists()
 
 
 def test_training_rows_that_are_gone_are_noted(run, tmp_path, capsys):

@@ -55,11 +55,9 @@ def of_results(
     """Return what the report shows.
 
     trained: reads the rows that were trained on; asked only if rows are wrong. earlier: the
-    results.json of an earlier round. Raises UserError if that cannot be compared.
+    results.json of an earlier round, whose rule `decides` is (`rounds.rule`).
     """
     before = results_file.read(earlier) if earlier else None
-    if before is not None and earlier is not None:
-        rounds.require_same_rule(earlier, before, decides)
     tuned = tuned_of(results)
     failed, types = failures_of(results, decides)
     messages = [_messages(each) for each in results.prompts]
@@ -124,8 +122,9 @@ def decides_of(results: Results, given: tuple[str | None, float] | None = None) 
     if named is not None:
         if named not in able:
             raise UserError(
-                f"--wrong-below: {printable(named)!r} cannot say which answers are wrong; "
-                f"choose one of {', '.join(able) or 'the scores where more is better'}"
+                f"{printable(named)!r} cannot say which answers are wrong, as no answer of {tuned} "
+                f"has it; choose one of {', '.join(able) or 'the scores where more is better'} "
+                "with --wrong-below"
             )
         return Decides(score=named, below=below)
     shares = [name for name in able if results.scorers[name].is_share]

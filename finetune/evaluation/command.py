@@ -269,6 +269,7 @@ def _compare_on_rows(
     prompts, trained, _ = rows
     clusters = held_out.grouped(prompts, arguments.group)
     models = prompted(models, _examples(arguments, request), arguments.context)
+    report_files.require_scores(arguments, [*rows.scorers, *judges.all_scorers])
     asking = _asking(arguments, request)
     answers = ask(models, prompts, asking)
     if answers is None:  # another process prints
@@ -276,7 +277,6 @@ def _compare_on_rows(
     settings = settings_of(request, arguments)
     run_dir = _folder_of(request.run)
     scorers = [*rows.scorers, *judges.scorers_of(answers)]
-    report_files.require_scores(arguments, scorers)
     score_references(scorers, models, prompts, asking)
     results = score(prompts, clusters, answers, scorers, settings, run_dir)
     _show(replace(results, beside=beside), trained, request.run, arguments, judges)
@@ -302,8 +302,9 @@ def _rescore(arguments: argparse.Namespace) -> None:
         {"group": arguments.group} if arguments.group else {}
     )
     with judging.opened(arguments, None) as judges:
-        scorers = [*scorers_of(None, asked, prompts), *judges.scorers_of(answers)]
-        report_files.require_scores(arguments, scorers)
+        scorers = scorers_of(None, asked, prompts)
+        report_files.require_scores(arguments, [*scorers, *judges.all_scorers])
+        scorers += judges.scorers_of(answers)
         results = score(prompts, clusters, answers, scorers, settings)
         _show(results, {}, None, arguments, judges)
 

@@ -79,11 +79,15 @@ class Judging:
     labels: Sequence[Label] = ()
     page_path: str | None = None
 
+    @property
+    def all_scorers(self) -> list[Scorer]:
+        return [*self.scorers, *self.pairwise]
+
     def scorers_of(self, answers: Mapping[str, Sequence[Completion]]) -> list[Scorer]:
         """Return the scorers of a judge, after it has compared these answers by pairs."""
         for each in self.pairwise:
             each.compare(answers)
-        return [*self.scorers, *self.pairwise]
+        return self.all_scorers
 
     def report(self, results: Results) -> Iterator[str]:
         """Yield lines on mass outside, flips, ratings and labels; write votes and page."""

@@ -15,6 +15,7 @@ from finetune.evaluation import (
     next_data,
     report,
     results_file,
+    rounds,
 )
 from finetune.evaluation.results import Results
 from finetune.evaluation.results_file import ResultsFile
@@ -36,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--report", type=_path, default=None, metavar="FOLDER", help=what)
     what = (
-        "an answer is wrong if this score is below VALUE; default: one half, of the first score "
-        "that is 0 or 1, or where right answers are long, of the first with values between"
+        "an answer is wrong if this score is below VALUE; default: as in --before, or one half, of "
+        "the first score that is 0 or 1, or where right answers are long, with values between"
     )
     add("--wrong-below", type=fail_under.limit, metavar="[SCORE=]VALUE", help=what)
     what = "results.json of an earlier round: say what was fixed, was not, and is newly wrong"
@@ -65,12 +66,31 @@ def folder_of(given: Path | None, run: TrainedRun | None) -> Path | None:
 
 
 def require_scores(arguments: argparse.Namespace, scorers: Sequence[Scorer]) -> None:
-    """Raise UserError for a limit that none of these scores has."""
+    """Raise UserError for a limit that none of these scores has, or another than --before had.
+
+    Needs no answers.
+    """
     for limit in arguments.fail_under:
         if limit is not None:
             fail_under.require("--fail-under", limit, scorers)
     if arguments.wrong_below:
         fail_under.require("--wrong-below", arguments.wrong_below, scorers)
+    rule = _rule(arguments)
+    if arguments.before and rule and rule[0]:
+        rounds.require_score(arguments.before, rule[0], scorers)
+
+
+def _rule(arguments: argparse.Namespace) -> tuple[str | None, float] | None:
+    """Return by which score, below which value, an answer is wrong: as in --before if given.
+
+    score None: the evaluation chooses. None: of the value as well. Raises UserError.
+    """
+    given = arguments.wrong_below
+    score, below = (given.score, given.value) if given else (None, None)
+    if arguments.before:
+        decided = rounds.rule(arguments.before, score, below)
+        return decided.score, decided.below
+    return (score, below) if below is not None else None
 
 
 def require(arguments: argparse.Namespace, run: TrainedRun | None) -> None:
@@ -78,8 +98,7 @@ def require(arguments: argparse.Namespace, run: TrainedRun | None) -> None:
     if folder := folder_of(arguments.report, run):
         option = "--report" if arguments.report else str(folder)
         _require_folder(folder, option)
-    if arguments.before:
-        results_file.read(arguments.before)
+    _rule(arguments)
     if request := arguments.next_data:
         if not request.absolute().parent.is_dir():
             raise UserError(f"--next-data: {request}: its folder does not exist; create it")
@@ -111,8 +130,7 @@ def write(
     results: Results, verdict: Verdict, arguments: argparse.Namespace, run: TrainedRun | None
 ) -> None:
     """Analyse, print the main things, write the files. Raise ScoreTooLow for --fail-under."""
-    given = arguments.wrong_below
-    decides = analysis.decides_of(results, (given.score, given.value) if given else None)
+    decides = analysis.decides_of(results, _rule(arguments))
     found = analysis.of_results(
         results, verdict, decides, lambda: nearest.of_run(run) if run else [], arguments.before
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from finetune import extras
 from finetune.data.places import printable
 from finetune.errors import UserError
-from finetune.evaluation import statistics
+from finetune.evaluation import results_file, statistics
 from finetune.evaluation.results_file import (
     Decides,
     MessageFacts,
@@ -20,6 +20,7 @@ from finetune.evaluation.results_file import (
     Since,
     SliceFacts,
 )
+from finetune.generation.completions import Scorer
 
 Key = tuple[tuple[str, ...], int]
 SINCE: dict[tuple[bool, bool], Since] = {
@@ -28,18 +29,39 @@ SINCE: dict[tuple[bool, bool], Since] = {
 }  # fmt: skip
 
 
-def require_same_rule(path: Path, earlier: ResultsFile, decides: Decides | None) -> None:
-    """Raise UserError if the earlier round called other answers wrong."""
-    if earlier.decides is None or decides is None or earlier.decides != decides:
-        then, now = _rule(earlier.decides), _rule(decides)
+def rule(path: Path, score: str | None, below: float | None) -> Decides:
+    """Return by what the round in a results.json called an answer wrong.
+
+    score, below: of --wrong-below, which may only say the same. Raises UserError for anything else.
+    """
+    decides = results_file.read(path).decides
+    shown = printable(str(path))
+    if decides is None:
         raise UserError(
-            f"{printable(str(path))}: an answer was wrong there by {then}, and is here by {now}; "
-            "evaluate both rounds by the same score and --wrong-below"
+            f"--before: {shown}: no score said there which answers are wrong; evaluate that round "
+            "again with --scores where more is better"
+        )
+    if score not in (None, decides.score) or below not in (None, decides.below):
+        now = f"{score or decides.score} below {below:g}"
+        raise UserError(
+            f"--before: {shown}: an answer was wrong there by {_shown(decides)}, and is here by "
+            f"{now}; remove --wrong-below, or evaluate that round again with it"
+        )
+    return decides
+
+
+def require_score(path: Path, score: str, scorers: Sequence[Scorer]) -> None:
+    """Raise UserError if these scores lack the one that decided the earlier round."""
+    if not any(each.name == score and each.higher for each in scorers):
+        now = ", ".join(each.name for each in scorers)
+        raise UserError(
+            f"--before: {printable(str(path))}: an answer was wrong there by {score}, which is not "
+            f"among the scores here ({now}); choose the scores of that round with --scores"
         )
 
 
-def _rule(decides: Decides | None) -> str:
-    return f"{decides.score} below {decides.below:g}" if decides else "no score"
+def _shown(decides: Decides) -> str:
+    return f"{decides.score} below {decides.below:g}"
 
 
 def keys(asked: Sequence[Sequence[MessageFacts]]) -> list[Key]:
