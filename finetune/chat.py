@@ -4,12 +4,12 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from finetune import moderation, page, places
 from finetune.config import paths
+from finetune.config.kinds import temperature_argument
 from finetune.data.conversations import Message
 from finetune.data.templates import PROMPT, QUESTION
 from finetune.errors import DataError, FinetuneError, ModelError, UserError
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--system", default=None, help="system message")
     add("--max-new-tokens", type=generate.at_least(1), default=256, help="longest answer")
     what = "sampling temperature; 0: always take the likeliest token"
-    add("--temperature", type=_temperature, default=0.0, help=what)
+    add("--temperature", type=temperature_argument, default=0.0, help=what)
     add("--one-turn", action="store_true", help="forget each message before the next")
     what = f"after each answer show the probabilities of its tokens and of the {TOP} likeliest"
     add("--probs", action="store_true", help=what)
@@ -54,13 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--votes", type=paths.argument, default=None, metavar="FILE", help=what)
     what = f"with --web: port of the page; 0: any that is free (default: {PORT})"
     add("--port", type=generate.at_least(0), default=None, help=what)
-
-
-def _temperature(text: str) -> float:
-    with suppress(ValueError):
-        if 0 <= float(text) < float("inf"):
-            return float(text)
-    raise argparse.ArgumentTypeError(f"should be a number of at least 0, got {text!r}")
 
 
 def require_system(tokenizer: Any, start: list[Message]) -> None:

@@ -383,13 +383,16 @@ def test_a_model_that_is_not_there_is_exit_2(capsys):
         ["evaluate", "--limit", "0"], ["evaluate", "--max-new-tokens", "0"],
         ["evaluate", "--columns", "abc"], ["evaluate", "--columns", "{a: ["],
         ["evaluate", "--columns", "{a: b, a: c}"], ["evaluate", "--format", "bogus"],
+        ["evaluate", "--temperature", "1e-40"], ["evaluate", "--temperature", "1e39"],
         ["chat", "--temperature", "-1"], ["chat", "--temperature", "nan"],
-        ["chat", "--max-new-tokens", "-3"],
+        ["chat", "--max-new-tokens", "-3"], ["export", "--weights", "1", "1e39"],
+        ["export", "--weights", "1", "nan"], ["export", "--weights", "1", "-0.000000001"],
     ],
     ids=" ".join,
 )  # fmt: skip
 def test_a_wrong_number_on_the_command_line_is_exit_2(arguments, capsys):
-    needed = {"evaluate": ["--base", "a", "--tuned", "b", "--data", "c"], "chat": ["--model", "a"]}
+    needed = {"evaluate": ["--base", "a", "--tuned", "b", "--data", "c"], "chat": ["--model", "a"],
+              "export": []}  # fmt: skip
     with pytest.raises(SystemExit) as caught:
         main([*arguments, *needed[arguments[0]]])
     assert caught.value.code == 2

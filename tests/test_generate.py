@@ -355,7 +355,7 @@ def test_all_wrong_prompts_are_listed_before_any_is_asked(bench, server):
         (["--prompts", "in.jsonl", "--rows", "3"], "remove it, as there are none"),
         (["in.jsonl", "--rows", "3", "--most-money", "1"], "--most-money needs --price"),
         (["in.jsonl", "--rows", "3", "--price", "1"], "should be two numbers, as 0.15,0.6"),
-        (["in.jsonl", "--rows", "3", "--temperature", "hot"], "'hot' should be a number"),
+        (["in.jsonl", "--rows", "3", "--temperature", "hot"], "from 0.001 to 100, got 'hot'"),
         (["in.jsonl", "--rows", "3", "--key", "NO_SUCH"], "the environment has no NO_SUCH"),
         (["in.jsonl", "--rows", "3", "--endpoint", "here"], "should begin with http://"),
         (["in.jsonl", "--rows", "0"], "at least 1"),

@@ -455,6 +455,7 @@ def test_a_stream_makes_the_same_answer_in_pieces(by_rule):
         ({**HI, "tools": [{}]}, 400, "tools: this server does not support it"),
         ({**HI, "frequency_penalty": 0.5}, 400, "frequency_penalty: this server does not"),
         ({**HI, "temperature": -1}, 400, "temperature: Input should be greater than or equal to 0"),
+        ({**HI, "temperature": 1e-9}, 400, "temperature: Value error, should be 0, or at least"),
         ({**HI, "temperature": "1"}, 400, "temperature: Input should be a valid number"),
         ({**HI, "max_tokens": 0}, 400, "max_tokens: Input should be greater than"),
         ({**HI, "stop": [""]}, 400, "stop"), ({**HI, "seed": 2**64}, 400, "seed"),

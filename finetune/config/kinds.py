@@ -1,6 +1,8 @@
 """Sections of the config; the `kind` of some decides which settings they have. No torch."""
 
+import argparse
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Annotated, Any, get_args
 
 from pydantic import (
@@ -16,6 +18,19 @@ from pydantic_core import CoreSchema, InitErrorDetails
 from finetune import own_code
 
 PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# Logits are some tens: divided by less than this they may overflow in 16 bits, and sampling takes
+# the likeliest token anyway; divided by more, every token is as likely as another.
+TEMPERATURES = 1e-3, 100.0
+Temperature = Annotated[float, Field(ge=TEMPERATURES[0], le=TEMPERATURES[1])]
+
+
+def temperature_argument(text: str) -> float:
+    """Parse a sampling temperature, where 0 takes the likeliest token; a type for argparse."""
+    least, most = TEMPERATURES
+    with suppress(ValueError):
+        if (value := float(text)) == 0 or least <= value <= most:
+            return value
+    raise argparse.ArgumentTypeError(f"should be 0, or from {least:g} to {most:g}, got {text!r}")
 
 
 class Section(BaseModel):

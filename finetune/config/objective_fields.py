@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from finetune.config.kinds import Kind, PositiveNumber, Section
+from finetune.config.kinds import Kind, PositiveNumber, Section, Temperature
 from finetune.config.paths import ExpandedPath
 from finetune.config.reward_fields import RewardList
 from finetune.config.rollout_fields import Rollouts
@@ -308,7 +308,7 @@ class Distill(Kind):
     beta t, beta KL(t || m) + (1 - beta) KL(s || m) (generalised Jensen-Shannon; Agarwal et al.,
     2024).
     """
-    temperature: PositiveNumber = 1.0
+    temperature: Temperature = 1.0
     """What divides the logits of both in the divergence; above 1, unlikely tokens count more."""
     sft_weight: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the cross-entropy of the rows' own tokens, beside the divergence."""

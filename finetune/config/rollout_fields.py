@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from finetune.config.engine_fields import Engine, LocalEngine
-from finetune.config.kinds import PositiveNumber, Section
+from finetune.config.kinds import PositiveNumber, Section, Temperature
 from finetune.config.own import OwnName
 
 Positive = Annotated[int, Field(gt=0)]
@@ -32,7 +32,7 @@ class Rollouts(Section):
     """Maximum number of tokens in a completion; with an environment, of all its turns together,
     what the environment says included.
     """
-    temperature: PositiveNumber = 1.0
+    temperature: Temperature = 1.0
     """Divide the logits by it, in sampling and in training; nothing else alters sampling."""
     steps_per_phase: Positive = 1
     """Optimizer steps for which a phase samples completions."""

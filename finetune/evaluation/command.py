@@ -3,7 +3,6 @@
 import argparse
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from finetune import config as configs
 from finetune import own_code, places
 from finetune.config import paths
 from finetune.config.base import model_argument
+from finetune.config.kinds import temperature_argument
 from finetune.config.own import own_format
 from finetune.data.column_names import FORMATS
 from finetune.errors import ConfigError, UserError
@@ -101,7 +101,7 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
     what = "number of answers to generate at once"
     add("--batch-size", type=at_least(1), default=64, help=what)
     what = "sampling temperature; 0: always take the likeliest token"
-    add("--temperature", type=_temperature, default=0.0, metavar="T", help=what)
+    add("--temperature", type=temperature_argument, default=0.0, metavar="T", help=what)
     what = "of answers drawn by --temperature, and of the examples of --few-shot"
     add("--seed", type=at_least(0), default=0, help=what)
     what = "ask the base also with N training rows of RUN before each prompt: did it need tuning?"
@@ -397,13 +397,6 @@ def score(
     by_name = {scorer.name: scorer for scorer in scorers}
     found = scores.of(scorers, answers)
     return Results(prompts, clusters, answers, found, by_name, settings, run_dir)
-
-
-def _temperature(text: str) -> float:
-    with suppress(ValueError):
-        if 0 <= float(text) < float("inf"):
-            return float(text)
-    raise argparse.ArgumentTypeError(f"should be a number of at least 0, got {text!r}")
 
 
 def _percent(text: str) -> float:

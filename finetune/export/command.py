@@ -21,6 +21,9 @@ from finetune.errors import ModelError, UserError
 from finetune.export import combine, copying, gguf, hub, merge, model_card, ollama
 from finetune.export.load import load_tokenizer, require_base
 
+# Of an adapter: less adds nothing but rounding, and more than one over it leaves nothing else.
+LEAST_WEIGHT = 1e-4
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     merge.add_arguments(parser, needs_output=False)
@@ -49,8 +52,11 @@ def _weight(text: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value) or value == 0:
-        raise argparse.ArgumentTypeError(f"should be a number other than 0, got {text!r}")
+    if not LEAST_WEIGHT <= abs(value) <= 1 / LEAST_WEIGHT:
+        raise argparse.ArgumentTypeError(
+            f"should be a number from {LEAST_WEIGHT:g} to {1 / LEAST_WEIGHT:g}, or one below 0 of "
+            f"that size, got {text!r}"
+        )
     return value
 
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from finetune.config import paths
 from finetune.config.base import model_argument
+from finetune.config.kinds import temperature_argument
 from finetune.data import preferences
 from finetune.data.conversations import Message
 from finetune.data.formats import detect, to_conversation, with_system
@@ -110,7 +111,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _temperature(text: str) -> float | None:
-    return None if text == "none" else _amount(text, least=0.0)
+    return None if text == "none" else temperature_argument(text)
 
 
 def _amount(text: str, least: float = 1e-9) -> float:

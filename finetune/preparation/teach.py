@@ -27,6 +27,7 @@ import torch
 from finetune import config as configs
 from finetune import preflight
 from finetune.config import Config, paths
+from finetune.config.kinds import temperature_argument
 from finetune.config.objective_fields import Clm, Distill, Sft
 from finetune.data.batches import Batches
 from finetune.data.places import Row
@@ -66,12 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _temperature(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} should be a number above 0")
+    if not (value := temperature_argument(text)):
+        raise argparse.ArgumentTypeError(f"should be a number above 0, got {text!r}")
     return value
 
 

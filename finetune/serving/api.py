@@ -5,13 +5,14 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from finetune.data.conversations import Message
 from finetune.generation.streaming import Sampling, Streamed, Token
 from finetune.serving.http import Rejected
 
 MOST_LOGPROBS = 20
+LEAST_TEMPERATURE = 1e-3  # below, dividing the logits by it may overflow
 # Fields that change nothing in an answer, so they are taken and not used.
 NOTES = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 
@@ -53,6 +54,13 @@ class Request(BaseModel):
     stream_options: StreamOptions | None = None
     n: Literal[1] = 1
     max_tokens: int | None = Field(None, ge=1)
+
+    @field_validator("temperature")
+    @classmethod
+    def _divides(cls, value: float) -> float:
+        if 0 < value < LEAST_TEMPERATURE:
+            raise ValueError(f"should be 0, or at least {LEAST_TEMPERATURE:g}")
+        return value
 
     def sampling(self, longest: int) -> Sampling:
         """Return how to draw the answer; `longest`: where the request sets no limit."""
