@@ -23,8 +23,9 @@ from finetune.generation.completions import Prompt
 from finetune.models.load import bytes_tokenizer
 from finetune.rollouts import episodes, group_examples
 from finetune.rollouts.episodes import Environments, Episode
-from finetune.rollouts.phases import Group, ShardFile
+from finetune.rollouts.phases import Group
 from finetune.rollouts.sampling import Drawn
+from finetune.rollouts.shard_file import ShardFile
 from finetune.rollouts.turns import Turns
 
 pytestmark = pytest.mark.slow

@@ -1,5 +1,6 @@
 """Rollouts: written before they are learned from, and the same however a run is interrupted."""
 
+import contextlib
 import functools
 import json
 import os
@@ -35,11 +36,20 @@ from finetune.rollouts import group_examples, phase_facts
 from finetune.rollouts.asked import Asked
 from finetune.rollouts.collecting import Collector
 from finetune.rollouts.phase_sampler import PhaseSampler
-from finetune.rollouts.phases import Group, PhaseFiles, Rollout, ShardFile
+from finetune.rollouts.phases import Group, PhaseFiles, Rollout
 from finetune.rollouts.rewards import Reward, Rewards
 from finetune.rollouts.sampling import Drawn, _Drawing, draw, numbers_of
+from finetune.rollouts.shard_file import ShardFile
 
 pytestmark = pytest.mark.slow
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed():
+    raise Killed
 
 
 # ------------------------------------------------------------------------------------ sampling
@@ -219,15 +229,22 @@ def test_columns_lie_beside_the_tokens_of_their_completions():
 # ----------------------------------------------------------------------------------- the files
 
 
-def test_what_was_recorded_survives_and_a_torn_line_goes(tmp_path):
-    file = ShardFile(tmp_path, 0, "run")
+def recorded_shard(folder):
+    """A closed file of two groups, one without rewards."""
+    file = ShardFile(folder, 0, "run")
     file.sampled([group(0, [3], [4]), group(1, [5], [6])])
     file.scored(0, [{"reward": 1.0, "parts": {"rule": 1.0}}, {"reward": 0.0, "parts": {}}])
     file.failed(1, "no answer")
     file.close()
+    return file
+
+
+def test_what_was_recorded_survives_and_a_torn_line_goes(tmp_path):
+    file = recorded_shard(tmp_path)
     with file.path.open("ab") as torn:
         torn.write(b'{"prompt": 1, "rewards": [{"rew')
     again = ShardFile(tmp_path, 0, "run")
+    assert again.reasons == {1: "no answer"}
     assert [each.is_scored for each in again.groups.values()] == [True, False]
     assert [each.reward for each in again.groups[0].rollouts] == [1.0, 0.0]
     again.scored(1, [{"reward": 2.0, "parts": {}}, {"reward": 3.0, "parts": {}}])
@@ -235,6 +252,22 @@ def test_what_was_recorded_survives_and_a_torn_line_goes(tmp_path):
     for of, known in (("run", [True, True]), ("another run", [])):
         with closing(ShardFile(tmp_path, 0, of)) as found:
             assert [each.is_scored for each in found.groups.values()] == known
+
+
+def test_any_altered_byte_of_a_shard_is_found_with_its_line(tmp_path):
+    """The last line may be one that the end of the machine left half written: it goes."""
+    path = recorded_shard(tmp_path).path
+    content = path.read_bytes()
+    lines = content.splitlines(keepends=True)
+    for place in range(0, len(content), 3):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        number = content[:place].count(b"\n") + 1
+        if number < len(lines):
+            with pytest.raises(RunDirectoryError, match=rf"shard-0000.jsonl:{number}: was altered"):
+                ShardFile(tmp_path, 0, "run")
+            continue
+        with closing(ShardFile(tmp_path, 0, "run")) as file:
+            assert (file.groups[0].is_scored, file.reasons) == (True, {})
 
 
 def test_a_full_disk_is_named_with_the_file_though_closing_fails_too(tmp_path):
@@ -435,11 +468,96 @@ def test_a_process_that_cannot_write_a_shard_leaves_no_other_in_a_pass(tmp_path)
         if not can_write:
             sampler.files.folder.write_text("in the way")
         with pytest.raises(Killed if can_write else (OSError, FinetuneError)):
-            sampler._collected(0, [(0, [(0, 0)])], 1)
+            sampler._collected(0, [0], 0)
         return calls
 
     alone, others = collectives(False), collectives(True)
     assert alone == others[: len(alone)]
+
+
+class Phase:
+    """Samples phase 1 of 10 prompts, 4 a phase, without a model; a run of one process.
+
+    `rewards(number)` gives those of a group of two, None in place of one that failed, or raises.
+    """
+
+    def __init__(self, folder, rewards):
+        self.sampled, self.rewarded, self.rewards = list[int](), list[int](), rewards
+        settings = {"dynamic_sampling": 2.0, "shard_size": 3}
+        topology = SimpleNamespace(
+            rank=0, data_rank=0, num_data=1, parallel=SimpleNamespace(num_context=1),
+            any=bool, on_every=lambda action: action(), on_main=lambda action: action(),
+            is_main=False, watchdog=SimpleNamespace(heartbeat=lambda *_: None),
+        )  # fmt: skip
+        self.sampler = sampler = PhaseSampler.__new__(PhaseSampler)
+        sampler.around = SimpleNamespace(
+            topology=topology, stop=lambda: False, of_phase=lambda phase: "a run"
+        )
+        sampler.asked, sampler.files = asked(**settings), PhaseFiles(folder)
+        sampler.settings = sampler.asked.rollouts
+        sampler.collector = SimpleNamespace(
+            together=False, drawn=self.drawn, rewards=self.rewards_of
+        )
+
+    def drawn(self, of, members):
+        self.sampled += [number for number, _ in members]
+        return [group(number, [3], [example], prompt=[example]) for number, example in members]
+
+    def rewards_of(self, made, example):
+        self.rewarded.append(made.number)
+        return [
+            Reward(each, {}, "" if each is not None else f"{made.number} fails")
+            for each in self.rewards(made.number)
+        ]
+
+    def __call__(self):
+        return self.sampler.sampled(0)
+
+
+def test_reasons_of_the_first_round_are_kept_where_a_second_one_follows(tmp_path):
+    phase = Phase(tmp_path, lambda number: (1.0, None) if number == 1 else (1.0, 0.0))
+    groups = phase()
+    assert [each.failed for each in groups] == ["", "1 fails", "", "", ""]
+
+
+@pytest.mark.parametrize("ends_at", range(1, 9))
+def test_a_phase_goes_on_with_the_groups_that_it_has_asked(tmp_path, ends_at):
+    """Two of four groups have a signal, then one of two further ones, then the last."""
+    rewards = {0: (1.0, 1.0), 2: (1.0, 1.0), 5: (0.0, 0.0)}
+
+    def end(number):
+        if len(before.rewarded) == ends_at:
+            raise Killed
+        return rewards.get(number, (0.0, 1.0))
+
+    before = Phase(tmp_path / "killed", end)
+    with contextlib.suppress(Killed):
+        before()
+    after = Phase(tmp_path / "killed", lambda number: rewards.get(number, (0.0, 1.0)))
+    whole = Phase(tmp_path / "whole", lambda number: rewards.get(number, (0.0, 1.0)))
+    found, wanted = ([each.to_json() for each in phase()] for phase in (after, whole))
+    assert found == wanted
+    assert whole.sampled == list(range(7))
+    assert before.sampled + after.sampled == whole.sampled
+    assert before.rewarded[: ends_at - 1] + after.rewarded == whole.rewarded
+
+
+def test_a_group_that_is_recorded_is_not_asked_again_where_fewer_are_missing(tmp_path):
+    """A reward that had failed is there at the next attempt, so the second round is smaller."""
+
+    def failing(number):
+        if number == 5:
+            raise Killed
+        return {1: (None, 1.0), 2: (1.0, 1.0), 4: (1.0, 1.0)}.get(number, (0.0, 1.0))
+
+    before = Phase(tmp_path, failing)
+    with pytest.raises(Killed):
+        before()
+    after = Phase(tmp_path, lambda number: (0.0, 1.0))
+    after()
+    assert before.sampled == [0, 1, 2, 3, 4, 5]
+    assert not after.sampled
+    assert after.rewarded == [1, 5]
 
 
 # ------------------------------------------------------------------- what an end leaves behind
@@ -466,14 +584,6 @@ def asking(ends_at=None, end=None):
         patch.setattr(Collector, "drawn", drawn)
         patch.setattr(Collector, "rewards", rewards)
         yield sampled_groups, asked_groups
-
-
-class Killed(BaseException):
-    pass
-
-
-def killed():
-    raise Killed
 
 
 @pytest.mark.parametrize("ends_at", short([1, 9], 9))

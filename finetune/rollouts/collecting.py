@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,11 +21,14 @@ if TYPE_CHECKING:
 
 Members = Sequence[tuple[int, int]]
 """(number of a prompt among those that are asked, its example) of each prompt of a shard."""
+Shard = tuple[int, Members]
+"""Its number, and its prompts."""
 
 
-def shards_of(members: Sequence[tuple[int, int]], size: int) -> list[Sequence[tuple[int, int]]]:
-    """Part prompts into shards."""
-    return [members[start : start + size] for start in range(0, len(members), size)]
+def shards_of(members: Members, size: int) -> list[Shard]:
+    """Part prompts into shards, by their numbers alone: each has its shard, whatever is asked."""
+    parts = groupby(members, lambda member: member[0] // size)
+    return [(number, list(part)) for number, part in parts]
 
 
 class Collector:

@@ -33,7 +33,7 @@ def _evaluated(asked: Asked, around: Around) -> dict[str, float] | None:
     found = list[Group]()
     for turn in range(-(-len(shards) // number)):
         place = turn * number + rank
-        members = shards[place] if samples and place < len(shards) else []
+        members = shards[place][1] if samples and place < len(shards) else []
         topology.watchdog.heartbeat("the rollouts of held-out prompts")
         if topology.any(around.stop()):
             return None

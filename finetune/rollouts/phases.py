@@ -3,16 +3,13 @@
     rollouts/phase-00001.partial/shard-0000.jsonl   groups, appended as they are sampled and scored
     rollouts/phase-00001.jsonl                      the phase, sealed: whole or not at all
 
-While a phase grows, each shard of prompts has a file, which one process writes at a time: a line
-with all completions of a group once they are sampled, another with their rewards once they are
-there; each is on the disk before the next begins. What a line holds is never sampled or asked
-again. The sealed file begins with a header, has a line for each group, and ends with their number
-and a hash. Floats are written so that the same float32 is read.
+While a phase grows, each shard of prompts has a file (`shard_file`). The sealed file begins with a
+header, has a line for each group, and ends with their number and a hash. Floats are written so that
+the same float32 is read.
 """
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -142,90 +139,6 @@ class Group:
         return replace(self, rollouts=tuple(made), is_scored=True)
 
 
-class ShardFile:
-    """The groups of one shard, as they come. `of`: what they depend on; other lines are dropped."""
-
-    def __init__(self, folder: Path, number: int, of: str) -> None:
-        self.path = folder / f"shard-{number:04d}.jsonl"
-        self.groups: dict[int, Group] = {}
-        with failures.writing(self.path):
-            folder.mkdir(parents=True, exist_ok=True)
-            whole = self._read(of)
-            self._file = self.path.open("ab")
-            self._file.truncate(whole)
-            if not whole:
-                self._append({"of": of})
-                files.flush(folder)
-
-    def _read(self, of: str) -> int:
-        """Read the lines that are whole and belong here; return where they end."""
-        if not self.path.exists():
-            return 0
-        end = 0
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file):
-                values = _parsed(line)
-                if values is None or (number == 0 and values.get("of") != of):
-                    break
-                if number and not self._take(values):
-                    break
-                end += len(line)
-        return end
-
-    def _take(self, values: Mapping[str, Any]) -> bool:
-        """Take over a line; return whether it is one of ours."""
-        try:
-            if "failed" in values:  # for people; the rewards are asked for again
-                return True
-            if "rollouts" in values:
-                group = Group.from_json(values, is_scored=False)
-            else:
-                group = self.groups[values["prompt"]].scored(values["rewards"])
-            self.groups[group.number] = group
-            return True
-        except (KeyError, TypeError, ValueError):
-            return False
-
-    def lacks(self, number: int) -> bool:
-        """Return whether a group is to be sampled: it is not here, or its environment failed."""
-        group = self.groups.get(number)
-        return group is None or not (group.is_scored or group.unplayed == "")
-
-    def sampled(self, groups: Iterable[Group]) -> None:
-        """Append groups without rewards. Raises Outage if the disk fails."""
-        self._append(*(each.to_json() for each in groups))
-        self.groups |= {each.number: each for each in groups}
-
-    def scored(self, number: int, rewards: Sequence[Mapping[str, Any]]) -> None:
-        """Append the rewards of a group. Raises Outage if the disk fails."""
-        self._append({"prompt": number, "rewards": list(rewards)})
-        self.groups[number] = self.groups[number].scored(rewards)
-
-    def failed(self, number: int, reason: str) -> None:
-        """Note why a group has no rewards."""
-        self._append({"prompt": number, "failed": reason})
-
-    def _append(self, *lines: Mapping[str, Any]) -> None:
-        with failures.writing(self.path):
-            self._file.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
-            self._file.flush()
-            os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Close the file. Raises Outage if the disk fails."""
-        with failures.writing(self.path):  # what a full disk did not take is tried again
-            self._file.close()
-
-
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    """Return the values of a whole line; None for a torn one."""
-    try:
-        values = json.loads(line) if line.endswith(b"\n") else None
-    except (ValueError, RecursionError):
-        return None
-    return values if isinstance(values, dict) else None
-
-
 class PhaseFiles:
     """The phases of a run. Only the main process seals and reads; each writes its shards."""
 
@@ -241,15 +154,6 @@ class PhaseFiles:
 
     def partial(self, phase: int) -> Path:
         return self.folder / f"phase-{phase + 1:05d}.partial"
-
-    def recorded(self, phase: int, of: str) -> list[Group]:
-        """Return the groups of all shards of a phase that grows, by number."""
-        found: dict[int, Group] = {}
-        for path in sorted(self.partial(phase).glob("shard-*.jsonl")):
-            shard = ShardFile(path.parent, int(path.stem.removeprefix("shard-")), of)
-            shard.close()
-            found |= shard.groups
-        return [found[number] for number in sorted(found)]
 
     def seal(self, phase: int, header: Mapping[str, Any], groups: Sequence[Group]) -> None:
         """Write a whole phase, and remove what it was collected in. Raises Outage."""

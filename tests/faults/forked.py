@@ -31,7 +31,10 @@ from finetune.survival import launcher
 PROTOCOL = {
     str(ROOT / "finetune/engine/checkpoint" / name)
     for name in ("contents.py", "folder.py", "resume.py", "saver.py")
-} | {str(ROOT / "finetune/rollouts" / name) for name in ("phases.py", "rollouts.py")}
+} | {
+    str(ROOT / "finetune/rollouts" / name)
+    for name in ("phases.py", "phase_sampler.py", "rollouts.py", "shard_file.py")
+}
 
 
 @dataclass(frozen=True)

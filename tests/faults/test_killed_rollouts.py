@@ -18,6 +18,7 @@ MORE = {
     "checkpoint__keep_last": 3, "data__eval_fraction": 0.2, "evaluation__every_steps": 4,
     "train__hang_minutes": 0.3, "train__micro_batch_size": 4,
 }  # fmt: skip
+OF_PHASES = ("phase", "rollouts", "shard_file")  # names of modules begin so
 ROLLOUTS = {"steps_per_phase": 2, "dynamic_sampling": 1.0}
 
 
@@ -44,7 +45,7 @@ def test_a_killed_run_samples_and_learns_like_an_undisturbed_one(scene):
     """Die at random moments, and at lines that write or read phases, until KILLS have hit."""
     dice = random.Random(f"{SEED} {scene.topology}")
     of_phases = [
-        {line: count for line, count in each.items() if line.startswith(("phases", "rollouts"))}
+        {line: count for line, count in each.items() if line.startswith(OF_PHASES)}
         for each in scene.lines
     ]
     ways = [
