@@ -223,7 +223,7 @@ class Run:
             data.tokenizer, ends, self.objective, config.objective, rewards,
             files.json_sha256(about), lambda: self.stop.is_set, self.log, self.storage,
             self._served(ends), self._environments(), self._save_policy, self._before_training(),
-            self._note_rollouts,
+            self._asked_teacher(), self._note_rollouts,
         )  # fmt: skip
         return Rollouts(data.train, around)
 
@@ -288,6 +288,11 @@ class Run:
             attention=data.attention, new_token_ids=data.new_token_ids,
         ).policy  # fmt: skip
         return lambda: contextlib.nullcontext(frozen)
+
+    def _asked_teacher(self) -> Policy | None:
+        """Return the teacher, if the objective asks it about the tokens of completions."""
+        asks = self.companion and self.objective.wants_teacher(self.config.objective)
+        return self.companion.policy if self.companion and asks else None
 
     def _note_rollouts(
         self, phase: int, groups: Sequence[Group], facts: Mapping[str, float]

@@ -1,24 +1,27 @@
 """Distillation: divergences by their definition, from a teacher that fits, whatever shares it."""
 
 import dataclasses
+import itertools
 import json
 import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from conftest import TINY_LLAMA, losses, read_jsonl
+from conftest import TINY_LLAMA, losses, pretrained, read_jsonl
 from faults.forked import weights
 from invariants import sampled
 from invariants.test_topologies import several
 from test_head import Largest
-from test_preference import batch_of, pairs_of
+from test_preference import batch_of, cut_at, pairs_of
 
 from finetune.config import objective_fields as fields
 from finetune.errors import ConfigError, ModelError, RunDirectoryError
 from finetune.models import attention, cross_entropy, head
 from finetune.models.logits import divergence, divergence_from_top
-from finetune.models.policy import Policy
-from finetune.objectives import OBJECTIVES
+from finetune.models.policy import Answers, Policy
+from finetune.objectives import OBJECTIVES, advantages
 from finetune.objectives.base import total
 
 pytestmark = pytest.mark.slow
@@ -171,6 +174,114 @@ def test_no_tensor_holds_all_logits_of_either_model(monkeypatch, stored):
     assert largest.numbers < tokens * 1009 / 4  # the most is a layer's states, of all tokens
 
 
+# ------------------------------------------------------------------- the reverse KL of completions
+
+END, MOST = 2, 3
+"""The token that ends a completion, and the tokens after which it is cut."""
+COMPLETIONS = sorted(
+    {
+        each[: each.index(END) + 1] if END in each else each
+        for each in itertools.product(range(3), repeat=MOST)
+    }
+)
+"""All of three tokens: END, or one of two others and what may follow."""
+BEGINNINGS = sorted({each[:place] for each in COMPLETIONS for place in range(len(each))})
+
+
+class Enumerated(Policy):
+    """All completions of a table of logits [beginnings, 3], with the exact divergence from another.
+
+    Its tokens are those of COMPLETIONS, one completion after the other.
+    """
+
+    def __init__(self, seed):
+        super().__init__(model=None, companion=lambda batch, want: Answers(distribution="theirs"))
+        random = torch.Generator().manual_seed(seed)
+        self.logits, self.others = torch.randn(
+            2, len(BEGINNINGS), 3, generator=random, dtype=torch.float64
+        )
+        self.logits.requires_grad_()
+        self.rows = [BEGINNINGS.index(c[:place]) for c in COMPLETIONS for place in range(len(c))]
+        self.labels = [token for each in COMPLETIONS for token in each]
+
+    def logprobs(self, logits):
+        return logits.log_softmax(-1)[self.rows, self.labels]
+
+    def __call__(self, batch, want, *, beta, **more):
+        assert beta == 1
+        mine, theirs = (each.log_softmax(-1)[self.rows] for each in (self.logits, self.others))
+        return Answers(
+            logprobs=self.logprobs(self.logits), divergence=(mine.exp() * (mine - theirs)).sum(-1)
+        )
+
+    def sums(self, of_tokens):
+        """Add up over each completion."""
+        return torch.stack([each.sum() for each in of_tokens.split([*map(len, COMPLETIONS)])])
+
+    def gradient(self, loss):
+        return torch.autograd.grad(loss, self.logits)[0]
+
+
+def minillm(policy, **settings):
+    """(a batch of each completion, whose weights are their chances; settings; facts of it)."""
+    own = fields.Distill(kind="distill", loss="minillm", beta=1.0, rollouts={}, **settings)
+    old, teacher = (policy.logprobs(each).detach() for each in (policy.logits, policy.others))
+    count = len(COMPLETIONS)
+    scored = advantages.Scored(
+        np.zeros(count), np.arange(count), np.cumsum([*map(len, COMPLETIONS)]),
+        np.zeros(count, bool), old.numpy(), teacher=teacher.numpy(),
+    )  # fmt: skip
+    made, facts = OBJECTIVES["distill"].columns(scored, own)
+    lengths = torch.tensor([*map(len, COMPLETIONS)])
+    weights = policy.sums(old).exp().repeat_interleave(lengths)
+    columns = {name: torch.from_numpy(values) for name, values in made.items()}
+    batch = SimpleNamespace(
+        labels=torch.tensor(policy.labels), token_columns={**columns, "old_logprobs": old},
+        weights=weights,
+    )  # fmt: skip
+    return batch, own, facts
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_mean_gradient_over_all_completions_is_that_of_their_reverse_kl(seed):
+    """Each as likely as the model has it; without what a token changes for later ones it is not."""
+    policy = Enumerated(seed)
+    mine, theirs = (policy.sums(policy.logprobs(each)) for each in (policy.logits, policy.others))
+    exact = (mine.exp() * (mine - theirs)).sum()
+    wanted = policy.gradient(exact)
+    batch, own, facts = minillm(policy, length_normalization=False)
+    batch.token_columns["advantages"] *= batch.weights  # the divergence has a weight already
+    alone, later, _ = (term.sum for term in OBJECTIVES["distill"].loss(policy, batch, own, {}))
+    gradients = [policy.gradient(each) for each in (alone, later)]
+    assert (sum(gradients) - wanted).abs().max() < 1e-12
+    assert (gradients[0] - wanted).abs().max() > 1e-2
+    assert float(alone.detach()) == pytest.approx(float(exact.detach()), abs=1e-12)
+    mean = (mine - theirs).detach().mean()
+    assert facts["sequence_kl"] == pytest.approx(float(mean), abs=1e-12)
+
+
+def test_what_a_token_changes_is_divided_by_the_number_of_later_ones():
+    """By hand: rewards of two completions, of three tokens and of one."""
+    rewards, ends = np.array([1.0, 2.0, 4.0, 8.0]), np.array([0, 3, 3, 4])
+    assert advantages.of_later(rewards, ends, mean=False).tolist() == [6, 4, 0, 0]
+    assert advantages.of_later(rewards, ends, mean=True).tolist() == [3, 4, 0, 0]
+    assert advantages.of_later(rewards[:0], np.array([0, 0]), mean=True).shape == (0,)
+
+
+def test_after_the_first_step_of_a_phase_a_token_moves_no_further_than_the_clip():
+    policy = Enumerated(0)
+    batch, own, _ = minillm(policy)
+    gain = batch.token_columns["advantages"]
+    with torch.no_grad():
+        policy.logits += 0.5 * torch.randn_like(policy.logits)
+    ratio = (policy.logprobs(policy.logits) - batch.token_columns["old_logprobs"]).exp()
+    stops = ((ratio > 1.2) & (gain > 0)) | ((ratio < 0.8) & (gain < 0))
+    assert stops.any()
+    _, later, _ = (term.sum for term in OBJECTIVES["distill"].loss(policy, batch, own, {}))
+    wanted = policy.gradient(-torch.where(stops, 0, ratio * gain).sum())
+    assert (policy.gradient(later) - wanted).abs().max() < 1e-12
+
+
 # ------------------------------------------------------------------------------------- whole runs
 
 
@@ -219,12 +330,45 @@ def test_a_run_does_not_resume_beside_another_teacher(workshop):
         workshop.train("cut", **own)
 
 
+def on_policy(workshop, **more):
+    """Settings of a run whose first weights are those of its teacher, but for what `more` says."""
+    teacher = teacher_of(workshop)
+    same = sampled.settings(workshop, "distill", **pretrained(teacher), **more)
+    del same["objective__rewards"]
+    return same | {"objective__teacher": str(teacher), "objective__beta": 1.0}
+
+
+def test_from_a_teacher_that_it_equals_minillm_learns_exactly_nothing_of_later_tokens(workshop):
+    """Both say the same of each token to the bit; a resumed run is the whole one, to the bit."""
+    own = on_policy(workshop, objective__loss="minillm", train__max_steps=3,
+                    rollouts={"steps_per_phase": 2}, checkpoint__every_steps=1,
+                    checkpoint__keep_last=9)  # fmt: skip
+    whole = workshop.train("whole", **own)
+    first, second, _ = read_jsonl(whole / "metrics.jsonl")
+    assert (first["long_range"], first["sequence_kl"], first["ratio"]) == (0, 0, 1)
+    assert first["divergence"] == pytest.approx(0, abs=1e-6)
+    assert second["ratio"] != 1
+    groups = read_jsonl(whole / "rollouts" / "phase-00001.jsonl")[1:-1]
+    rollouts = [each for group in groups for each in group["rollouts"]]
+    assert all(each["teacher"] == each["old_logprobs"] for each in rollouts)
+    workshop.train("cut", **own)
+    cut_at(workshop, 1)
+    assert losses(workshop.train("cut", **own)) == losses(whole)
+    one, other = (
+        (workshop.run_dir(name) / "model" / "model.safetensors").read_bytes()
+        for name in ("whole", "cut")
+    )
+    assert one == other
+
+
 @pytest.mark.proof
-def test_completions_of_the_student_are_learned_from_its_teacher(workshop):
+@pytest.mark.parametrize("loss", ["gkd", "minillm"])
+def test_completions_of_the_student_are_learned_from_its_teacher(workshop, loss):
     """The same however a step is cut up; rewards are only logged."""
     teacher = teacher_of(workshop, train__max_steps=20)
     own = {
         "objective__kind": "distill", "objective__teacher": str(teacher), "objective__beta": 1.0,
+        "objective__loss": loss,
         "objective__rollouts": {"max_new_tokens": 8, "cut_answers": "learn", "passes": 2},
         "train__epochs": 4, "train__max_steps": 20,
     }  # fmt: skip
@@ -234,7 +378,8 @@ def test_completions_of_the_student_are_learned_from_its_teacher(workshop):
     assert "reward" not in lines[0]
     assert lines[0]["completion_length"] > 1
     sealed = (run / "rollouts" / "phase-00001.jsonl").read_text()
-    assert "old_logprobs" not in sealed  # a pass over all completions that nothing would read
+    # Else a pass over all completions that nothing would read
+    assert ("old_logprobs" in sealed) == ('"teacher"' in sealed) == (loss == "minillm")
     own |= {"train__max_steps": 4, "train__micro_batch_size": 1}
     own |= {"objective__rewards": [{"kind": "exact_match"}], "data__eval_fraction": 0.1}
     alone = workshop.train("alone", **own)
@@ -245,11 +390,13 @@ def test_completions_of_the_student_are_learned_from_its_teacher(workshop):
 
 
 @pytest.mark.proof
-def test_processes_learn_like_one_from_their_own_completions(workshop):
+@pytest.mark.parametrize("loss", ["gkd", "minillm"])
+def test_processes_learn_like_one_from_their_own_completions(workshop, loss):
     """A copy of the teacher for each process, or shards."""
     teacher = teacher_of(workshop, train__max_steps=20)
     own = sampled.settings(
-        workshop, "distill", objective__teacher=str(teacher), objective__beta=0.5,
+        workshop, "distill", objective__teacher=str(teacher),
+        objective__beta=1.0 if loss == "minillm" else 0.5, objective__loss=loss,
         train__micro_batch_size=4,
     )  # fmt: skip
     del own["objective__rewards"]
@@ -319,6 +466,16 @@ def test_settings_that_would_be_ignored_are_refused(workshop):
         with_teacher(workshop, teacher, objective__rollouts={"dynamic_sampling": 1.0})
     with pytest.raises(ConfigError, match="objective.rollouts: nothing is stored of new"):
         workshop.check("student", objective__kind="distill", objective__rollouts={})
+    of_completions = {"objective__loss": "minillm", "objective__beta": 1.0}
+    with pytest.raises(ConfigError, match="objective.loss: minillm learns from completions of"):
+        with_teacher(workshop, teacher, **of_completions)
+    of_completions["objective__rollouts"] = {"temperature": 0.5}
+    with pytest.raises(ConfigError, match="objective.temperature: 1, but .* sampled at 0.5"):
+        with_teacher(workshop, teacher, **of_completions)
+    with pytest.raises(ConfigError, match="objective.beta: 0, but objective.loss: minillm"):
+        with_teacher(workshop, teacher, objective__loss="minillm", objective__rollouts={})
+    with pytest.raises(ConfigError, match="length_normalization: would be ignored"):
+        with_teacher(workshop, teacher, objective__length_normalization=False)
     with pytest.raises(ConfigError, match="objective.teacher_revision: would be ignored"):
         with_teacher(workshop, teacher, objective__teacher_revision="main")
     with pytest.raises(ConfigError, match="objective.teacher_dtype: would be ignored"):

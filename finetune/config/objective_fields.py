@@ -308,6 +308,15 @@ class Distill(Kind):
     beta t, beta KL(t || m) + (1 - beta) KL(s || m) (generalised Jensen-Shannon; Agarwal et al.,
     2024).
     """
+    loss: Literal["gkd", "minillm"] = "gkd"
+    """What is learned from completions of the policy.
+    gkd: the divergence at each token alone; minillm: the reverse KL of whole completions, so also
+    what a token changes for later ones (Gu et al., 2024).
+    """
+    length_normalization: bool = True
+    """In minillm: divide what a token changes for later ones by their number, so that long
+    completions do not outweigh short ones; false: the gradient of the reverse KL itself.
+    """
     temperature: Temperature = 1.0
     """What divides the logits of both in the divergence; above 1, unlikely tokens count more."""
     sft_weight: Annotated[float, Field(ge=0)] = 0.0

@@ -162,6 +162,7 @@ def _distill_conflicts(config: Config, objective: Distill) -> Iterator[str]:
             "objective.rewards: an evaluation of completions needs what they are worth; add it, or "
             "remove data.eval and data.eval_fraction"
         )
+    yield from _minillm_conflicts(objective)
     if objective.teacher is None:
         why = "the column teacher of the rows has what the teacher said"
         yield from _ignored(config, why, "objective.teacher_revision", "objective.teacher_dtype")
@@ -173,6 +174,32 @@ def _distill_conflicts(config: Config, objective: Distill) -> Iterator[str]:
         return
     if os.path.isdir(objective.teacher):
         yield from _ignored(config, "objective.teacher is a folder", "objective.teacher_revision")
+
+
+def _minillm_conflicts(objective: Distill) -> Iterator[str]:
+    """List settings that do not fit the reverse KL of whole completions."""
+    rollouts = objective.rollouts
+    if objective.loss != "minillm":
+        if not objective.length_normalization:
+            yield ("objective.length_normalization: would be ignored: it is only for loss: minillm")
+        return
+    if rollouts is None:
+        yield (
+            "objective.loss: minillm learns from completions of the model; add "
+            "objective.rollouts, as {max_new_tokens: 512}"
+        )
+        return
+    if objective.beta != 1.0:
+        yield (
+            f"objective.beta: {objective.beta:g}, but objective.loss: minillm minimises the "
+            "reverse KL; set it to 1.0"
+        )
+    if objective.temperature != rollouts.temperature:
+        yield (
+            f"objective.temperature: {objective.temperature:g}, but completions are sampled at "
+            f"{rollouts.temperature:g} (objective.rollouts.temperature), so objective.loss: "
+            "minillm would follow the gradient of neither; make them equal"
+        )
 
 
 def _preference_conflicts(config: Config) -> Iterator[str]:

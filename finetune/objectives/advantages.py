@@ -19,7 +19,7 @@ class Scored:
     tokens of each end among all S. cut bool [N]: whether max_new_tokens ended it. old_logprobs
     float32 [S]: by the weights that sampled, at the temperature, from the micro-batches of the
     update. sampler_logprobs float32 [S]: the sampler's own. reference float32 [S]: by the weights
-    before the first step. values float32 [S]: of the value head.
+    before the first step. values float32 [S]: of the value head. teacher float32 [S]: by a teacher.
     """
 
     rewards: np.ndarray
@@ -30,6 +30,7 @@ class Scored:
     sampler_logprobs: np.ndarray | None = None
     reference: np.ndarray | None = None
     values: np.ndarray | None = None
+    teacher: np.ndarray | None = None
 
     @property
     def lengths(self) -> np.ndarray:
@@ -104,6 +105,17 @@ def generalised(
         advantages[at] = error + gamma * decay * next_advantage[there]
         next_advantage[there], next_value[there] = advantages[at], values[at]
     return advantages, advantages + values
+
+
+def of_later(rewards: np.ndarray, ends: np.ndarray, mean: bool) -> np.ndarray:
+    """Return the sum of the rewards [S] of later tokens of the same completion, or their mean, [S].
+
+    0 for the last token. `ends`: as those of `Scored`.
+    """
+    lengths = np.diff(ends, prepend=0)
+    reached, last = np.cumsum(rewards, dtype=np.float64), np.repeat(ends, lengths) - 1
+    sums = reached[last] - reached
+    return sums / np.maximum(last - np.arange(len(last)), 1) if mean else sums
 
 
 def whitened(values: np.ndarray) -> np.ndarray:

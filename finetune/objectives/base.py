@@ -116,6 +116,10 @@ class Objective:
         first step."""
         return False
 
+    def wants_teacher(self, settings: Any) -> bool:
+        """Return whether the tokens of rollouts need log-probabilities of the teacher."""
+        return False
+
     def columns(
         self, scored: Scored, settings: Any
     ) -> tuple[dict[str, np.ndarray], dict[str, float]]:

@@ -135,7 +135,7 @@ class PolicyGradient(Objective):
         )
         assert answers.logprobs is not None
         assert answers.entropy is not None
-        completions, ratio = Completions(policy, batch), _exp(answers.logprobs - columns[OLD])
+        completions, ratio = Completions(policy, batch), ratio_of(answers.logprobs, columns[OLD])
         terms = _surrogate(row, completions, answers.logprobs, columns, settings)
         terms.append(
             Term("entropy", answers.entropy.sum(), "tokens", weight=-settings.entropy_bonus)
@@ -211,6 +211,11 @@ def _added(
 def _limits(row: Loss, settings: Any) -> tuple[float, float]:
     low, high = settings.clip_low, settings.clip_high
     return row.clip_low if low is None else low, row.clip_high if high is None else high
+
+
+def ratio_of(logprobs: Tensor, old: Tensor) -> Tensor:
+    """Return the ratio of probabilities to those of the phase, [S]."""
+    return _exp(logprobs - old)
 
 
 def _exp(nats: Tensor) -> Tensor:

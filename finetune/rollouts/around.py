@@ -31,9 +31,9 @@ class Around:
     served: the server that samples; None: the model does. environments: what answers the model
     between its turns; None: a completion is one turn. save: writes the policy's weights to a
     folder, for the server; collective.
-    reference: gives the policy as it was before the first step; None: it is not needed. opened:
-    gets the number of each phase that steps are about to learn from, its groups, and facts for the
-    logs.
+    reference: gives the policy as it was before the first step; None: it is not needed. teacher:
+    says how likely it finds the tokens; None: it is not asked. opened: gets the number of each
+    phase that steps are about to learn from, its groups, and facts for the logs.
     """
 
     run: Path
@@ -53,6 +53,7 @@ class Around:
     environments: Environments | None = None
     save: Callable[[Path], None] = lambda folder: None
     reference: Callable[[], AbstractContextManager[Policy]] | None = None
+    teacher: Policy | None = None
     opened: Callable[[int, Sequence[Group], Mapping[str, float]], None] = lambda *_: None
 
     def of_phase(self, phase: int) -> str:

@@ -94,7 +94,7 @@ def scored(groups: Sequence[Group], settings: Settings) -> Scored:
         np.array(rewards, np.float64), np.array(numbers, np.int64),
         np.cumsum(lengths, dtype=np.int64), np.array(cut, bool), flat.get(OLD, none),
         flat.get("sampler_logprobs", none), flat.get("reference", unknown),
-        flat.get("old_values", unknown),
+        flat.get("old_values", unknown), flat.get("teacher", unknown),
     )  # fmt: skip
 
 
@@ -131,6 +131,7 @@ def blank(prompts: Sequence[np.ndarray], objective: Any, settings: Any, pad_id: 
     names = [OLD]
     names += ["old_values"] if "values" in objective.scored_by(settings) else []
     names += ["reference"] if objective.wants_reference(settings) else []
+    names += ["teacher"] if objective.wants_teacher(settings) else []
     groups = [
         Group(
             number, "", tuple(ids.tolist()), tuple(

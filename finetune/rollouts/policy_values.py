@@ -47,6 +47,9 @@ def of_phase(
         of_reference = logprobs_as("reference", temperature)
         with around.reference() as before:
             found |= token_values(topology, before, batches, walk, of_reference)
+    if around.teacher is not None:
+        of_teacher = logprobs_as("teacher", temperature)
+        found |= token_values(topology, around.teacher, batches, walk, of_teacher)
     is_learned = batches.in_memory.examples.supervised
     return {name: values[is_learned] for name, values in found.items()}
 
