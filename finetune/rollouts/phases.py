@@ -43,7 +43,7 @@ class Rollout:
     reason: str = ""
     values: Mapping[str, np.ndarray] = field(default_factory=dict)
     """What the policy that is updated says of each token before the first step of the phase:
-    `old_logprobs`, and of `reference`, `teacher`, `old_values` those that the objective asks for."""
+    `old_logprobs`; `reference`, `teacher` and `old_values` where the objective asks for them."""
     heard: tuple[tuple[int, int], ...] = ()
     """Stretches of the ids that the environment said."""
     given: float | None = None
