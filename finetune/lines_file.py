@@ -10,9 +10,9 @@ import fcntl
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, Generic, TypeVar
 
 from finetune import failures
 from finetune.data.places import printable, short
@@ -65,13 +65,10 @@ class LinesFile:
                 self._file.truncate(start)
                 break
             try:
-                found = parsed(json.loads(line))
-            except WRONG as exc:
+                found = _value(line, parsed, f"{self._shown}:{number}", self._holds)
+            except DataError:
                 self._file.close()
-                row = short(line.decode("utf-8", "replace"))
-                raise DataError(
-                    f"{self._shown}:{number}: holds no {self._holds}: {row}; move the file away"
-                ) from exc
+                raise
             yield start, found
             start += len(line)
 
@@ -99,3 +96,51 @@ class LinesFile:
                     self._path.unlink(missing_ok=True)
             finally:
                 self._file.close()
+
+
+class LinesOfOthers(Generic[Parsed]):
+    """What other processes append to files of theirs, as it comes.
+
+    paths: returns the files; some may not exist yet. holds, parsed: as of LinesFile.
+    """
+
+    def __init__(
+        self, paths: Callable[[], Iterable[Path]], holds: str, parsed: Callable[[Any], Parsed]
+    ) -> None:
+        self._paths, self._holds, self._parsed = paths, holds, parsed
+        self._read: dict[Path, tuple[int, int]] = {}
+        """Bytes and lines of each file."""
+
+    def new(self) -> Iterator[Parsed]:
+        """Yield the values of lines that were not there before. Raises DataError, Outage."""
+        for path in self._paths():
+            start, number = self._read.get(path, (0, 0))
+            for line in _lines_from(path, start):
+                start, number = start + len(line), number + 1
+                where = f"{printable(str(path))}:{number}"
+                yield _value(line, self._parsed, where, self._holds)
+            self._read[path] = start, number
+
+
+def _lines_from(path: Path, start: int) -> list[bytes]:
+    """Return the whole lines of a file from a place on."""
+    try:
+        if path.stat().st_size <= start:
+            return []
+        with path.open("rb") as file:
+            file.seek(start)
+            return [line for line in file if line.endswith(b"\n")]
+    except FileNotFoundError:
+        return []
+    except OSError as exc:
+        failures.reraise(exc, f"{printable(str(path))}: cannot be read now")
+        raise
+
+
+def _value(line: bytes, parsed: Callable[[Any], Parsed], where: str, holds: str) -> Parsed:
+    """Return what `parsed` makes of a line. Raises DataError for one that it does not take."""
+    try:
+        return parsed(json.loads(line))
+    except WRONG as exc:
+        row = short(line.decode("utf-8", "replace").rstrip())
+        raise DataError(f"{where}: holds no {holds}: {row}; move the file away") from exc

@@ -208,11 +208,11 @@ class Run:
         template = data.template if self.objective.has_turns else None
         given = save.stop_tokens(save.generation(bare, data.tokenizer, template))
         ends = frozenset(given if isinstance(given, list) else [] if given is None else [given])
-        scores = self.directory.path / "rewards" / f"process-{topology.rank}"
+        scores, stop = self.directory.path / "rewards", lambda: self.stop.is_set
         assert data.rewards
-        rewards = self.resources.enter_context(
-            data.rewards.opened(scores, lambda: self.stop.is_set)
-        )
+        rewards = self.resources.enter_context(data.rewards.opened(scores, stop, topology.rank))
+        topology.watchdog.pause("what rewards depend on")
+        topology.on_main(rewards.prepare)
         own = config.rollouts.model_dump(exclude={"engine", "environment"})
         about = {
             **self.identity(), "rollouts": own,
@@ -221,7 +221,7 @@ class Run:
         around = Around(
             self.directory.path, topology, lambda: self.policy(model), lambda: bare,
             data.tokenizer, ends, self.objective, config.objective, rewards,
-            files.json_sha256(about), lambda: self.stop.is_set, self.log, self.storage,
+            files.json_sha256(about), stop, self.log, self.storage,
             self._served(ends), self._environments(), self._save_policy, self._before_training(),
             self._asked_teacher(), self._note_rollouts,
         )  # fmt: skip

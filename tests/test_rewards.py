@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -30,7 +31,9 @@ from finetune.evaluation.scores.normalise import NORMALISATIONS
 from finetune.generation.completions import Completion, Prompt, Score
 from finetune.generation.reward_model import RewardModel
 from finetune.rollouts import parts
-from finetune.rollouts.rewards import FILE, Reward, Rewards
+from finetune.rollouts.apart import Apart
+from finetune.rollouts.kept import FILE
+from finetune.rollouts.rewards import Reward, Rewards
 
 pytestmark = pytest.mark.slow
 
@@ -423,7 +426,7 @@ def test_a_reward_model_scores_whole_conversations_once(tmp_path, workshop):
     assert RewardModel(run)([conversation]) == pytest.approx([good.total], abs=1e-6)
     assert "the reward model has only 256 positions" in long.reason
     assert failed.total is None
-    assert len(read_jsonl(tmp_path / "kept" / FILE)) == 1
+    assert len(read_jsonl(tmp_path / "kept/process-0" / FILE)) == 1
     with pytest.raises(ConfigError, match=r"\(reward_model\): model: "):
         rewards({"kind": "reward_model", "model": str(tmp_path / "none")})
 
@@ -486,14 +489,34 @@ def test_scores_that_cost_are_kept_and_gaps_asked_again(tmp_path, counted):
     settings = {"kind": "code_tests"}
     answers = completions("a", "b", "a", "gap")
     assert totals(tmp_path, answers, settings) == [1, 1, 1, None]
-    with (tmp_path / FILE).open("a") as file:
+    with (tmp_path / "process-0" / FILE).open("a") as file:
         file.write('{"key": "cut')  # by a kill
     assert totals(tmp_path, [*answers, *completions("c")], settings) == [1, 1, 1, None, 1]
     assert counted.asked == ["a", "b", "gap", "gap", "c"]
-    assert len(read_jsonl(tmp_path / FILE)) == 3
+    assert len(read_jsonl(tmp_path / "process-0" / FILE)) == 3
     other = [Completion(prompt(reference="5"), "a"), Completion(prompt(tests="x"), "a")]
     totals(tmp_path, other, settings)
     assert counted.asked[5:] == ["a", "a"], "another reference or other tests"
+
+
+def test_what_one_process_has_scored_no_other_scores(tmp_path, counted):
+    """Nor one of a later attempt with fewer or more processes, nor while both run."""
+    made = [rewards({"kind": "code_tests"}) for _ in range(3)]
+    with made[2].opened(tmp_path, rank=2) as third:
+        third(completions("a"))
+    with made[0].opened(tmp_path, rank=0) as first, made[1].opened(tmp_path, rank=1) as second:
+        first(completions("a", "b"))
+        second(completions("a", "b", "c"))
+        first(completions("c"))
+    assert counted.asked == ["a", "b", "c"]
+    with (tmp_path / "process-2" / FILE).open("a") as file:
+        file.write("{}\n")
+    match = rf"process-2/{FILE}:2: holds no score of an answer: {{}}; move the file away"
+    with (
+        rewards({"kind": "code_tests"}).opened(tmp_path) as found,
+        pytest.raises(DataError, match=match),
+    ):
+        found(completions("d"))
 
 
 @pytest.mark.proof
@@ -508,9 +531,17 @@ def test_code_runs_within_the_limits_of_a_reward(tmp_path):
     answers = [Completion(prompt(tests=tests), code) for code in codes]
     with rewards({"kind": "code_tests"}).opened(tmp_path / "kept") as found:
         assert [each.total for each in found(answers)] == [1.0, *[0.0] * 5]
-    reasons = [line["reason"] for line in read_jsonl(tmp_path / "kept" / FILE)]
+    reasons = [line["reason"] for line in read_jsonl(tmp_path / "kept/process-0" / FILE)]
     assert [reasons[2], reasons[3]] == ["over 512 MB", "over 5 s"]
     assert not (tmp_path / "new").exists()
+
+
+def test_a_request_to_stop_waits_for_no_process_of_a_reward():
+    apart = Apart(time.sleep, (60,), partial(Score, None), seconds=60, call_seconds=60)
+    began = time.monotonic()
+    apart.open(lambda: time.monotonic() > began + 0.2)
+    assert apart(completions("a", "b")) == [Score(None, "the run stops")] * 2
+    assert time.monotonic() < began + 10
 
 
 # ---------------------------------------------------------------------------------- judges
@@ -549,6 +580,34 @@ def test_a_judges_score_is_a_share_and_asked_once(tmp_path, server, rubric):
         given = totals(tmp_path / "kept", completions("a", "b", "a"), settings)
         assert given == pytest.approx([expected] * 3)
     assert len(server.seen) == 2
+
+
+def test_all_processes_ask_a_judge_by_the_same_steps(tmp_path, server, rubric):
+    """What it was asked in one process is not asked in another, as the prompt is the same."""
+    path = Path(rubric["rubric"])
+    path.write_text(path.read_text().replace("steps: [Read it.]\n", ""))
+    written = iter(["1. Read it.", "1. Count it."])
+    server.answer = lambda body: next(written)
+    made = [rewards(rubric | {"url": server.url}) for _ in range(2)]
+    with (
+        made[0].opened(tmp_path / "kept") as first,
+        made[1].opened(tmp_path / "kept", rank=1) as second,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr("chat_server.reply", reply)
+        first.prepare()
+        patch.undo()
+        scores = [each(completions("a"))[0].total for each in (second, first)]
+    assert scores[0] == scores[1]
+    assert len(server.seen) == 2
+
+
+def test_a_request_to_stop_waits_for_no_judge(tmp_path, server, rubric):
+    server.delay, began = lambda body: 3.0, time.monotonic()
+    settings = rubric | {"url": server.url}
+    with rewards(settings).opened(tmp_path, lambda: time.monotonic() > began + 0.2) as found:
+        assert found(completions("a"))[0].reason == "judge: the run stops"
+        assert time.monotonic() < began + 2
 
 
 def test_an_answer_that_the_judge_does_not_score_is_a_gap(tmp_path, server, rubric):
@@ -597,7 +656,7 @@ def test_a_judge_may_be_a_model_of_this_machine(tmp_path, workshop, rubric):
         with rewards(settings).opened(tmp_path / "kept") as found:
             [gap] = found(completions("a"))
         assert re.search("judge: the judge puts [0-9]+% outside its options", gap.reason)
-    assert len(read_jsonl(tmp_path / "kept/judge/judge_answers.jsonl")) == 1
+    assert len(read_jsonl(tmp_path / "kept/process-0/judge/judge_answers.jsonl")) == 1
 
 
 # ------------------------------------------------------------------------------------ orphans

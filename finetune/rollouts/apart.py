@@ -10,7 +10,6 @@ import signal
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
-from pathlib import Path
 from time import monotonic
 from typing import Any, Generic, TypeVar
 
@@ -21,6 +20,7 @@ Asked = TypeVar("Asked")
 Answer = TypeVar("Answer")
 START_SECONDS = 120.0  # to import what the code needs, on a busy machine
 SLICE_SECONDS = 0.5
+STOPS = "the run stops"
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
@@ -45,13 +45,13 @@ class Apart(Generic[Asked, Answer]):
         self._process: Any = None
         self._connection: Connection | None = None
 
-    def open(self, folder: Path | None, stop: Callable[[], bool]) -> None:
+    def open(self, stop: Callable[[], bool]) -> None:
         """Take the request to stop, after which no answer is waited for."""
         self._stop = stop
 
     def __call__(self, asked: Sequence[Asked]) -> list[Answer]:
-        if self._connection is None:
-            self._start()
+        if self._connection is None and not self._start():
+            return [self._gap(STOPS)] * len(asked)
         end = monotonic() + self._call_seconds
         if self._whole:
             return self._ask(asked, self._call_seconds)
@@ -65,8 +65,8 @@ class Apart(Generic[Asked, Answer]):
         return found
 
     def _ask(self, asked: Sequence[Asked], seconds: float) -> list[Answer]:
-        if self._connection is None:
-            self._start()
+        if self._connection is None and not self._start():
+            return [self._gap(STOPS)] * len(asked)
         connection = self._connection
         assert connection is not None
         try:
@@ -74,7 +74,7 @@ class Apart(Generic[Asked, Answer]):
             if self._answers(connection, seconds):
                 found: list[Answer] = connection.recv()
                 return found
-            reason = "the run stops" if self._stop() else f"over {seconds:.3g} s"
+            reason = STOPS if self._stop() else f"over {seconds:.3g} s"
         except (EOFError, OSError):
             self._process.join(1.0)
             reason = f"its process ended ({self._process.exitcode})"
@@ -89,7 +89,8 @@ class Apart(Generic[Asked, Answer]):
                 return True
         return False
 
-    def _start(self) -> None:
+    def _start(self) -> bool:
+        """Start the process; return False if a request to stop came before it was ready."""
         # Started fresh: a fork would inherit the locks of the libraries' threads.
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
@@ -101,14 +102,16 @@ class Apart(Generic[Asked, Answer]):
         theirs.close()
         self._connection = ours
         try:
-            if ours.poll(START_SECONDS):
+            if self._answers(ours, START_SECONDS):
                 ours.recv()
-                return
+                return True
             problem = f"is not ready after {START_SECONDS:g} s"
         except (EOFError, OSError):
             self._process.join(1.0)
             problem = f"ended ({self._process.exitcode}) before it was ready"
         self.close()
+        if self._stop():
+            return False
         raise FinetuneError(f"the process of rewards or environments {problem}")
 
     def close(self) -> None:

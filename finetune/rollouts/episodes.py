@@ -151,7 +151,7 @@ class Environments:
                 made, (self._code.name, self._code.sha256), partial(no_answer, str(self._code)),
                 seconds=self._seconds, call_seconds=math.inf,
             )  # fmt: skip
-            process.open(None, self._stop)
+            process.open(self._stop)
             self._processes.append(process)
         answers = list[Reply]()
         for move in moves:

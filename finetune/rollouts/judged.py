@@ -4,9 +4,9 @@ A question that the judge does not answer is a gap. If it answers none of a call
 question more, and where that fails the run ends, to go on when it is started again.
 """
 
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, Future, as_completed
-from pathlib import Path
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 
 from finetune.config.base import model_in
 from finetune.config.reward_fields import Judge as Settings
@@ -18,6 +18,8 @@ from finetune.evaluation.judges.local import LocalJudge
 from finetune.evaluation.judges.remote import RemoteJudge, request_of, weights_of
 from finetune.evaluation.judges.weights import Judge, Kept, Note, Question, Weights
 from finetune.generation.completions import Completion, Score
+from finetune.rollouts.apart import SLICE_SECONDS, STOPS
+from finetune.rollouts.kept import Folders
 
 RETRIES = 2
 TRIAL = Question("Which digit comes after 1? Write only the digit.", ("2", "3"))
@@ -28,38 +30,51 @@ class ServersJudge:
 
     def __init__(self, server: Server, call_seconds: float, log: Callable[[str], None]) -> None:
         self._server, self._call_seconds, self._log = server, call_seconds, log
+        self._stop: Callable[[], bool] = lambda: False
+        self._client: Client | None = None
         with Client(server) as client:
             judge = RemoteJudge(client)
             self.name, self.identity = judge.name, judge.identity
 
+    def open(self, stop: Callable[[], bool]) -> None:
+        """Connect; at a request to stop no answer is waited for."""
+        self._stop, self._client = stop, Client(self._server, self._log)
+
+    def close(self) -> None:
+        """Send nothing more, and wait for what is under way."""
+        if self._client is not None:
+            self._client.__exit__(None)
+            self._client = None
+
     def write(self, prompt: str, max_tokens: int) -> str:
-        with Client(self._server, self._log) as client:
-            return RemoteJudge(client).write(prompt, max_tokens)
+        return RemoteJudge(self._opened).write(prompt, max_tokens)
 
     def weigh(self, questions: Sequence[Question], note: Note) -> None:
-        with Client(self._server, self._log) as client:
-            asked = {
-                client.submit(request_of(each), _ignore): n for n, each in enumerate(questions)
-            }
-            answered, missing = 0, set(asked)
-            try:
-                for future in as_completed(asked, self._call_seconds):
-                    missing.discard(future)
-                    found = _outcome(future, questions[asked[future]])
-                    answered += not found.reason
-                    note(asked[future], found)
-            except TimeoutError:
-                why = f"over {self._call_seconds:g} s for all answers"
-                for future in missing:
-                    future.cancel()
-                    note(asked[future], Weights({}, 0.0, "", why))
-        if questions and not answered:
-            self.ask_trial()
+        submit = self._opened.submit
+        asked = {submit(request_of(each), _ignore): n for n, each in enumerate(questions)}
+        end, answered, missing = time.monotonic() + self._call_seconds, 0, set(asked)
+        while missing and (left := end - time.monotonic()) > 0 and not self._stop():
+            done, missing = wait(missing, min(left, SLICE_SECONDS), FIRST_COMPLETED)
+            for future in done:
+                found = _outcome(future, questions[asked[future]])
+                answered += not found.reason
+                note(asked[future], found)
+        why = STOPS if self._stop() else f"over {self._call_seconds:g} s for all answers"
+        for future in missing:
+            future.cancel()
+            note(asked[future], Weights({}, 0.0, "", why))
+        if questions and not answered and not self._stop():
+            self._opened.ask(request_of(TRIAL))
 
     def ask_trial(self) -> None:
         """Ask a question whose answer does not matter. Raises UserError or Outage."""
         with Client(self._server, self._log) as client:
             client.ask(request_of(TRIAL))
+
+    @property
+    def _opened(self) -> Client:
+        assert self._client is not None, "open comes first"
+        return self._client
 
 
 def _ignore(reply: Reply) -> None:
@@ -105,10 +120,16 @@ class JudgeReward:
             except (Outage, UserError) as exc:
                 raise ConfigError(str(exc)) from exc
 
-    def open(self, folder: Path, stop: Callable[[], bool]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._kept = Kept(self._judge, folder, self._log)
-        self._scorer = GEval(self._kept, self._rubric, folder)
+    def open(self, folders: Folders, stop: Callable[[], bool]) -> None:
+        folders.own.mkdir(parents=True, exist_ok=True)
+        if isinstance(self._judge, ServersJudge):
+            self._judge.open(stop)
+        self._kept = Kept(self._judge, folders.own, self._log, folders.others)
+        self._scorer = GEval(self._kept, self._rubric, folders.first)
+
+    def prepare(self) -> None:
+        """Let the judge write the steps by which it scores, unless they are known."""
+        _ = self._scorer.steps
 
     def __call__(self, completions: Sequence[Completion]) -> list[Score]:
         low, high = min(self._rubric.scores), max(self._rubric.scores)
@@ -120,6 +141,8 @@ class JudgeReward:
         ]
 
     def close(self) -> None:
+        if isinstance(self._judge, ServersJudge):
+            self._judge.close()
         if self._kept is not None:
             self._kept.__exit__()
             self._kept = None

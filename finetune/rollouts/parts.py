@@ -20,6 +20,7 @@ from finetune.evaluation.scores.code_tests import CodeTests
 from finetune.generation.completions import Completion, Prompt, Score
 from finetune.rollouts.apart import Apart
 from finetune.rollouts.judged import JudgeReward
+from finetune.rollouts.kept import Folders
 from finetune.rollouts.model_reward import ModelReward
 from finetune.rollouts.own_rewards import OwnReward
 from finetune.rollouts.own_rewards import made as own_made
@@ -54,8 +55,9 @@ class Part:
 
     problem: returns what a row lacks, or "". identity: what its scores depend on, beside prompt and
     answer. is_kept: its scores cost, so they are kept in a file. require: raises ConfigError if it
-    cannot score now. open: gets a folder for what it keeps, and whether the run was asked to stop;
-    before the first call.
+    cannot score now. open: gets folders for what it keeps, and whether the run was asked to stop;
+    before the first call. prepare: makes what the scores of all processes depend on; once it is
+    open, on the main process.
     """
 
     settings: RewardPart
@@ -64,7 +66,8 @@ class Part:
     identity: str = ""
     is_kept: bool = False
     require: Callable[[], None] = _nothing
-    open: Callable[[Path, Callable[[], bool]], None] = _nothing
+    open: Callable[[Folders, Callable[[], bool]], None] = _nothing
+    prepare: Callable[[], None] = _nothing
     close: Callable[[], None] = _nothing
 
     @property
@@ -181,14 +184,16 @@ def _in_process(
         make, arguments, partial(Score, None), seconds=settings.seconds,
         call_seconds=settings.call_seconds, whole=whole,
     )  # fmt: skip
-    return Part(settings, apart, problem, identity, open=apart.open, close=apart.close)
+    return Part(
+        settings, apart, problem, identity, open=lambda _, stop: apart.open(stop), close=apart.close
+    )
 
 
 def _judge(settings: fields.Judge, log: Callable[[str], None]) -> Part:
     judge = JudgeReward(settings, log)
     return Part(
         settings, judge, identity=judge.identity, require=judge.require_reachable,
-        open=judge.open, close=judge.close,
+        open=judge.open, prepare=judge.prepare, close=judge.close,
     )  # fmt: skip
 
 

@@ -9,7 +9,6 @@ A part that has no value for an answer leaves the answer without a reward, and n
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,11 +19,10 @@ from finetune.config.reward_fields import RewardPart
 from finetune.data.problems import Problems
 from finetune.errors import ConfigError
 from finetune.generation.completions import Completion, Prompt, Score
-from finetune.lines_file import LinesFile
 from finetune.rollouts import parts
+from finetune.rollouts.kept import Folders, KeptScores
 from finetune.rollouts.parts import Part
 
-FILE = "scores.jsonl"
 LARGEST = 1e15
 """The largest reward: the sum of squares of larger ones may overflow in float32."""
 
@@ -81,16 +79,19 @@ class Rewards:
         }
 
     @contextmanager
-    def opened(self, folder: Path, stop: Callable[[], bool] = lambda: False) -> Iterator["Rewards"]:
+    def opened(
+        self, folder: Path, stop: Callable[[], bool] = lambda: False, rank: int = 0
+    ) -> Iterator["Rewards"]:
         """Keep what costs in a folder inside the block; processes and connections end with it.
 
         stop: whether the run was asked to stop. Then an answer that was waited for has no reward.
+        rank: of this process; what others have kept is known to it.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        self._kept = KeptScores(folder, self._log)
+        folders = Folders(folder, rank)
+        self._kept = KeptScores(folders, self._log)
         try:
             for part in self._parts:
-                part.open(folder / part.title, stop)
+                part.open(folders.of(part.title), stop)
             yield self
         finally:
             for part in self._parts:
@@ -98,16 +99,25 @@ class Rewards:
             self._kept.close()
             self._kept = None
 
+    def prepare(self) -> None:
+        """Make what the scores of all processes depend on; on the main process, before them."""
+        for part in self._parts:
+            part.prepare()
+
     def __call__(self, completions: Sequence[Completion]) -> list[Reward]:
         """Return the reward of each answer, in their order: 0 of no parts. Only inside `opened`."""
         assert self._kept is not None
         if not self._parts:
             return [Reward(0.0, {}) for _ in completions]
-        scores = [
-            self._kept.scores(part, completions) if part.is_kept else part.scorer(completions)
-            for part in self._parts
-        ]
+        scores = [self._scores(part, completions) for part in self._parts]
         return [self._sum(each) for each in zip(*scores)]
+
+    def _scores(self, part: Part, completions: Sequence[Completion]) -> list[Score]:
+        if not part.is_kept:
+            return part.scorer(completions)
+        assert self._kept is not None
+        of = (part.settings.kind, part.identity)
+        return self._kept.scores(part.title, of, part.scorer, completions)
 
     def _sum(self, scores: Sequence[Score]) -> Reward:
         found = {p.title: s.value for p, s in zip(self._parts, scores) if s.value is not None}
@@ -123,46 +133,3 @@ class Rewards:
         if not abs(total) <= LARGEST:
             return Reward(None, found, f"the sum of its rewards is {total:g}, over {LARGEST:.2g}")
         return Reward(total, found)
-
-
-class KeptScores:
-    """Scores that a file keeps by scorer, prompt and answer, so that none is computed twice."""
-
-    def __init__(self, folder: Path, log: Callable[[str], None]) -> None:
-        self._file = LinesFile(
-            folder / FILE, "score of an answer", "another run.name",
-            lambda text: log(f"note: {text}"),
-        )  # fmt: skip
-        self._known = dict(each for _, each in self._file.read(_parsed))
-
-    def scores(self, part: Part, completions: Sequence[Completion]) -> list[Score]:
-        keys = [_key(part, each) for each in completions]
-        new = {key: each for key, each in zip(keys, completions) if key not in self._known}
-        found = dict(zip(new, part.scorer(list(new.values())))) if new else {}
-        for key, score in found.items():
-            if score.value is not None:
-                self._known[key] = score
-                self._file.append(
-                    {"key": key, "reward": part.title, "value": score.value, "reason": score.reason}
-                )
-        return [self._known.get(key) or found[key] for key in keys]
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _key(part: Part, completion: Completion) -> str:
-    prompt = completion.prompt
-    content = [
-        part.settings.kind, part.identity, [[m.role, m.content] for m in prompt.messages],
-        prompt.reference, prompt.fields, completion.text, completion.finish_reason,
-    ]  # fmt: skip
-    text = json.dumps(content, default=str, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def _parsed(line: Any) -> tuple[str, Score]:
-    """Return key and score of a line. Raise what a wrong line raises."""
-    if not isinstance(line["key"], str):
-        raise TypeError
-    return line["key"], Score(float(line["value"]), str(line["reason"]))

@@ -6,13 +6,13 @@ judge has said is kept in a file by its content.
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from finetune.data.places import short
-from finetune.lines_file import LinesFile
+from finetune.lines_file import LinesFile, LinesOfOthers
 
 FILE = "judge_answers.jsonl"
 MOST_OUTSIDE = 0.1
@@ -98,20 +98,28 @@ class Judge(Protocol):
 class Kept:
     """A judge whose weights are kept in a file, from which a later start takes them.
 
-    A context manager. num_asked: questions that the file did not know.
+    A context manager. num_asked: questions that the file did not know. others: returns folders of
+    other processes, whose files are read, too.
     """
 
-    def __init__(self, judge: Judge, folder: Path, log: Callable[[str], None]) -> None:
+    def __init__(
+        self, judge: Judge, folder: Path, log: Callable[[str], None],
+        others: Callable[[], Iterable[Path]] = tuple,
+    ) -> None:  # fmt: skip
         self.name, self.identity = judge.name, judge.identity
         self.num_asked = 0
         self._asked = judge
+        holds = "answer of a judge"
         self._file = LinesFile(
-            folder / FILE, "answer of a judge", "another folder", lambda text: log(f"note: {text}")
+            folder / FILE, holds, "another folder", lambda text: log(f"note: {text}")
         )
         self._known = dict(each for _, each in self._file.read(_weights))
+        self._others = LinesOfOthers(lambda: [each / FILE for each in others()], holds, _weights)
 
     def weigh(self, questions: Sequence[Question]) -> list[Weights]:
         """Return the weights of each question, and ask only those that are new."""
+        for key, weights in self._others.new():
+            self._known.setdefault(key, weights)
         keys = [self._key(question) for question in questions]
         new = {key: each for key, each in zip(keys, questions) if key not in self._known}
         asked = list(new)
