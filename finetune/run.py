@@ -223,9 +223,31 @@ class Run:
             data.tokenizer, ends, self.objective, config.objective, rewards,
             files.json_sha256(about), stop, self.log, self.storage,
             self._served(ends), self._environments(), self._save_policy, self._before_training(),
-            self._asked_teacher(), self._note_rollouts,
+            self._asked_teacher(), self._note_rollouts, self._samples_together(),
         )  # fmt: skip
         return Rollouts(data.train, around)
+
+    def _samples_together(self) -> bool:
+        """Tell whether each sampled token has to be a pass of all processes; say why. Collective.
+
+        They share the weights, and have no room for whole ones while they sample.
+        """
+        config, topology = self.config, self.topology
+        rollouts = config.rollouts
+        if rollouts is None or isinstance(rollouts.engine, ServerEngine):
+            return False
+        if not topology.parallel.generates_together:
+            return False
+        from finetune.forecast import choice
+
+        # The process with the least room counts, so that all do the same.
+        room = min(topology.processes.gather(choice.room_here(topology.device)))
+        about = topology.parallel, topology.device, topology.precision, room
+        fits, line = topology.on_main(
+            lambda: choice.samples_whole(config, *about, has_moved=self.state.progress.step > 0)
+        )
+        self.log(line)
+        return not fits
 
     def _environments(self) -> Environments | None:
         """Return what answers the model between its turns, if the config names it."""

@@ -13,13 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, TINY_LLAMA, losses, read_jsonl, short
+from transformers import AutoModelForCausalLM
 
 from finetune import config as configs
 from finetune.__main__ import main as command
 from finetune.engine import optim
 from finetune.engine.topology.launch import ParallelConfig
 from finetune.errors import ConfigError, ModelError, OutOfMemory
-from finetune.forecast import choice, trace
+from finetune.forecast import choice, memory, trace
 from finetune.forecast.choice import Chooser
 from finetune.forecast.trace import Rehearsal, Shape
 from finetune.forecast.weights import count
@@ -53,8 +54,8 @@ def config_of(architecture, **changes):
     return configs.Config.model_validate(values)
 
 
-def chooser_of(architecture, **changes):
-    return Chooser(config_of(architecture, **changes), precision="bf16", on_gpu=True)
+def chooser_of(architecture, precision="bf16", **changes):
+    return Chooser(config_of(architecture, **changes), precision=precision, on_gpu=True)
 
 
 def plan(workshop, *arguments, **changes):
@@ -527,6 +528,63 @@ def test_zero_keeps_quantised_weights_as_they_are():
     assert chooser.forecast(parallel).device["weights"] == pytest.approx(
         chooser.forecast(SINGLE).device["weights"], rel=0.05
     )
+
+
+GRPO = {
+    "objective": {
+        "kind": "grpo", "rewards": [{"kind": "number"}],
+        "rollouts": {"group_size": 8, "shard_size": 2, "max_new_tokens": 100},
+    },
+    "data": {"train": "x", "max_length": 200}, "train": BF16_AND_8,
+}  # fmt: skip
+HALVES = [
+    ParallelConfig("fsdp2", 8), ParallelConfig("fsdp2", 8, num_replicas=2),
+    ParallelConfig("fsdp2", 8, offload=True),
+    ParallelConfig("zero3", 8, deepspeed={"zero_optimization": {}}),
+]  # fmt: skip
+
+
+def test_whole_weights_to_sample_with_match_arithmetic():
+    """16 completions of 200 tokens by a Llama in 16 bits, embedding and head untied."""
+    forecaster = chooser_of(MEASURED, **GRPO).forecaster()
+    model, n = forecaster.model, forecaster.weights.num
+    outside = n - sum(p.numel() for layer in model.model.layers for p in layer.parameters())
+    text, states = model.config, [4 * 2 * n / 8, 4 * 2 * n / 4, 0, 0]
+    width = text.num_key_value_heads * text.hidden_size // text.num_attention_heads
+    cache = 16 * 200 * 2 * (text.num_hidden_layers + 1) * width * 2
+    work = forecaster._trace(HALVES[0], Shape(16, 100, 1), backward=False).passing
+    work += 16 * text.vocab_size * 40
+    for parallel, state in zip(HALVES, states):
+        halved = n if parallel.is_zero else n - outside
+        wanted = 2 * halved + 4 * (n - halved) + max(cache + work, 4 * outside)
+        assert forecaster.sampling(parallel, has_moved=True) == pytest.approx(wanted)
+        to_come = forecaster.sampling(parallel, has_moved=False) - wanted
+        assert to_come == pytest.approx(state), "of AdamW, where it comes with the first step"
+
+
+def test_the_forecast_cache_is_that_of_generation():
+    chooser = chooser_of(ONE_LAYER, **GRPO | {"train": {"global_batch_size": 8}}, precision="fp32")
+    model = AutoModelForCausalLM.from_config(chooser.model_config).eval()
+    ids = torch.ones(3, 5, dtype=torch.long)
+    found = model.generate(ids, max_new_tokens=4, min_new_tokens=4, return_dict_in_generate=True)
+    [layer] = found.past_key_values.layers
+    held = layer.keys.nbytes + layer.values.nbytes  # of all but the last token
+    assert chooser.forecaster()._cache(3 * 8) == 2 * held, "which is there twice while it grows"
+
+
+@pytest.mark.parametrize(
+    ("room", "fits", "says"),
+    [
+        (8.1e9, True, "^each process samples by itself, with whole weights: 6.8 GB by forecast"),
+        (7.9e9, False, "^note: .* slow, as whole weights do not fit: 6.8 GB .* of 7.9 GB"),
+    ],
+)
+def test_processes_sample_with_whole_weights_where_these_fit(monkeypatch, room, fits, says):
+    monkeypatch.setattr(memory.Forecaster, "sampling", lambda *_: 6.8e9)
+    about = HALVES[0], torch.device("cpu"), "bf16", room
+    found, line = choice.samples_whole(config_of(ONE_LAYER, **GRPO), *about, has_moved=True)
+    assert found is fits
+    assert re.search(says, line)
 
 
 def test_available_memory_is_free_memory_plus_this_processs_own(monkeypatch):

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 from contextlib import closing, contextmanager
@@ -17,6 +18,7 @@ import torch
 from conftest import TINY_LLAMA, Workshop, pretrained, read_jsonl, short, write_jsonl
 from faults.forked import forget
 from invariants import sampled
+from invariants.test_topologies import several
 
 from finetune.config.rollout_fields import Rollouts as Settings
 from finetune.data.order import Sequences
@@ -415,8 +417,6 @@ def test_all_weights_compare_with_a_frozen_copy_of_their_start(workshop):
 @pytest.mark.timeout(600)
 def test_several_processes_sample_and_learn_like_one(workshop):
     """The same tokens, and rewards, losses and evaluations within rounding; weights to 1e-5."""
-    from invariants.test_topologies import several
-
     topologies = ("ddp", "fsdp2", "zero2", "zero3")
     own = sampled.settings(
         workshop, train__micro_batch_size=4, data__eval_fraction=0.2, evaluation__every_steps=2,
@@ -438,6 +438,50 @@ def test_several_processes_sample_and_learn_like_one(workshop):
         )
         mine, wanted = weights(run), weights(alone)
         assert max(float((mine[name] - wanted[name]).abs().max()) for name in wanted) < 1e-4
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "topologies",
+    short(
+        ["fsdp2", "zero3 fsdp2_offload zero3_offload", "fsdp2:--fsdp_reshard_after_forward:false"],
+        "fsdp2",
+    ),
+)
+def test_whole_weights_sample_and_learn_like_all_processes_together(workshop, topologies):
+    """To the bit; of the shards of a phase one process has two and the other one."""
+    own = sampled.settings(
+        workshop, train__global_batch_size=12, train__micro_batch_size=3, train__max_steps=2,
+        data__eval_fraction=0.2, evaluation__every_steps=2, rollouts={"shard_size": 1},
+        model__config=TINY_LLAMA | {"hidden_size": 384},  # DeepSpeed never parts small weights
+    )  # fmt: skip
+    pairs, arguments = [], list[object]()
+    for number, topology in enumerate(topologies.split()):
+        one, other = f"whole{number}", f"together{number}"
+        arguments += [f"topology:{topology}", workshop.write(workshop.config(one, **own))]
+        arguments += ["break:no_room", workshop.write(workshop.config(other, **own))]
+        pairs.append((workshop.run_dir(one), workshop.run_dir(other)))
+    launch = several(workshop.folder, re.split("[ :]", topologies)[0], 2, *arguments)
+    assert launch.codes() == [0, 0], launch.output()
+    assert launch.output().count("each process samples by itself") == len(pairs)
+    assert launch.output().count("note: each sampled token is a pass of all") == len(pairs)
+    for run, together in pairs:
+        assert lines_of_phases(run) == lines_of_phases(together)
+        for name in ("metrics.jsonl", "eval.jsonl"):
+            one, other = map(without_times, (read_jsonl(each / name) for each in (run, together)))
+            assert one == other
+        one, other = weights(run), weights(together)
+        assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def lines_of_phases(run):
+    """The groups of each phase, with what sampler and policy said of each token."""
+    return [read_jsonl(path)[1:-1] for path in sorted((run / "rollouts").glob("phase-*.jsonl"))]
+
+
+def without_times(lines):
+    timed = ("seconds", "per_second", "memory_gb", "mfu")
+    return [{k: v for k, v in line.items() if not k.endswith(timed)} for line in lines]
 
 
 def test_a_process_that_cannot_write_a_shard_leaves_no_other_in_a_pass(tmp_path):

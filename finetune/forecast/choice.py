@@ -48,6 +48,15 @@ def capacity_here(device: torch.device) -> float:
     return capacity(device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
+def room_here(device: torch.device) -> float:
+    """Return the bytes that this process may still take."""
+    if device.type == "cuda":
+        used = float(torch.cuda.memory_allocated(device))
+    else:
+        used = float(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return capacity_here(device) - used
+
+
 def shape(config: Config, micro_batch_size: int | None = None) -> Shape:
     """Return the worst case: sequences of data.max_length in which all tokens are supervised."""
     given, length = config.train.micro_batch_size, config.data.max_length
@@ -320,6 +329,30 @@ def settle(
         messages.append(chooser.recomputation(settled, limit))
     assert settled.micro_batch_size is not None
     return settled.micro_batch_size, settled.gradient_checkpointing, reserved, messages
+
+
+def samples_whole(
+    config: Config, parallel: ParallelConfig, device: torch.device, precision: str, room: float, *,
+    has_moved: bool,
+) -> tuple[bool, str]:  # fmt: skip
+    """Return whether a process may sample with whole weights (`Topology.whole_weights`), and why.
+
+    `room`: bytes that the process with the least of them may still take. `has_moved`: the optimizer
+    has made a step, so that its state is there.
+    """
+    slowly = "note: each sampled token is a pass of all processes, which is slow, as"
+    try:
+        chooser = Chooser(config, precision=precision, on_gpu=device.type == "cuda")
+        needed = chooser.forecaster().sampling(parallel, has_moved)
+    except ModelError as exc:
+        return False, f"{slowly} it is not known whether whole weights fit: {exc}"
+    numbers = f"{needed / 1e9:.3g} GB by forecast, of {room / 1e9:.3g} GB that are free"
+    if needed <= room * (1 - ROOM):
+        return True, f"each process samples by itself, with whole weights: {numbers}"
+    return False, (
+        f"{slowly} whole weights do not fit: {numbers}; lower objective.rollouts.shard_size, or "
+        "let a server sample (objective.rollouts.engine)"
+    )
 
 
 def advice(config: Config, parallel: ParallelConfig, device: torch.device, precision: str) -> str:

@@ -139,6 +139,37 @@ class Forecaster:
         peak += sum(held.waiting.values()) + copied["checkpoint"]
         return Forecast({**device, **held.waiting, **copied, "process": PROCESS}, peak + PROCESS)
 
+    def sampling(self, parallel: ParallelConfig, has_moved: bool) -> float:
+        """Return the bytes that a process of FSDP2 or ZeRO-3 takes to sample with whole weights.
+
+        Beside what it holds between two steps; `has_moved`: with the state of the optimizer.
+        """
+        rollouts, w = self.config.rollouts, self.weights
+        assert rollouts is not None
+        number, length = rollouts.shard_size * rollouts.group_size, self.config.data.max_length
+        text = self._about[0].get_text_config()
+        # Embedding, last norm and heads are gathered as stored, as in a pass.
+        whole = w.used if parallel.is_zero else w.used - w.outside + w.outside_stored
+        # A unit on its way, or the first pass over the prompts, and then a row of logits in
+        # sampling: 40 bytes of a number, in float32 and float64.
+        prompts = Shape(number, max(1, length - rollouts.max_new_tokens), 1)
+        work = self._trace(parallel, prompts, backward=False).passing
+        work += 40 * number * text.vocab_size
+        beside = max(w.layer, w.outside_stored, self._cache(number * length) + work)
+        to_come = 0.0
+        if parallel.kind == "fsdp2" and not (has_moved or parallel.offload):
+            to_come = w.optimizer * parallel.num_replicas / parallel.num_processes
+        return whole + beside + to_come
+
+    def _cache(self, tokens: int) -> float:
+        """Return the bytes of keys and values of all layers, each as long as the sequence."""
+        text = self._about[0].get_text_config()
+        heads = text.num_attention_heads
+        width = getattr(text, "head_dim", None) or text.hidden_size // heads
+        kept = getattr(text, "num_key_value_heads", None) or heads
+        # One layer's is there twice while it grows.
+        return 2.0 * (text.num_hidden_layers + 1) * kept * width * self._half * tokens
+
     def _compared(self, config: Config) -> Beside | None:
         """Return what the loss compares distributions with, if it does."""
         is_teacher = self.teacher is None and getattr(config.objective, "teacher", None)

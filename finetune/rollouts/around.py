@@ -33,7 +33,8 @@ class Around:
     folder, for the server; collective.
     reference: gives the policy as it was before the first step; None: it is not needed. teacher:
     says how likely it finds the tokens; None: it is not asked. opened: gets the number of each
-    phase that steps are about to learn from, its groups, and facts for the logs.
+    phase that steps are about to learn from, its groups, and facts for the logs. together: whether
+    each sampled token is a pass of all processes; else each samples by itself, with whole weights.
     """
 
     run: Path
@@ -55,6 +56,7 @@ class Around:
     reference: Callable[[], AbstractContextManager[Policy]] | None = None
     teacher: Policy | None = None
     opened: Callable[[int, Sequence[Group], Mapping[str, float]], None] = lambda *_: None
+    together: bool = False
 
     def of_phase(self, phase: int) -> str:
         """Return what the file of a phase depends on."""

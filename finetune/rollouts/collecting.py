@@ -34,13 +34,13 @@ def shards_of(members: Members, size: int) -> list[Shard]:
 class Collector:
     """Samples and rewards groups for one process.
 
-    Processes that share the weights sample together: each token is a pass of all of them.
+    `together`: each token is a pass of all processes, as they share the weights.
     """
 
     def __init__(self, around: Around, prompts: PromptExamples, seed: int, group_size: int) -> None:
         self.around, self.prompts, self.seed = around, prompts, seed
         self.settings, self.group_size = around.settings.rollouts, group_size
-        self.together = around.served is None and around.topology.parallel.generates_together
+        self.together = around.together
 
     def drawn(self, of: Sequence[int], members: Members) -> list[Group]:
         """Sample a group of completions of each prompt. Raises Stopped at a request to stop.

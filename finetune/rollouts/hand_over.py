@@ -1,7 +1,7 @@
-"""The hand-over of the policy's weights to a server, which is asked whether it has them."""
+"""The hand-over of the policy's weights to what samples: whole processes, or a server, compared."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from finetune.rollouts import policy_values
 from finetune.rollouts.around import Around
@@ -12,13 +12,15 @@ from finetune.rollouts.sampling import Drawn
 
 @contextmanager
 def handed_over(asked: Asked, around: Around, title: str) -> Iterator[None]:
-    """Let the server, if one samples, have the policy's weights in the block. Collective.
+    """Let what samples have the policy's weights in the block. Collective.
 
-    Raises UserError if its log-probabilities of a probe are not the policy's.
+    Raises UserError if a server's log-probabilities of a probe are not the policy's.
     """
     topology, served, settings = around.topology, around.served, around.settings.rollouts
     if served is None:
-        yield
+        topology.watchdog.heartbeat("whole weights for sampling")
+        with nullcontext() if around.together else topology.whole_weights(around.model()):
+            yield
         return
     with served.rested(topology):
         topology.watchdog.pause("the weights of the server")

@@ -23,6 +23,7 @@ from faults.forked import forget
 from finetune import config as configs
 from finetune import loop
 from finetune.engine.topology import Topology, fsdp
+from finetune.forecast import choice
 from finetune.objectives import base
 from finetune.objectives.sft import Sft
 from finetune.survival import launcher
@@ -129,7 +130,13 @@ def one_shard() -> functools.partial:
     return instead(fsdp.Fsdp2, "full", full)
 
 
-BREAKS = {each.__name__: each for each in (forgotten_factor, mean_of_means, one_shard)}
+def no_room() -> functools.partial:
+    """A process without memory to sample with whole weights: no error, but slow."""
+    return instead(choice, "room_here", lambda device: 0.0)
+
+
+ALL = (forgotten_factor, mean_of_means, one_shard, no_room)
+BREAKS = {each.__name__: each for each in ALL}
 
 if __name__ == "__main__":
     main()

@@ -9,6 +9,7 @@ would be unsharded.
 import functools
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from finetune import torch_versions
 from finetune.engine.topology import meta
 from finetune.engine.topology.launch import ParallelConfig
-from finetune.engine.topology.sharing import MakeOptimizer, OnMain, Sharing
+from finetune.engine.topology.sharing import MakeOptimizer, OnMain, Sharing, without_hooks
 from finetune.errors import ConfigError
 from finetune.models import recompute, scalar_heads
 
@@ -165,6 +166,24 @@ class Fsdp2(Sharing):
         if not isinstance(root, FSDPModule):
             raise ConfigError("FSDP2 was asked for, but the model was not wrapped")
 
+    @contextmanager
+    def whole_weights(self, model: nn.Module) -> Iterator[None]:
+        """Gather every unit, in the dtypes of a pass, and keep it until the block ends.
+
+        FSDP's hooks are off meanwhile, although they would not gather again: each pass without
+        gradient lengthens a list by which the next backward pass gathers ahead, and processes that
+        made other numbers of passes would then wait for each other.
+        """
+        units = _units(model)
+        with without_hooks(model, "torch.distributed.fsdp", __name__):
+            try:
+                for unit in units:
+                    unit.unshard()
+                yield
+            finally:
+                for unit in units:
+                    unit.reshard()
+
     def clip(self, model: nn.Module, max_norm: float) -> torch.Tensor:
         total: Any = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         norm: torch.Tensor = total.full_tensor() if isinstance(total, DTensor) else total
@@ -186,9 +205,13 @@ class Fsdp2(Sharing):
 def _reshard_after_evaluation(root: nn.Module, *_: Any) -> None:
     """Shard again what stays whole until a backward pass, where there will be none."""
     if not torch.is_grad_enabled():
-        for module in root.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        for unit in _units(root):
+            unit.reshard()
+
+
+def _units(model: nn.Module) -> list[FSDPModule]:
+    """Return what is gathered at once, in the same order on every process."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def _share_weights(one: nn.Module, other: nn.Module) -> bool:

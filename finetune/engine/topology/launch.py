@@ -63,8 +63,11 @@ class ParallelConfig:
 
     @property
     def generates_together(self) -> bool:
-        """Whether all processes must take part in every token, even after their answers end."""
-        return self.is_sharded and self.num_processes > 1
+        """Whether all processes must take part in every token, even after their answers end.
+
+        Each pass gathers the weights. `Topology.whole_weights` gathers them once for many.
+        """
+        return self.kind in ("fsdp2", "zero3") and self.num_processes > 1
 
     @property
     def is_zero(self) -> bool:

@@ -7,7 +7,7 @@ then `clip` and `step`. Here are what is the same for most of them, and what eac
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,14 @@ class Sharing(ABC):
         """Add the gradients of `loss`; over processes they become a mean."""
         loss.backward()
 
+    def whole_weights(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Have whole weights on every process inside the block, for passes without gradient.
+
+        Collective where the block begins; inside it each process makes as many passes as it wants,
+        and nothing may change or save a weight. By default weights are always whole.
+        """
+        return nullcontext()
+
     @abstractmethod
     def clip(self, model: nn.Module, max_norm: float) -> torch.Tensor | None:
         """Clip the gradients of the whole model to `max_norm`, which may be infinite.
@@ -107,3 +115,31 @@ class Sharing(ABC):
 
     def release(self) -> None:  # noqa: B027  (only ZeRO holds some)
         """Drop what is held of model and optimizer. Not collective."""
+
+
+@contextmanager
+def without_hooks(model: nn.Module, *packages: str) -> Iterator[None]:
+    """Switch off, inside the block, what these packages do before and after each forward.
+
+    They would share out weights again that a block has made whole, and wait for other processes.
+    """
+    all_hooks = [
+        hooks
+        for module in model.modules()
+        for hooks in (module._forward_pre_hooks, module._forward_hooks)
+    ]
+    before = [dict(hooks) for hooks in all_hooks]
+    aside = [
+        {number for number, hook in hooks.items() if str(hook.__module__).startswith(packages)}
+        for hooks in before
+    ]
+    for hooks, off in zip(all_hooks, aside):
+        for number in off:
+            del hooks[number]
+    try:
+        yield
+    finally:
+        for hooks, were, off in zip(all_hooks, before, aside):
+            now = dict(hooks)
+            hooks.clear()  # their order counts: FSDP's comes first before a forward
+            hooks.update({n: hook for n, hook in were.items() if n in off or n in now} | now)

@@ -4,6 +4,7 @@ Whatever the topology, a step sees the same few verbs: prepare, forward_backward
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -85,6 +86,10 @@ class Topology(Process):
 
     def unwrap(self, model: nn.Module) -> Any:
         return self.sharing.unwrap(model)
+
+    def whole_weights(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Have whole weights on every process inside the block; see `Sharing.whole_weights`."""
+        return self.sharing.whole_weights(model)
 
     def forward_backward(
         self, model: nn.Module, batches: Sequence[Batch], terms: Callable[[Batch], list[Term]],

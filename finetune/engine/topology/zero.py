@@ -10,7 +10,7 @@ import io
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import nn
 from finetune import torch_versions
 from finetune.engine.topology import meta
 from finetune.engine.topology.launch import ParallelConfig
-from finetune.engine.topology.sharing import MakeOptimizer, OnMain, Sharing
+from finetune.engine.topology.sharing import MakeOptimizer, OnMain, Sharing, without_hooks
 from finetune.errors import CheckpointError, ConfigError
 from finetune.unpickling import require_tensors, weights_only
 
@@ -136,6 +136,24 @@ class Zero(Sharing):
 
     def backward(self, loss: torch.Tensor) -> None:
         self.engine.backward(loss, scale_wrt_gas=False)
+
+    @contextmanager
+    def whole_weights(self, model: nn.Module) -> Iterator[None]:
+        """Gather all weights under ZeRO-3, as computed with; the other stages keep them whole.
+
+        DeepSpeed's hooks are off meanwhile: they share out a layer after each forward, and fetch
+        ahead by what earlier passes asked for.
+        """
+        if self.parallel.kind != "zero3":
+            yield
+            return
+        from deepspeed import zero
+
+        module = self.engine.module
+        self.engine.empty_partition_cache()  # weights that a pass fetched ahead may be on their way
+        weights = zero.GatheredParameters(list(module.parameters()))
+        with without_hooks(module, "deepspeed"), weights:
+            yield
 
     def clip(self, model: nn.Module, max_norm: float) -> None:
         """Do nothing: DeepSpeed clips in its step, to the norm in its config."""
