@@ -25,6 +25,7 @@ from finetune.data import (
     tokenised,
     tokens,
 )
+from finetune.data.advice import Advice
 from finetune.data.chat_templates import load as load_template
 from finetune.data.mismatched import mismatched
 from finetune.data.places import list_columns
@@ -130,6 +131,7 @@ def prepare(
     if config.rollouts and not options.is_own:
         options = replace(options, format=format)
     template = _template(wanted, "text" if options.framed else format, tokenizer, date)
+    template = replace(template, advice=options.advice)
     if objective.has_turns:
         template = tokens.with_bos(template, tokenizer)
     start_id = load.decoder_start(model_config, config.model, tokenizer)
@@ -161,7 +163,7 @@ def prepare(
     topology.on_every(lambda: _rehearse_objective(config, objective, train_batches))
     rewards = topology.on_every(lambda: _rewards(config, topology, parts))
     for each in filter(None, (train_batches, eval_batches)):
-        _require_rated(config, objective, each)
+        _require_rated(config, objective, each, each is eval_batches)
     identity = {
         **_identity(train_batches, eval_batches, tokenizer, template), "model": architecture,
         **code_identity(config), **(rewards.identity() if rewards else {}),
@@ -189,11 +191,18 @@ def _with_example(
     return replace(template, example=example)
 
 
-def _require_rated(config: Config, objective: Objective, given: batches.Batches) -> None:
-    """Check answers that the objective compares or judges; give KTO its mismatched documents."""
+def _require_rated(
+    config: Config, objective: Objective, given: batches.Batches, evaluates: bool
+) -> None:
+    """Check answers that the objective compares or judges; give KTO its mismatched documents.
+
+    `given`: of training or, where `evaluates`, of evaluation.
+    """
     kind = objective_kind(config.objective.kind)
     if kind.rates:
         pairs.require(given.in_memory.examples, kind.compares)
+    if kind.rates and not (kind.compares or evaluates):
+        pairs.require_both(given.in_memory.examples, config.objective.kind)
     if objective.mismatches(config.objective):
         beside = mismatched(given.in_memory.examples, config.data.max_length, config.run.seed)
         given.mismatched = given.with_examples(beside)
@@ -245,8 +254,16 @@ def _options(
         framed=objective_kind(config.objective.kind).is_framed,
         special_tokens_in_text=wanted.special_tokens_in_text, thinking=wanted.thinking,
         labels=_known_labels(config, model_config),
-        source_prefix=getattr(config.objective, "source_prefix", ""),
+        source_prefix=getattr(config.objective, "source_prefix", ""), advice=_advice(config),
     )  # fmt: skip
+
+
+def _advice(config: Config) -> Advice:
+    """Return what errors about rows may advise: what the objective takes."""
+    kind = objective_kind("grpo" if config.rollouts else config.objective.kind)
+    if not config.rollouts and chosen(config).supervises("completion") == "all":
+        kind = objective_kind("clm")
+    return Advice(kind.loss_on, kind.truncation, not kind.rates)
 
 
 def _for_shards(options: tokenised.Options, sources: Sources, format: str) -> tokenised.Options:
@@ -496,7 +513,9 @@ def check_lengths(parts: Sequence[Any], config: Config, model_config: Any) -> No
             raise ConfigError(
                 f"data.max_length: {where} has {longest} tokens, but the model has only "
                 f"{positions} positions (max_position_embeddings); "
-                + tokenised.fitting(longest, config.data.max_length, positions, num_documents)
+                + tokenised.fitting(
+                    longest, config.data.max_length, positions, _advice(config), num_documents
+                )
             )
 
 

@@ -317,8 +317,6 @@ def test_evaluate_asks_the_prompts_of_good_answers(workshop, capsys):
         (5, 15, (1.0, 1.0), "0.33 times as much.*objective.desirable_weight: 3.00 or more"),
         (30, 10, (1.0, 1.0), "3.00 times as much.*objective.undesirable_weight: 2.25 or more"),
         (5, 15, (3.0, 1.0), None),
-        (5, 0, (1.0, 1.0), "no answer is undesirable"),
-        (0, 5, (1.0, 1.0), "no answer is desirable"),
     ],
 )
 def test_unbalanced_weights_are_noted(good, bad, weights, says):
@@ -356,10 +354,25 @@ def test_settings_that_do_not_fit_are_errors(workshop, values, says):
         ({"prompt": "a", "completion": "b"}, r"judged.jsonl:2: no column 'label'"),
         ({"prompt": "a", "completion": "b", "label": "maybe"}, r"judged.jsonl:2: column 'label'"),
         ({"prompt": "a", "completion": "", "label": True}, r"judged.jsonl:2: "),
-        ({"prompt": "q", "completion": "b", "label": True}, r"judged.jsonl:1: all 2 examples have"),
+        (
+            {"prompt": "q", "completion": "b", "label": False},
+            r"judged.jsonl:1: all 2 examples have",
+        ),
+        (
+            {"prompt": "r", "completion": "b", "label": True},
+            r"judged.jsonl: none of 2 labels is bad, .*; add some, or train on the good ones with",
+        ),
     ],
 )
 def test_wrong_rows_are_named_by_line(workshop, row, says):
     rows = [{"prompt": "q", "completion": "x", "label": True}, row]
     with pytest.raises(DataError, match=says):
         workshop.check(**settings(workshop, rows))
+
+
+def test_bad_answers_alone_are_an_error_but_not_in_an_evaluation(workshop):
+    bad = [{"prompt": f"{n}", "completion": "a", "label": False} for n in range(4)]
+    with pytest.raises(DataError, match=r"judged.jsonl: none of 4 labels is good, .*; add some$"):
+        workshop.check(**settings(workshop, bad))
+    held_out = write_jsonl(workshop.folder / "held_out.jsonl", bad)
+    workshop.check(**settings(workshop, data__eval=str(held_out)))

@@ -1,9 +1,12 @@
 """An objective of a user's own, by FILE.py:NAME: its settings, its mistakes, its identity."""
 
+import inspect
 import re
+import types
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -14,8 +17,9 @@ from finetune import config as configs
 from finetune import own_code, replay
 from finetune.config.own import own_objective
 from finetune.data.batches import Batch
+from finetune.data.views import View
 from finetune.errors import ConfigError, RunDirectoryError
-from finetune.objectives import Own
+from finetune.objectives import Objective, Own, Term
 
 pytestmark = pytest.mark.slow
 
@@ -194,6 +198,14 @@ def test_a_file_is_found_beside_the_config_and_from_here(workshop, own, monkeypa
         (
             LOSS + "...\n    needs = 'scores'", "Own",
             "own.py:Own: needs should be a set, as {'scores'}, got 'scores'",
+        ),
+        (
+            LOSS + "...\n    samples = True", "Own",
+            "own.py:Own: samples is True, so Settings needs a field `rollouts: Rollouts`",
+        ),
+        (
+            DFT.replace("names: list[str]", "rollouts: list[str]"), "Dft",
+            "own.py:Dft: Settings has a field rollouts, so set samples to True, or rename the field",
         ),
         (
             LOSS + "...\n    needs = None", "Own",
@@ -415,6 +427,68 @@ def test_a_comparison_inside_a_batch_is_refused_and_with_the_whole_step_is_not(w
         "        return {'sum': sum(x.sum() for x in all), 'n': sum((x < 1).sum() for x in all)}"
     )
     rehearse(f"{workshop.folder}/{whole}")
+
+
+def answers_of_an_objective():
+    """What a user's objective answers with, by the name of each public member."""
+    one, numbers = torch.tensor(1.0), np.ones(5)
+    terms = [Term("loss", one, "tokens")]
+    return {
+        "has_turns": False, "needs": {"scores", "reference"}, "heads": {"scores"}, "samples": True,
+        "learns_rewards": False, "reports_cross_entropy": True, "prepares": True,
+        "mismatches": True, "notes": ["a note"], "supervises": "last_turn", "view": View(),
+        "remark": lambda terms: f"kl {terms['kl']}", "runs_away": "too far",
+        "scored_by": {"values"}, "wants_reference": True, "columns": ({"gain": numbers}, {"a": 1.0}),
+        "prepare": {"n": one}, "loss": terms,
+        "evaluate": [*terms, Term("cross_entropy", one, "tokens", weight=0.0)],
+    }  # fmt: skip
+
+
+def test_nothing_that_an_objective_of_ones_own_says_is_lost():
+    """A new member of Objective fails here until `Own` passes it on."""
+    answers = answers_of_an_objective()
+    members = {name for name in dir(Objective) if not name.startswith("_")} - {"Settings"}
+    assert answers.keys() == members
+
+    class Everything(Objective):
+        pass
+
+    def giving(answer):
+        return lambda *_: answer
+
+    for name, answer in answers.items():
+        is_method = inspect.isfunction(getattr(Objective, name))
+        setattr(Everything, name, giving(answer) if is_method else answer)
+    del Everything.heads, Everything.prepares  # they follow from the others
+    section = types.SimpleNamespace(code=own_code.OwnCode, objective=Everything())
+    own, batch = Own(section), BATCH
+    given = {
+        "policy": None, "batch": batch, "batches": [batch], "loss_on": "completion",
+        "terms": {"kl": 3.0}, "prepared": {}, "scored": types.SimpleNamespace(lengths=np.array([5])),
+        "encoding": None, "columns": {}, "settings": None,
+    }  # fmt: skip
+    for name, answer in answers.items():
+        found = getattr(own, name)
+        if callable(found):
+            with torch.no_grad():
+                found = found(*(given[each] for each in inspect.signature(found).parameters))
+        if name == "remark":
+            found, answer = found({"kl": 3.0}), "kl 3.0"
+        assert found == answer, name
+
+
+def test_a_mistake_in_what_an_objective_says_while_it_trains_has_its_line(workshop, own):
+    methods = {
+        "view": "self, settings, encoding", "remark": "self", "mismatches": "self, settings",
+        "notes": "self, settings, columns",
+    }  # fmt: skip
+    for name, parameters in methods.items():
+        body = f"{term()}\n\n    def {name}({parameters}):\n        return 1 / 0"
+        with pytest.raises(ConfigError, match=r"own\.py:7: ZeroDivisionError"):
+            workshop.check(objective__kind=own(LOSS + body))
+    body = f"{term()}\n\n    def view(self, settings, encoding):\n        return 3"
+    with pytest.raises(ConfigError, match=r"own\.py:6: view should return a View, got a int"):
+        workshop.check(objective__kind=own(LOSS + body))
 
 
 @pytest.mark.parametrize("name", objectives.SETTINGS)

@@ -520,7 +520,7 @@ MESSAGE = {"role": "assistant", "content": "x"}
 def test_wrong_pairs_are_named_by_line(workshop, row, says):
     good = {"prompt": "a", "chosen": "b", "rejected": "c"}
     rows = write_jsonl(workshop.folder / "rows.jsonl", [good, {"prompt": "a", **row}])
-    own = settings(workshop) | {"data__train": str(rows), "data__truncation": "right"}
+    own = settings(workshop) | {"data__train": str(rows)}
     with pytest.raises(DataError, match=f"rows.jsonl:2: .*{says}"):
         workshop.check(**own)
 

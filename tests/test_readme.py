@@ -227,6 +227,16 @@ def test_the_documentations_example_of_a_divergence_stays_near_the_base(workshop
     assert [line["divergence"] > 0 for line in read_jsonl(run / "metrics.jsonl")] == [False, True]
 
 
+def test_the_documentations_example_of_an_objective_that_samples_learns(workshop):
+    own = example(workshop, (ROOT / "docs/objectives.md").read_text(), "Reinforce")
+    write_jsonl(workshop.rows, [{"prompt": f"count from {n}"} for n in range(8)])
+    own |= {"data__train": str(workshop.rows), "optimizer__lr": 1e-2, "train__max_steps": 3}
+    own["objective__rollouts"] |= {"max_new_tokens": 8, "cut_answers": "learn"}
+    lines = read_jsonl(workshop.train(**own, train__epochs=9) / "metrics.jsonl")
+    assert [line["reward"] == line["brief"] for line in lines] == [True] * 3
+    assert lines[-1]["loss"] != 0 < lines[-1]["reward_spread"]
+
+
 def example(workshop, text: str, name: str) -> dict[str, Any]:
     """Write the first objective of a page with `name` in it; return the settings beside it."""
     sources = [block for block in blocks("python", text) if "import Objective" in block]

@@ -325,9 +325,7 @@ GOOD = {"prompt": "1", "chosen": "a", "rejected": "b"}
 WRONG = {
     "equal answers": ({**GOOD, "rejected": "a"}, {}, "chosen and a rejected answer are equal"),
     "a missing side": ({"prompt": "1", "chosen": "a"}, {}, "no column 'rejected'"),
-    "an answer cut away": (
-        {**GOOD, "chosen": "a" * 99}, {"data__truncation": "right"}, "over data.max_length 64",
-    ),
+    "an answer cut away": ({**GOOD, "chosen": "a" * 99}, {}, "over data.max_length 64"),
     "no margin": ({**GOOD}, {"data__columns": {"margin": "lead"}}, "'lead' should be a number"),
 }  # fmt: skip
 
@@ -499,7 +497,8 @@ def test_single_answers_with_a_label_train_too(workshop):
 
 def test_a_row_of_one_step_is_enough_to_export(workshop):
     one = {"prompt": "1", "steps": ["so 3"], "labels": [True]}
-    run = workshop.train(**steps(workshop, rows=[one], train__max_steps=1))
+    wrong = {**one, "labels": [False]}
+    run = workshop.train(**steps(workshop, rows=[one, wrong], train__max_steps=1))
     assert workshop.outcome(run.name)["state"] == "complete"
 
 

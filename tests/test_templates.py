@@ -447,7 +447,7 @@ def test_where_no_token_ends_an_answer_the_text_ends_with_the_answer(source):
     assert rendered(own, conversation("Hi", "Hello")) == own.prompt(whole.messages[:1]) + "Hello"
     asked, learned = own.segments(whole, "last_turn")
     assert (asked.text, learned.text) == (own.prompt(whole.messages[:3]), "Fine")
-    advice = "set data.loss_on: each_turn or last_turn, or use a template"
+    advice = "use data.loss_on: each_turn or last_turn, or a template"
     with refuses(rf"^rows\.jsonl:3: data\.template 'chat' .* {advice}"):
         own.segments(whole)
 
@@ -1120,7 +1120,9 @@ def test_rows_without_thoughts_are_supervised_on_empty_ones():
 @pytest.mark.parametrize("learn_opening", [False, True])
 def test_an_earlier_answer_without_what_the_last_has_before_it_is_refused(learn_opening):
     own = replace(chat(THINKS_LAST), learn_opening=learn_opening)
-    with refuses(r"message 2 differently once later turns are there.* data\.loss_on: last_turn"):
+    with refuses(
+        r"message 2 differently once later turns are there.* data\.loss_on: each_turn or last_turn"
+    ):
         own.segments(FOUR)
     assert len(supervised(own, FOUR, "last_turn")) == 1
     # What depends on the place alone is asked as it is trained.

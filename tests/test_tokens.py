@@ -1068,7 +1068,7 @@ def test_lengths_of_rows_that_are_too_long_are_summed_up(tokenizing):
     assert says[1:] == [
         "  52 of 100 rows are longer than data.max_length 50; the longest has 102 tokens, and "
         "95% have at most 98: "
-        "set data.max_length: 128, or data.truncation to right, left, drop or (clm) split"
+        "set data.max_length: 128, or data.truncation to right, left or drop"
     ]
 
 
@@ -1077,7 +1077,7 @@ def test_no_length_is_advised_where_rows_are_too_long_to_be_tokenised(tokenizing
     values = [{"question": "q", "answer": "a" * n} for n in (10, *[60] * 12, 100_000)]
     assert tokenizing.refused_all(values, max_length=50)[1:] == [
         "  13 rows are longer than data.max_length 50, some by far: remove them, or set "
-        "data.truncation to right, left, drop or (clm) split"
+        "data.truncation to right, left or drop"
     ]
 
 

@@ -31,6 +31,10 @@ class ObjectiveKind:
     """What it learns, in messages."""
     lr: tuple[float, float] | None = None
     """Default of optimizer.lr, for all weights and for adapters; None: the optimizer's."""
+    loss_on: tuple[str, ...] = ("each_turn", "last_turn")
+    """Values of data.loss_on that it takes, beside completion."""
+    truncation: tuple[str, ...] = ("right", "left", "drop")
+    """Values of data.truncation that it takes, beside error."""
 
     @property
     def compares(self) -> bool:
@@ -63,6 +67,7 @@ CLASSIFIERS = ("sequences", "tokens")
 NEW_HEADS = (*CLASSIFIERS, "scores")
 PAIRS = ("prompt_completion", "question_answer", "instruction", "messages")
 PREFERS = "to prefer the chosen answer"
+CUT = ("right", "left", "drop", "split")
 # A twentieth of the rates of SFT: the loss is unbounded in the margin, and answers decay first
 # (Rafailov et al., 2023: 1e-6; Meng et al., 2024: 3e-7 to 1e-6). ORPO starts from a base.
 PREFERENCE_LR = (1e-6, 1e-5)
@@ -70,31 +75,52 @@ PREFERENCE_LR = (1e-6, 1e-5)
 SAMPLED_LR = (1e-6, 1e-5)
 # Ouyang et al., 2022, take 9e-6 for all weights; adapters ten times that.
 REWARD_LR = (1e-5, 1e-4)
+
+
+def _rated(
+    formats: tuple[str, ...], learns: str, lr: tuple[float, float], loss_on: tuple[str, ...] = (),
+    family: str = "causal",
+) -> ObjectiveKind:  # fmt: skip
+    """Return the row of an objective that learns from rated answers, which are never cut."""
+    return ObjectiveKind(family, formats, learns, lr, loss_on, ("drop",))
+
+
+def _framed(
+    family: str, formats: tuple[str, ...], learns: str,
+    truncation: tuple[str, ...] = ("right", "left", "drop"),
+) -> ObjectiveKind:  # fmt: skip
+    return ObjectiveKind(family, formats, learns, None, (), truncation)
+
+
 OBJECTIVES: Mapping[str, ObjectiveKind] = {
     "sft": ObjectiveKind(),
-    "clm": ObjectiveKind(),
-    "mlm": ObjectiveKind("masked", ("text",), "the tokens that masks hide"),
-    "sequence_classification": ObjectiveKind("sequences", ("text_label",), "a label of each row"),
-    "token_classification": ObjectiveKind("tokens", ("token_labels",), "a label of each word"),
-    "seq2seq": ObjectiveKind("seq2seq", PAIRS, "the answer to each prompt"),
-    "span_corruption": ObjectiveKind("seq2seq", ("text",), "the spans that sentinels hide"),
-    "text_infilling": ObjectiveKind("seq2seq", ("text",), "text without its gaps"),
+    "clm": ObjectiveKind(loss_on=(), truncation=CUT),
+    "mlm": _framed("masked", ("text",), "the tokens that masks hide", CUT),
+    "sequence_classification": _framed("sequences", ("text_label",), "a label of each row"),
+    "token_classification": _framed("tokens", ("token_labels",), "a label of each word"),
+    "seq2seq": _framed("seq2seq", PAIRS, "the answer to each prompt"),
+    "span_corruption": _framed("seq2seq", ("text",), "the spans that sentinels hide", CUT),
+    "text_infilling": _framed("seq2seq", ("text",), "text without its gaps", CUT),
     "distill": ObjectiveKind(),
-    "dpo": ObjectiveKind(formats=PREFERENCES, learns=PREFERS, lr=PREFERENCE_LR),
-    "orpo": ObjectiveKind(formats=PREFERENCES, learns=PREFERS, lr=(5e-6, 5e-5)),
-    "simpo": ObjectiveKind(formats=PREFERENCES, learns=PREFERS, lr=PREFERENCE_LR),
-    "cpo": ObjectiveKind(formats=PREFERENCES, learns=PREFERS, lr=PREFERENCE_LR),
-    "kto": ObjectiveKind(
-        formats=("unpaired", "preference"), learns="which answers are good", lr=PREFERENCE_LR
+    "dpo": _rated(PREFERENCES, PREFERS, PREFERENCE_LR),
+    "orpo": _rated(PREFERENCES, PREFERS, (5e-6, 5e-5)),
+    "simpo": _rated(PREFERENCES, PREFERS, PREFERENCE_LR),
+    "cpo": _rated(PREFERENCES, PREFERS, PREFERENCE_LR),
+    "kto": _rated(
+        ("unpaired", "preference"), "which answers are good", PREFERENCE_LR, ("last_turn",)
     ),
-    "reward": ObjectiveKind("scores", PREFERENCES, "scores of answers", REWARD_LR),
-    "process_reward": ObjectiveKind(
-        "scores", ("steps", "unpaired"), "which steps are right", REWARD_LR
+    "reward": _rated(PREFERENCES, "scores of answers", REWARD_LR, family="scores"),
+    "process_reward": _rated(
+        ("steps", "unpaired"), "which steps are right", REWARD_LR, family="scores"
     ),
     **dict.fromkeys(
-        ("grpo", "rloo", "ppo"), ObjectiveKind(learns="which completions are good", lr=SAMPLED_LR)
+        ("grpo", "rloo", "ppo"),
+        ObjectiveKind(
+            learns="which completions are good", lr=SAMPLED_LR, loss_on=(),
+            truncation=("left", "drop"),
+        ),
     ),
-}
+}  # fmt: skip
 
 
 def objective_kind(kind: str) -> ObjectiveKind:

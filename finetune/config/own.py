@@ -62,6 +62,8 @@ def _own_section(code: OwnCode) -> type[OwnObjective]:
         if unknown := set(map(str, needs)) - HEADS - {REFERENCE}:
             listed, heads = ", ".join(sorted(unknown)), ", ".join(sorted(HEADS))
             raise ConfigError(f"{code}: needs names {listed}; a policy can get heads for {heads}")
+        if problem := _sampling_problem(objective, settings):
+            raise ConfigError(f"{code}: {problem} (docs/objectives.md)")
         own = {"model_config": Section.model_config, "code": code, "objective": objective}
         bases = (OwnObjective,) if issubclass(OwnObjective, settings) else (settings, OwnObjective)
         return type("Own", bases, {**own, "__module__": __name__, "__doc__": OwnObjective.__doc__})
@@ -69,6 +71,21 @@ def _own_section(code: OwnCode) -> type[OwnObjective]:
         raise
     except (Exception, SystemExit) as exc:
         raise ConfigError(code.blame(exc)) from exc
+
+
+def _sampling_problem(objective: Any, settings: type[BaseModel]) -> str:
+    """Return what an objective that samples lacks, or one that does not has too much; or ""."""
+    has = {name: name in settings.model_fields for name in ("rollouts", "rewards")}
+    if objective.samples and not has["rollouts"]:
+        return "samples is True, so Settings needs a field `rollouts: Rollouts`"
+    if objective.samples and objective.learns_rewards and not has["rewards"]:
+        return (
+            "it learns from rewards, so Settings needs a field `rewards: RewardList`; or set "
+            "learns_rewards to False"
+        )
+    if has["rollouts"] and not objective.samples:
+        return "Settings has a field rollouts, so set samples to True, or rename the field"
+    return ""
 
 
 def own_codes(config: "Config") -> dict[str, OwnCode]:

@@ -214,10 +214,9 @@ def _preference_conflicts(config: Config) -> Iterator[str]:
         )
     if data.truncation == "split":
         yield "data.truncation: split would part answers from their prompts; use drop"
-    if isinstance(objective, Kto | ProcessReward) and data.truncation in ("right", "left"):
-        yield (
-            f"data.truncation: {data.truncation} would cut what a label judges as a whole; use drop"
-        )
+    if data.truncation in ("right", "left"):
+        what = "pairs of answers differ in" if row.compares else "a label judges as a whole"
+        yield f"data.truncation: {data.truncation} would cut what {what}; use drop"
     if isinstance(objective, Kto) and data.loss_on in ("each_turn", "all"):
         yield (
             f"data.loss_on: {data.loss_on}: a label judges answers; take completion, or last_turn "
@@ -241,6 +240,8 @@ def _preference_conflicts(config: Config) -> Iterator[str]:
             f"data.streaming: objective.kind: {objective.kind} compares rows before the first "
             "step, for which they have to be in memory; set it to false"
         )
+    why = "turns of rated answers stay as they are; correct the rows"
+    yield from _ignored(config, why, "data.repair_turns")
     if "margin" in data.columns and not isinstance(objective, Reward):
         yield (
             f"data.columns: margin would be ignored: objective.kind: {objective.kind} takes none; "

@@ -262,10 +262,11 @@ def repaired(messages: list[Message]) -> tuple[list[Message], list[str]]:
     return (kept, changes) if kept else (messages, [])
 
 
-def require_order(place: Place, messages: list[Message]) -> None:
+def require_order(place: Place, messages: list[Message], can_repair: bool = True) -> None:
     """Raise DataError unless an optional system message, then user and assistant, take turns.
 
-    An answer may be preceded by calls of tools, each followed by results.
+    An answer may be preceded by calls of tools, each followed by results. `can_repair`: whether
+    data.repair_turns works on such rows.
     """
     spoken = [message for message in messages if message.role != "system"]
     if any(message.role == "system" for message in messages[1:]):
@@ -282,7 +283,9 @@ def require_order(place: Place, messages: list[Message]) -> None:
     elif order.endswith("T"):
         hint = "the conversation ends with the result of a tool, without an answer; "
     roles = ", ".join(message.role for message in spoken)
-    remedy = "; data.repair_turns: true joins or drops such turns" if "T" not in order else ""
+    remedy = ""
+    if can_repair and "T" not in order:
+        remedy = "; data.repair_turns: true joins or drops such turns"
     usual = "user, assistant, user, assistant, ..."
     if "T" in order or "C" in order:
         usual = "user, assistant with tool calls, tool, assistant, ..."

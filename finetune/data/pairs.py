@@ -4,6 +4,7 @@ import numpy as np
 
 from finetune.data.examples import Examples
 from finetune.data.problems import Problems
+from finetune.errors import DataError
 
 LABEL = "label"
 """The column that is 1 for chosen, or good, answers and 0 for the others."""
@@ -31,6 +32,23 @@ def require(examples: Examples, are_compared: bool) -> None:
         if what := _wrong(examples, example, are_compared):
             problems.note(f"{examples.place(example)}: {what}")
     problems.raise_if_any()
+
+
+def require_both(examples: Examples, kind: str) -> None:
+    """Raise DataError unless some answers, or steps, are good and some are bad.
+
+    From one kind alone an objective, here named `kind`, learns to find everything good, or bad.
+    """
+    good, total = int(examples.columns[LABEL].sum()), len(examples.columns[LABEL])
+    if 0 < good < total:
+        return
+    missing, remedy = "bad" if good else "good", "add some"
+    if good and kind == "kto":
+        remedy += ", or train on the good ones with objective.kind: sft"
+    raise DataError(
+        f"{examples.sources[0]}: none of {total:,} labels is {missing}, and objective.kind: {kind} "
+        f"learns to tell good from bad; {remedy}"
+    )
 
 
 def _wrong(examples: Examples, example: int, are_compared: bool) -> str:

@@ -189,7 +189,7 @@ def _compared(
 ) -> Found:
     """Check conversations that begin alike; supervise only what differs."""
     for messages in whole:
-        require_order(row.place, messages)
+        require_order(row.place, messages, can_repair=False)
     keys = [[(m.role, m.content, m.context, str(m.parts)) for m in each] for each in whole]
     common = sum(1 for _ in takewhile(lambda same: len(set(same)) == 1, zip(*keys)))
     for number, messages in enumerate(whole):

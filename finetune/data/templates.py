@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import Any
 
 from finetune.data import fixed_text
+from finetune.data.advice import SFT, Advice
 from finetune.data.conversations import Conversation, Message
 from finetune.data.fixed_text import FixedText, marked
 from finetune.data.places import Place
@@ -29,6 +30,7 @@ JOINT = "\n\n"  # between a content and the context that a template has no place
 MOST_TEXTS = 1_000  # 20 turns more make 20 texts more
 PROMPT = Place("the prompt", 1)  # the place of a conversation that is not in a file
 QUESTION = (Message("user", "a"),)
+ENDING = "a template that writes {{ eos_token }} or another special token after each answer"
 _THINKING = re.compile(r"\s*</?think(?:ing)?>\s*")
 _END_OF_THINKING = re.compile(r"</think(?:ing)?>")
 
@@ -59,6 +61,8 @@ class Template:
     """A row that the template takes, to see how answers end; None: the shortest conversation."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """data.template_arguments: further variables of the template, of types that JSON has."""
+    advice: Advice = field(default=SFT, compare=False)
+    """What errors about rows may advise."""
 
     @property
     def fingerprint(self) -> str:
@@ -154,9 +158,8 @@ class Template:
                 raise self._wrong(
                     conversation,
                     "ends answers without a token of the tokenizer, so only the last of "
-                    f"{len(spans)} would teach the model to stop; set data.loss_on: each_turn or "
-                    "last_turn, or use a template that writes {{ eos_token }} or another special "
-                    "token after each answer",
+                    f"{len(spans)} would teach the model to stop; "
+                    + self.advice.use(("each_turn", "last_turn"), ENDING),
                 )
             segments = _cut(text[: spans[-1][1]], spans, weights)
         return segments
@@ -192,8 +195,8 @@ class Template:
         if text.count(MARK) != 1 or found is None:
             raise self._wrong(
                 conversation,
-                "ends answers without a token of the tokenizer, so nothing can follow them; use a "
-                "template that writes {{ eos_token }} or another special token after each answer",
+                "ends answers without a token of the tokenizer, so nothing can follow them; use "
+                + ENDING,
             )
         after = text[found.end() :]
         for message in messages:
@@ -255,10 +258,14 @@ class Template:
         if not _holds(text[start:end], messages[turn].content):
             what = f"drops or rewrites the answer {_short(messages[turn].content)}"
             renders = f"it renders {_short(text[start:end])}"
-            remedy = "use another data.template, or data.loss_on: last_turn"
+            is_last = not any(later.supervised for later in messages[turn + 1 :])
+            remedy = self.advice.use(() if is_last else ("last_turn",), "another data.template")
+            remedy += self._of_thoughts(messages[turn])
             raise self._wrong(conversation, f"{what}: {renders}; {remedy}")
         if not _holds(text[start:end], messages[turn].thoughts):
-            remedy = "set data.thinking: drop, or write them into the content"
+            remedy = "write them into the content"
+            if self.advice.drops_thoughts:
+                remedy = f"set data.thinking: drop, or {remedy}"
             what = f"leaves out the thoughts of message {turn + 1}"
             raise self._wrong(conversation, f"{what} ({_short(messages[turn].thoughts)}); {remedy}")
         return start, end
@@ -271,13 +278,17 @@ class Template:
         before = conversation.with_messages(conversation.messages[:turn])
         asked = self._render(before, add_generation_prompt=True)
         if not text.startswith(asked):
+            is_last = not any(each.supervised for each in conversation.messages[turn + 1 :])
+            helps = ("each_turn",) * alone.startswith(asked) + ("last_turn",) * (not is_last)
             raise self._wrong(
                 conversation,
                 f"renders the prompt of message {turn + 1} differently once the answer is there, "
-                "so what is trained would not be what is asked; use data.loss_on: each_turn or "
-                "last_turn, or a template whose add_generation_prompt gives what stands before the "
-                "answer" + self._of_thoughts(conversation.messages[turn]),
-            )
+                "so what is trained would not be what is asked; "
+                + self.advice.use(
+                    helps, "a template whose add_generation_prompt gives what stands before the "
+                    "answer",
+                ) + self._of_thoughts(conversation.messages[turn]),
+            )  # fmt: skip
         if self.learn_opening or asked.endswith(self.opening):
             return asked
         opened = asked + self.opening
@@ -287,10 +298,10 @@ class Template:
             raise self._differs(conversation, turn)
         return asked
 
-    @staticmethod
-    def _of_thoughts(message: Message) -> str:
+    def _of_thoughts(self, message: Message) -> str:
         """Say what to do where the thoughts of an answer may be the reason."""
-        if message.thoughts or _END_OF_THINKING.search(message.content):
+        has_thoughts = message.thoughts or _END_OF_THINKING.search(message.content)
+        if has_thoughts and self.advice.drops_thoughts:
             return "; this answer has thoughts, which data.thinking: drop removes"
         return ""
 
@@ -298,8 +309,8 @@ class Template:
         return self._wrong(
             conversation,
             f"renders the answer in message {turn + 1} differently once later turns are there, so "
-            "what is trained would not be what is asked; use data.loss_on: each_turn, which makes "
-            "an example of each answer with the turns before it, or data.loss_on: last_turn",
+            "what is trained would not be what is asked; "
+            + self.advice.use(("each_turn", "last_turn"), "another data.template"),
         )
 
     def _wrong(self, conversation: Conversation, what: str) -> DataError:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from finetune import own_code
 from finetune.data import rows, tokens
+from finetune.data.advice import SFT, Advice
 from finetune.data.control_tokens import ControlTokens, uses_bos
 from finetune.data.conversations import Conversation, Sample, turn_by_turn, without_thoughts
 from finetune.data.places import Place, list_columns, some
@@ -54,6 +55,8 @@ class Options:
     """Names of the labels in the order of their numbers; empty: those of the rows, sorted."""
     shape: rows.Shape | None = None
     """Of what a user's own function makes of each row, where a shard does not show the first."""
+    advice: Advice = SFT
+    """What errors about rows may advise."""
 
     @property
     def is_own(self) -> bool:
@@ -75,7 +78,8 @@ class Options:
         A user's own function counts by the content of its file, which may define several.
         """
         values = asdict(self)
-        del values["positions"], values["shape"]  # the rows and the function decide the latter
+        del values["advice"], values["positions"]
+        del values["shape"]  # the rows and the function decide it
         # Caches may be older than these settings.
         if not self.repair_turns:
             del values["repair_turns"]
@@ -479,24 +483,27 @@ def answered(
     ]
 
 
-def _cut(num_documents: int) -> str:
+def _cut(num_documents: int, advice: Advice) -> str:
     """Say which data.truncation takes a row that is too long."""
     if num_documents > 1:
         return "data.truncation to drop, as rows of several documents are not cut"
-    return "data.truncation to right, left, drop or (clm) split"
+    return advice.cut
 
 
 def over_length(
     place: Place, size: str, options: Options, length: int | None, num_documents: int
 ) -> str:
     """Say that a row is too long. `length`: its tokens; None if there are too many to count."""
-    remedy = f"remove it, or set {_cut(num_documents)}"
+    remedy = f"remove it, or set {_cut(num_documents, options.advice)}"
     if length is not None:
-        remedy = fitting(length, options.max_length, options.positions, num_documents)
+        limit, positions = options.max_length, options.positions
+        remedy = fitting(length, limit, positions, options.advice, num_documents)
     return f"{place}: {size}, over data.max_length {options.max_length}; {remedy}"
 
 
-def fitting(longest: int, limit: int, positions: int | None, num_documents: int = 1) -> str:
+def fitting(
+    longest: int, limit: int, positions: int | None, advice: Advice, num_documents: int = 1
+) -> str:
     """Say what to do about rows of up to `longest` tokens where data.max_length is `limit`.
 
     Never suggests a length that the model's positions do not allow.
@@ -505,10 +512,11 @@ def fitting(longest: int, limit: int, positions: int | None, num_documents: int 
         lower = f"data.max_length: {positions} and " if limit != positions else ""
         return (
             f"data.max_length can be at most {positions}, as the model has no more positions: set "
-            f"{lower}{_cut(num_documents)}"
+            f"{lower}{_cut(num_documents, advice)}"
         )
     enough = -(-longest // 64) * 64
-    return f"set data.max_length: {min(enough, positions or enough)}, or {_cut(num_documents)}"
+    cut = _cut(num_documents, advice)
+    return f"set data.max_length: {min(enough, positions or enough)}, or {cut}"
 
 
 def _lengths(lengths: Sequence[int], too_long: int, options: Options, num_documents: int) -> str:
@@ -520,13 +528,13 @@ def _lengths(lengths: Sequence[int], too_long: int, options: Options, num_docume
     if len(lengths) < too_long + fit:  # some were not even tokenised
         return (
             f"{too_long:,} rows are longer than data.max_length {limit}, some by far: remove them, "
-            f"or set {_cut(num_documents)}"
+            f"or set {_cut(num_documents, options.advice)}"
         )
     longest, usual = max(lengths), int(np.percentile(lengths, 95, method="higher"))
     return (
         f"{too_long:,} of {len(lengths):,} rows are longer than data.max_length {limit}; the "
         f"longest has {longest:,} tokens, and 95% have at most {usual:,}: "
-        f"{fitting(longest, limit, options.positions, num_documents)}"
+        f"{fitting(longest, limit, options.positions, options.advice, num_documents)}"
     )
 
 

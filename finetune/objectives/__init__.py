@@ -1,6 +1,8 @@
 """What is learned: one file for each objective."""
 
 from finetune.config import Config, OwnObjective
+from finetune.config.reward_fields import RewardList
+from finetune.config.rollout_fields import Rollouts
 from finetune.objectives.base import Encoding, Objective, Term
 from finetune.objectives.classification import SequenceLabels, WordLabels
 from finetune.objectives.clm import Clm
@@ -24,7 +26,9 @@ OBJECTIVES: dict[str, Objective] = {
     "distill": Distill(),
 }  # fmt: skip
 
-__all__ = ["OBJECTIVES", "Encoding", "Objective", "Own", "Term", "chosen"]
+__all__ = [
+    "OBJECTIVES", "Encoding", "Objective", "Own", "RewardList", "Rollouts", "Term", "chosen",
+]  # fmt: skip
 
 
 def chosen(config: Config) -> Objective:

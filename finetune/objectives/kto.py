@@ -40,9 +40,6 @@ class Kto(Objective):
         good, total = float(columns[LABEL].sum()), len(columns[LABEL])
         least, most = BALANCED
         weights = settings.desirable_weight, settings.undesirable_weight
-        if not 0 < good < total:
-            kind = "undesirable" if good else "desirable"
-            return [f"no answer is {kind}: the model has nothing to tell the others from"]
         bad = total - good
         share = good * weights[0] / (bad * weights[1])
         if least - 1e-9 <= share <= most + 1e-9:

@@ -15,13 +15,15 @@ from finetune import failures, own_code
 from finetune.config import OwnObjective
 from finetune.data import batches as layouts
 from finetune.data.batches import Batch
+from finetune.data.views import View
 from finetune.errors import ConfigError, FinetuneError
 from finetune.models import scalar_heads
 from finetune.models.distributions import Distribution, Reference
 from finetune.models.logits import logprobs_and_entropy
 from finetune.models.policy import Answers, Policy, require_reference
 from finetune.objectives.advantages import Scored
-from finetune.objectives.base import Objective, Term, as_divisors, total
+from finetune.objectives.base import Encoding, Objective, Remark, Term, as_divisors, total
+from finetune.objectives.sft import CROSS_ENTROPY
 
 # Columns of metrics.jsonl and eval.jsonl that terms may not use.
 TAKEN = {
@@ -39,6 +41,7 @@ class Own(Objective):
         self.code, self.objective = settings.code, settings.objective
         self.has_turns = self.objective.has_turns
         self.samples, self.learns_rewards = self.objective.samples, self.objective.learns_rewards
+        self.reports_cross_entropy = self.objective.reports_cross_entropy
         self._units: dict[str, dict[str, tuple[str, float]]] = {}  # of the terms of each method
 
     @property
@@ -52,6 +55,31 @@ class Own(Objective):
     def supervises(self, loss_on: str) -> str:
         with self._blamed():
             return str(self.objective.supervises(loss_on))
+
+    def mismatches(self, settings: Any) -> bool:
+        with self._blamed():
+            return bool(self.objective.mismatches(settings))
+
+    def notes(self, settings: Any, columns: Mapping[str, np.ndarray]) -> list[str]:
+        with self._blamed():
+            return list(map(str, self.objective.notes(settings, columns)))
+
+    def view(self, settings: Any, encoding: Encoding) -> View:
+        with self._blamed():
+            view = self.objective.view(settings, encoding)
+        if not isinstance(view, View):
+            raise self._wrong("view", f"should return a View, got {_shown(view)}")
+        return view
+
+    def remark(self) -> Remark:
+        with self._blamed():
+            own = self.objective.remark()
+
+        def remark(terms: Mapping[str, float]) -> str:
+            with self._blamed():
+                return str(own(terms) or "")
+
+        return remark
 
     def runs_away(self, terms: Mapping[str, float], settings: Any) -> str:
         with self._blamed():
@@ -107,6 +135,7 @@ class Own(Objective):
 
         `filler`: a batch without supervised tokens, which a process gets that has no sequence left.
         """
+        self.remark()  # which only training asks for
         both = _twice(batch)  # first: an objective of a user's own may change the batch
         halves = [(batch, (0,)), (_copied(batch), (1,))]
         with torch.random.fork_rng(devices=[]):
@@ -214,8 +243,11 @@ class Own(Objective):
             if not isinstance(term, Term):
                 what = f"item {number} is {_shown(term)}"
                 raise self._wrong(method, f"should return a list of terms, but {what}")
+        reports = method == "evaluate" and self.reports_cross_entropy
+        may_name = {CROSS_ENTROPY} if reports else set()
         for number, term in enumerate(terms):
-            if why := _problem(term, counted, {other.name for other in terms[:number]}):
+            before = {other.name for other in terms[:number]}
+            if why := _problem(term, counted, before, TAKEN - may_name):
                 raise self._wrong(method, f"term {term.name!r}: {why}")
         if not terms:
             raise self._wrong(method, "returns no terms; for an empty batch return sums of 0")
@@ -267,8 +299,8 @@ def _is_of_model(exc: BaseException) -> bool:
     return any(place + 1 < len(frames) and frames[place + 1] not in checks for place in calls)
 
 
-def _problem(term: Term, counted: Sequence[str], before: Set[str]) -> str | None:
-    if term.name in TAKEN:
+def _problem(term: Term, counted: Sequence[str], before: Set[str], taken: Set[str]) -> str | None:
+    if term.name in taken:
         return "the logs have a column of this name; choose another"
     if not isinstance(term.name, str):
         return f"the name should be text, got {_shown(term.name)}"
@@ -320,6 +352,7 @@ def _twice(batch: Batch) -> Batch:
         document=apart(batch.document, batch.num_documents),
         example=apart(batch.example, batch.counts["examples"]),
         counts={name: 2 * count for name, count in batch.counts.items()},
+        mismatched=batch.mismatched and _twice(batch.mismatched),
         weights=None if batch.weights is None else batch.weights.repeat(2),
         columns=repeated(batch.columns), token_columns=repeated(batch.token_columns),
         num_documents=2 * batch.num_documents,
