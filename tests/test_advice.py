@@ -9,6 +9,7 @@ from finetune import config as configs
 from finetune.config import choices
 from finetune.errors import UserError
 
+pytestmark = pytest.mark.slow
 LONG = "a" * 120
 TURNS = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
 PROMPT = [{"role": role, "content": text} for role, text in TURNS[:3]]

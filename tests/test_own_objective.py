@@ -205,7 +205,7 @@ def test_a_file_is_found_beside_the_config_and_from_here(workshop, own, monkeypa
         ),
         (
             DFT.replace("names: list[str]", "rollouts: list[str]"), "Dft",
-            "own.py:Dft: Settings has a field rollouts, so set samples to True, or rename the field",
+            "own.py:Dft: Settings has a field rollouts, so set samples to True, or rename it",
         ),
         (
             LOSS + "...\n    needs = None", "Own",
@@ -438,7 +438,8 @@ def answers_of_an_objective():
         "learns_rewards": False, "reports_cross_entropy": True, "prepares": True,
         "mismatches": True, "notes": ["a note"], "supervises": "last_turn", "view": View(),
         "remark": lambda terms: f"kl {terms['kl']}", "runs_away": "too far",
-        "scored_by": {"values"}, "wants_reference": True, "columns": ({"gain": numbers}, {"a": 1.0}),
+        "scored_by": {"values"}, "wants_reference": True, "wants_teacher": True,
+        "columns": ({"gain": numbers}, {"a": 1.0}),
         "prepare": {"n": one}, "loss": terms,
         "evaluate": [*terms, Term("cross_entropy", one, "tokens", weight=0.0)],
     }  # fmt: skip
@@ -464,8 +465,9 @@ def test_nothing_that_an_objective_of_ones_own_says_is_lost():
     own, batch = Own(section), BATCH
     given = {
         "policy": None, "batch": batch, "batches": [batch], "loss_on": "completion",
-        "terms": {"kl": 3.0}, "prepared": {}, "scored": types.SimpleNamespace(lengths=np.array([5])),
-        "encoding": None, "columns": {}, "settings": None,
+        "terms": {"kl": 3.0}, "prepared": {}, "encoding": None,
+        "scored": types.SimpleNamespace(lengths=np.array([5])),
+        "columns": {}, "settings": None,
     }  # fmt: skip
     for name, answer in answers.items():
         found = getattr(own, name)

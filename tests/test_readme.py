@@ -233,8 +233,8 @@ def test_the_documentations_example_of_an_objective_that_samples_learns(workshop
     own |= {"data__train": str(workshop.rows), "optimizer__lr": 1e-2, "train__max_steps": 3}
     own["objective__rollouts"] |= {"max_new_tokens": 8, "cut_answers": "learn"}
     lines = read_jsonl(workshop.train(**own, train__epochs=9) / "metrics.jsonl")
-    assert [line["reward"] == line["brief"] for line in lines] == [True] * 3
-    assert lines[-1]["loss"] != 0 < lines[-1]["reward_spread"]
+    assert all(line["reward"] < 0 < line["reward_spread"] for line in lines)
+    assert all(line["loss"] and line["grad_norm"] for line in lines)
 
 
 def example(workshop, text: str, name: str) -> dict[str, Any]:

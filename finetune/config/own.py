@@ -84,7 +84,7 @@ def _sampling_problem(objective: Any, settings: type[BaseModel]) -> str:
             "learns_rewards to False"
         )
     if has["rollouts"] and not objective.samples:
-        return "Settings has a field rollouts, so set samples to True, or rename the field"
+        return "Settings has a field rollouts, so set samples to True, or rename it"
     return ""
 
 

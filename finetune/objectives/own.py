@@ -93,6 +93,10 @@ class Own(Objective):
         with self._blamed():
             return bool(self.objective.wants_reference(settings))
 
+    def wants_teacher(self, settings: Any) -> bool:
+        with self._blamed():
+            return bool(self.objective.wants_teacher(settings))
+
     def columns(
         self, scored: Scored, settings: Any
     ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
