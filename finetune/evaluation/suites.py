@@ -33,7 +33,7 @@ from finetune.data.conversations import Conversation, Message
 from finetune.data.places import Place, printable, short
 from finetune.errors import ConfigError, DataError
 from finetune.evaluation.scores import KINDS, choose
-from finetune.evaluation.scores.base import NO_ANSWER, Value
+from finetune.evaluation.scores.base import Value, no_answer
 from finetune.evaluation.scores.code_tests import code_in
 from finetune.evaluation.scores.matching import holds, is_json_equal, json_schema, regex
 from finetune.evaluation.scores.normalise import NORMALISATIONS, normalised, number_of, numbers_in
@@ -211,7 +211,7 @@ class KeepsRules:
 
     def _of(self, completion: Completion) -> Score:
         if completion.finish_reason == "failed":
-            return NO_ANSWER
+            return no_answer(completion)
         broken = []
         for what, check in self._checks.get(completion.prompt.place, ()):
             value = check(completion)

@@ -9,7 +9,6 @@ from typing import Protocol, runtime_checkable
 
 from finetune.generation.completions import Completion, Score
 
-NO_ANSWER = Score(None, "no answer came")
 NO_REFERENCE = Score(None, "the row has no reference")
 Value = float | Score
 
@@ -51,10 +50,15 @@ def of_reference(
     return OfAnswer(name, line, of, higher, is_share, needs_reference=True)
 
 
+def no_answer(completion: Completion) -> Score:
+    """Return the gap of an answer that did not come."""
+    return Score(None, f"no answer came: {completion.why}" if completion.why else "no answer came")
+
+
 def gap_of(completion: Completion, needs_reference: bool) -> Score | None:
     """Return the gap of an answer that did not come, or of a row without a needed reference."""
     if completion.finish_reason == "failed":
-        return NO_ANSWER
+        return no_answer(completion)
     if needs_reference and completion.prompt.reference is None:
         return NO_REFERENCE
     return None
