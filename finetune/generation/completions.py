@@ -70,6 +70,11 @@ class Score:
     reason: str = ""
 
 
+def no_answer(completion: Completion) -> Score:
+    """Return the gap of an answer that did not come."""
+    return Score(None, f"no answer came: {completion.why}" if completion.why else "no answer came")
+
+
 class Scorer(Protocol):
     """Scores answers: a rule, a model, a judge, or a function of the user.
 

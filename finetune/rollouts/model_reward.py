@@ -10,8 +10,7 @@ from typing import Any
 from finetune.config import base
 from finetune.data.conversations import Message
 from finetune.errors import DataError, ModelError
-from finetune.evaluation.scores.base import no_answer
-from finetune.generation.completions import Completion, Score
+from finetune.generation.completions import Completion, Score, no_answer
 
 
 class ModelReward:

@@ -13,8 +13,7 @@ import numpy as np
 from finetune.evaluation.judges import rubrics
 from finetune.evaluation.judges.rubrics import Rubric
 from finetune.evaluation.judges.weights import Kept, Question, Weights
-from finetune.evaluation.scores.base import no_answer
-from finetune.generation.completions import Completion, Score
+from finetune.generation.completions import Completion, Score, no_answer
 
 STEP_TOKENS = 400  # of the evaluation steps that a judge writes
 

@@ -4,8 +4,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 
 from finetune.data import clusters
-from finetune.evaluation.scores.base import no_answer
-from finetune.generation.completions import Completion, Score
+from finetune.generation.completions import Completion, Score, no_answer
 from finetune.preparation.rouge import rouge_l
 
 ALONE = Score(None, "no other answer to the same question")
