@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from finetune.config import Config, Distill
+from finetune.config import Config, Distill, Quantized
 from finetune.engine.topology.launch import ParallelConfig
 from finetune.forecast.trace import Beside, Rehearsal, Shape, Trace
 from finetune.forecast.weights import count
@@ -185,8 +185,9 @@ class Forecaster:
         """Return the bytes of a pass of the teacher; add to `held` what stays of it."""
         if self.teacher is None:
             return 0.0
-        w, passing = self.teacher.weights, self.teacher._trace(parallel, shape, False).passing
-        if parallel.kind != "fsdp2":
+        w = self.teacher.weights
+        passing = self.teacher._trace(parallel, shape, False).passing + w.unpacked
+        if parallel.kind != "fsdp2" or isinstance(self.teacher.config.adapter, Quantized):
             held.staying["teacher"] = w.used if parallel.is_zero else w.stored
             return passing
         # Shards, and a whole projection beside them; a pass gathers a layer and the next.
