@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
-from on_gpu import correctness, helper, objective_cases, objectives, runner
+from on_gpu import correctness, helper, many_runs, objective_cases, objectives, runner
 from on_gpu.objective_cases import BASE, ROLLOUTS
 from on_gpu.objectives import Result
 
@@ -147,6 +147,17 @@ def test_the_second_phase_is_interrupted_in_its_middle():
     assert objectives.stop_of(GRPO) == {"group": 6}  # of four in each
     assert objectives.stop_of(CASES["ppo-full"]) == {"group": 24}
     assert correctness.command("fsdp2", ROOT)[-3:][0] == "train.py", "run_group replaces these"
+
+
+def test_a_run_is_told_to_stop_at_a_call_of_a_number(monkeypatch):
+    flag, calls = SimpleNamespace(reason=None), []
+    monkeypatch.setattr(many_runs.loop, "train_step", lambda: calls.append(flag.reason))
+    with many_runs.stopped(flag, {"step": 2}):
+        for _ in range(3):
+            many_runs.loop.train_step()
+    many_runs.loop.train_step()
+    assert calls == [None, "SIGTERM", "SIGTERM", "SIGTERM"]
+    assert callable(many_runs.ShardFile.scored), "what counts groups"
 
 
 @pytest.mark.proof

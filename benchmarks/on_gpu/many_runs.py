@@ -28,7 +28,7 @@ from finetune import config as configs
 from finetune import loop
 from finetune.engine.topology import Topology
 from finetune.errors import Preempted
-from finetune.rollouts.phases import ShardFile
+from finetune.rollouts.shard_file import ShardFile
 from finetune.survival.preemption import StopFlag
 
 BROKEN = 3
