@@ -81,7 +81,7 @@ def build(run: Run) -> None:
     attention_probe.check(model, base, data.attention, topology.device, topology.precision)
     if why := head.check(model, base, topology.device, topology.precision):
         run.log(f"note: all logits are held in memory at once, because {why}")
-    run.load_teacher()
+    run.load_companions()
     policy = run.policy(model)
     if run.reserved is not None:
         largest, num_passes = data.train.largest(), min(2, run.accumulation_steps)

@@ -1,6 +1,7 @@
 """The opening of a run: its directory, topology and data; and how it ends when something fails."""
 
 import contextlib
+import functools
 import os
 import sys
 import threading
@@ -11,6 +12,7 @@ import torch
 from finetune import config as configs
 from finetune import failures, places, preflight
 from finetune.config import Config, base, differences
+from finetune.config.engine_fields import ServerEngine
 from finetune.engine import receipt
 from finetune.engine.checkpoint import folder
 from finetune.engine.checkpoint.storage import Storage
@@ -27,6 +29,7 @@ from finetune.errors import (
     TopologyError,
 )
 from finetune.models import float8, load
+from finetune.rollouts.served import require_server
 from finetune.run import EXPORT, Run
 from finetune.survival.preemption import StopFlag
 
@@ -49,6 +52,10 @@ def opened(config: Config, check_only: bool, stop: StopFlag) -> Iterator[Run]:
         topology.check(config)
         if config.train.float8 and not (check_only and topology.device.type == "cpu"):
             float8.require(topology.device)
+        if config.rollouts and isinstance(engine := config.rollouts.engine, ServerEngine):
+            # Before free memory is measured: a server may sleep from now on.
+            asked = functools.partial(require_server, engine, config.rollouts.temperature)
+            topology.on_main(asked)
         config, reserved = sized(config, topology)
         configs.accumulation_steps(config, topology.num_data)
         with watched(config, directory, topology, stop):

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from finetune import extras, kernels, own_code, sequences
-from finetune.config import Config, Distill, Quantized, base, code_identity
+from finetune.config import Config, Distill, base, code_identity
 from finetune.config import fields as config_fields
 from finetune.config.choices import OPTIMIZERS, objective_kind
-from finetune.config.engine_fields import ServerEngine
 from finetune.data import (
     batches,
     file_types,
@@ -31,7 +30,7 @@ from finetune.data.mismatched import mismatched
 from finetune.data.places import list_columns
 from finetune.data.problems import Skipping
 from finetune.data.source_files import Sources
-from finetune.engine import optim, trackers
+from finetune.engine import companion, optim, trackers
 from finetune.engine.metrics import log
 from finetune.engine.topology import Topology
 from finetune.errors import ConfigError, ModelError
@@ -88,6 +87,9 @@ class Data:
     """Which columns are read, and from which names; empty for a format of the user's own."""
     teacher: teacher.Teacher | None
     """The model that the objective's `teacher` names."""
+    start: Config | None
+    """Of the weights before the first step, where a frozen copy of them answers beside the policy.
+    """
     rewards: "Rewards | None" = None
     """What completions are worth, where the run samples some."""
     turns: Turns | None = None
@@ -127,6 +129,7 @@ def prepare(
     model_config = load.complete(model_config, config.model, tokenizer)
     kernel = _attention(config, model_config, topology)
     teaches = _teacher(config, tokenizer, kernel, topology)
+    start = companion.start_of(config, objective)
     options = _options(config, wanted, objective, model_config)
     if config.rollouts and not options.is_own:
         options = replace(options, format=format)
@@ -172,7 +175,7 @@ def prepare(
     return Data(
         tokenizer, template, model_config, kernel, train_batches, eval_batches, num_steps, new_ids,
         sources, known, identity, format, num_rows, options, _columns(wanted, sources, format),
-        teaches, rewards, turns,
+        teaches, start, rewards, turns,
     )  # fmt: skip
 
 
@@ -386,13 +389,10 @@ def _teacher(
     """Return the teacher that the objective names. Raise UserError if it does not fit the model."""
     if getattr(config.objective, "teacher", None) is None:
         return None
-    found = teacher.prepare(
+    return teacher.prepare(
         config, tokenizer, kernel, topology.device, topology.precision,
         topology.parallel.num_context,
     )  # fmt: skip
-    if isinstance(found.config.adapter, Quantized):
-        extras.require("bitsandbytes", f"{teacher.KEY}: its weights in 4 or 8 bits")
-    return found
 
 
 def _attach_taught(part: Any, config: Config, model_config: Any) -> None:
@@ -473,13 +473,10 @@ def _rewards(config: Config, topology: Topology, parts: Sequence[Any]) -> "Rewar
     if not config.rollouts:
         return None
     from finetune.rollouts.rewards import Rewards  # which imports all scores
-    from finetune.rollouts.served import require_server
 
     settings: Any = config.objective
     made = Rewards(settings.rewards or (), log if topology.is_main else lambda text: None)
     made.check(prompt for part in parts for prompt in part.every_prompt())
-    if isinstance(engine := config.rollouts.engine, ServerEngine) and topology.is_main:
-        require_server(engine, config.rollouts.temperature)
     return made
 
 

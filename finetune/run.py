@@ -31,7 +31,6 @@ from finetune.engine.state import TrainState
 from finetune.engine.topology import Topology
 from finetune.engine.trackers import Trackers
 from finetune.errors import (
-    ConfigError,
     ExportError,
 )
 from finetune.export import save
@@ -81,7 +80,9 @@ class Run:
     state: TrainState = LATER
     """Set by `build`."""
     companion: Companion | None = None
-    """The objective's teacher; set by `load_teacher`."""
+    """The objective's teacher; set by `load_companions`."""
+    start: Companion | None = None
+    """A frozen copy of the weights before the first step; set by `load_companions`."""
     reference: Reference | None = None
     """What the objective compares with; set by `take_reference`."""
     reference_is_new: bool = False
@@ -153,16 +154,26 @@ class Run:
             weights["reference log-probabilities"] = self.reference.sha256
         return {**self.known_identity(), **weights}
 
-    def load_teacher(self) -> None:
-        """Load the model that the objective's `teacher` names, if it names one. Collective."""
-        if (teacher := self.data.teacher) is None:
-            return
-        self.companion = companion.load(
-            teacher.config, self.topology, model_config=teacher.model_config,
-            tokenizer=teacher.tokenizer, attention=teacher.attention,
-        )  # fmt: skip
-        if why := self.companion.why_all_logits:
-            self.log(f"note: all logits of the teacher are held in memory at once, because {why}")
+    def load_companions(self) -> None:
+        """Load the objective's teacher, and the weights before the first step once more, where the
+        objective needs them. Collective.
+        """
+        data, topology = self.data, self.topology
+        if (teacher := data.teacher) is not None:
+            self.companion = companion.load(
+                teacher.config, topology, model_config=teacher.model_config,
+                tokenizer=teacher.tokenizer, attention=teacher.attention,
+            )  # fmt: skip
+            if why := self.companion.why_all_logits:
+                self.log(
+                    f"note: all logits of the teacher are held in memory at once, because {why}"
+                )
+        if data.start is not None:
+            self.log("loading the weights before the first step once more, to compare with them")
+            self.start = companion.load(
+                data.start, topology, model_config=data.model_config, tokenizer=data.tokenizer,
+                attention=data.attention, new_token_ids=data.new_token_ids,
+            )  # fmt: skip
 
     def take_reference(self) -> None:
         """Read or compute what the objective compares with, before a resume changes the weights."""
@@ -280,36 +291,20 @@ class Run:
         topology.on_main(lambda: save.save(model, weights, data.tokenizer, None, folder))
 
     def _before_training(self) -> Callable[[], AbstractContextManager[Policy]] | None:
-        """Return what gives the policy as it was before the first step; None: it is not needed.
-
-        Fresh adapters are switched off; else a second, frozen model has those weights.
-        Raises ConfigError for adapters that start from neither.
-        """
-        config, topology, data = self.config, self.topology, self.data
-        adapter, policy = config.adapter, self.policy(self.state.model)
-        if not self.objective.wants_reference(config.objective):
+        """Return what gives the policy as it was before the first step; None: it is not needed."""
+        if not self.objective.wants_reference(self.config.objective):
             return None
-        if adapters.leaves_base(adapter):
+        if self.start is not None:
+            frozen = self.start.policy
+            return lambda: contextlib.nullcontext(frozen)
+        policy = self.policy(self.state.model)
 
-            @contextlib.contextmanager
-            def switched_off() -> Iterator[Policy]:
-                with policy.without_adapters():
-                    yield policy
+        @contextlib.contextmanager
+        def switched_off() -> Iterator[Policy]:
+            with policy.without_adapters():
+                yield policy
 
-            return switched_off
-        if adapter.kind != "full" and not adapter.path:
-            if not adapters.starts_at_zero(adapter):
-                raise ConfigError(
-                    f"adapter.init: {adapter.init} starts from other weights than the base's, "
-                    "which nothing keeps to compare with; use default, or set objective.beta to 0"
-                )
-            config = config.model_copy(update={"adapter": configs.Full()})
-        self.log("loading the weights before the first step once more, to compare with them")
-        frozen = companion.load(
-            config, topology, model_config=data.model_config, tokenizer=data.tokenizer,
-            attention=data.attention, new_token_ids=data.new_token_ids,
-        ).policy  # fmt: skip
-        return lambda: contextlib.nullcontext(frozen)
+        return switched_off
 
     def _asked_teacher(self) -> Policy | None:
         """Return the teacher, if the objective asks it about the tokens of completions."""

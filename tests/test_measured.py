@@ -68,6 +68,12 @@ def file(tmp_path, monkeypatch):
     return path
 
 
+@pytest.fixture(autouse=True)
+def as_if_large(monkeypatch):
+    """No GPU could launch the kernels of these models as fast as it computes them."""
+    monkeypatch.setattr(outlook, "LAUNCH_SECONDS", 1e-12)
+
+
 # ------------------------------------------------------------------------------------- the file
 
 
@@ -167,6 +173,21 @@ def test_speed_and_hours_follow_from_the_rate_of_the_chip():
     assert outlook.speed_of(chooser, ONE, [], 100, None) == ""
     assert outlook.speed_of(chooser_of(precision="fp32"), ONE, known, 100, None) == "", (
         "other kernels"
+    )
+
+
+def test_a_model_whose_kernels_take_longer_to_launch_than_to_run_gets_no_speed(monkeypatch):
+    """7 products of a layer, one of the head, about twice as many for gradients: 5 us each; 4
+    sequences of 128 tokens at once."""
+    monkeypatch.setattr(outlook, "LAUNCH_SECONDS", 5e-6)
+    known = [measurement(rates={"8B": ("full", False, 400)})]
+    chooser = chooser_of(train={"gradient_checkpointing": False})
+    products = chooser.forecast(ONE).products
+    assert 2 * 8 < products < 4 * 8
+    most = 4 * 128 / (5e-6 * products)
+    assert outlook.speed_of(chooser, ONE, known, 100, 1e12) == (
+        f"too small to forecast: under {most:,.0f} tokens/s, as each of its matrix products takes "
+        "5 us to launch"
     )
 
 

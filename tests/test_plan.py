@@ -9,23 +9,26 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, TINY_LLAMA, losses, read_jsonl, short
-from transformers import AutoModelForCausalLM
 
 from finetune import config as configs
 from finetune.__main__ import main as command
 from finetune.engine import optim
 from finetune.engine.topology.launch import ParallelConfig
 from finetune.errors import ConfigError, ModelError, OutOfMemory
-from finetune.forecast import choice, memory, trace
+from finetune.forecast import choice, memory, sampler, trace
 from finetune.forecast.choice import Chooser
+from finetune.forecast.sampler import Shard
 from finetune.forecast.trace import Rehearsal, Shape
 from finetune.forecast.weights import count
 from finetune.models import load
 from finetune.models.build import build
+from finetune.objectives import OBJECTIVES
+from finetune.rollouts import sampling
 
 pytestmark = pytest.mark.slow
 
@@ -268,6 +271,92 @@ def test_runs_need_what_was_forecast(workshop, monkeypatch, topology, processes,
     found = Chooser(config, precision=config.train.precision, on_gpu=False).forecast(parallel)
     is_old = topology == "fsdp2" and torch.__version__.startswith("2.11.")
     assert found.peak / 1e9 == pytest.approx(measured, rel=0.25 if is_old else 0.1), found
+
+
+SAMPLED = {
+    "kind": "grpo", "beta": 0.05, "rewards": [{"kind": "score", "score": "words"}],
+    "rollouts": {"group_size": 4, "max_new_tokens": 12, "shard_size": 2},
+}  # fmt: skip
+OF_SAMPLED = {"objective": SAMPLED, "data": {"train": "x", "max_length": 60}, "train": BF16_AND_8}
+
+
+@pytest.mark.parametrize("layers", short([2, 7], 7))  # of 7, some stand for others
+def test_sampling_holds_what_was_forecast(layers):
+    """As measured while a model samples: keys and values, logits, the pass over the prompts."""
+    shape = TINY_LLAMA | {"num_hidden_layers": layers, "vocab_size": 2000}
+    config = config_of(shape, **OF_SAMPLED)
+    found = sampler.trace(rehearsal(config, "documents"), Shard(8, 48, 60))
+    model_config, tokenizer = load.load_config(config.model), load.load_tokenizer(config.model)
+    model, _ = build(
+        config, model_config, tokenizer, attention="documents", precision="fp32", new_token_ids=[],
+        device=torch.device("cpu"), first_inputs=list,
+    )  # fmt: skip
+    measured = trace.Ledger()
+    for weight in (*model.parameters(), *model.buffers()):
+        measured.ignore(weight)
+    with measured:
+        sampling.draw(
+            model, [[5] * 48] * 8, np.full((8, 12), 0.5), temperature=1.0, ends=set(), pad=0,
+            together=False, beat=lambda: None,
+        )  # fmt: skip
+    assert found.kept == pytest.approx(2 * layers * 8 * 59 * 2 * 8 * 4, rel=0.01), "2 heads of 8"
+    assert found.passing == pytest.approx(measured.most_passing, rel=0.05)
+
+
+def test_a_frozen_copy_is_counted_where_one_is_loaded():
+    """As stored, in shards beside shards; not where adapters are switched off instead."""
+    norms = {"kind": "lora", "train_norms": True}
+    for adapter, is_loaded in (({}, True), (norms, True), ({"kind": "lora"}, False)):
+        chooser = chooser_of(ONE_LAYER, adapter=adapter, **OF_SAMPLED)
+        copy = chooser.forecast(SINGLE).device.get("frozen copy", 0)
+        assert copy == is_loaded * chooser.forecaster().weights.stored, adapter
+    chooser = chooser_of(MEASURED | {"num_hidden_layers": 1}, **OF_SAMPLED)
+    parts, weights = chooser.forecast(ParallelConfig(**EIGHT)).device, chooser.forecaster().weights
+    projection = 4 * 512 * 16000
+    assert parts["frozen copy"] == pytest.approx(weights.stored / 8 + projection)
+    without = chooser_of(ONE_LAYER, **OF_SAMPLED | {"objective": SAMPLED | {"beta": 0.0}})
+    assert "frozen copy" not in without.forecast(SINGLE).device
+
+
+def test_sampling_may_need_more_than_a_step_and_smaller_shards_are_advised():
+    many = SAMPLED | {"rollouts": SAMPLED["rollouts"] | {"shard_size": 64}}
+    chooser = chooser_of(ONE_LAYER, **OF_SAMPLED | {"objective": many})
+    found = chooser.forecast(SINGLE, 1)
+    sampled = found.device["keys and values"] + found.device["sampling"]
+    assert sampled > found.device["activations"] + found.device["work"] + found.device["gradients"]
+    less = chooser_of(ONE_LAYER, **OF_SAMPLED).forecast(SINGLE, 1)
+    change = chooser.cheapest_change(SINGLE, less.peak)
+    assert change is not None
+    assert change.startswith("objective.rollouts.shard_size: 2")
+
+
+def test_a_plan_says_what_a_server_on_the_same_gpu_may_take(workshop, capsys):
+    """A tenth of a GB of weights, gradients and optimizer, the contexts of both, of 8 GB."""
+    served = {"kind": "server", "url": "http://localhost:9", "model": "x", "sleep": True}
+    more = {
+        "objective__kind": "grpo", "objective__rewards": SAMPLED["rewards"],
+        "objective__rollouts": {"group_size": 4, "max_new_tokens": 12, "engine": served},
+    }  # fmt: skip
+    lefts = []
+    for sleeps in (True, False):
+        served["sleep"] = sleeps
+        assert plan(workshop, "--gpu-memory", "8", "--topology", file_of("single"), **more) == 0
+        output = capsys.readouterr().out
+        lefts.append(float(re.search(r"\+([0-9.]+)", row("single", output))[1]))
+        assert "keys and values" not in output
+        assert ("vllm serve ... --gpu-memory-utilization 0.8" in output) == sleeps
+    assert lefts[1] - lefts[0] == pytest.approx(0.6, abs=0.11)
+
+
+def test_every_objective_names_what_it_asks_of_a_pass():
+    """By what decides memory: sums are made with their gradient, other answers again for theirs."""
+    wanted = {
+        "nll": {"clm", "sft"}, "logprobs": {"dpo", "orpo", "simpo", "cpo", "kto"},
+        "scores": {"reward", "process_reward"}, "entropy": {"grpo", "rloo", "ppo"},
+        "divergence": {"distill"},
+    }  # fmt: skip
+    for name, kinds in wanted.items():
+        assert {kind for kind in kinds if name in OBJECTIVES[kind].asks} == kinds
 
 
 @pytest.mark.proof
@@ -549,27 +638,14 @@ def test_whole_weights_to_sample_with_match_arithmetic():
     forecaster = chooser_of(MEASURED, **GRPO).forecaster()
     model, n = forecaster.model, forecaster.weights.num
     outside = n - sum(p.numel() for layer in model.model.layers for p in layer.parameters())
-    text, states = model.config, [4 * 2 * n / 8, 4 * 2 * n / 4, 0, 0]
-    width = text.num_key_value_heads * text.hidden_size // text.num_attention_heads
-    cache = 16 * 200 * 2 * (text.num_hidden_layers + 1) * width * 2
-    work = forecaster._trace(HALVES[0], Shape(16, 100, 1), backward=False).passing
-    work += 16 * text.vocab_size * 40
+    states = [4 * 2 * n / 8, 4 * 2 * n / 4, 0, 0]
+    sampled = sampler.trace(forecaster._rehearsal(True), Shard(16, 100, 200)).passing
     for parallel, state in zip(HALVES, states):
         halved = n if parallel.is_zero else n - outside
-        wanted = 2 * halved + 4 * (n - halved) + max(cache + work, 4 * outside)
+        wanted = 2 * halved + 4 * (n - halved) + max(sampled, 4 * outside)
         assert forecaster.sampling(parallel, has_moved=True) == pytest.approx(wanted)
         to_come = forecaster.sampling(parallel, has_moved=False) - wanted
         assert to_come == pytest.approx(state), "of AdamW, where it comes with the first step"
-
-
-def test_the_forecast_cache_is_that_of_generation():
-    chooser = chooser_of(ONE_LAYER, **GRPO | {"train": {"global_batch_size": 8}}, precision="fp32")
-    model = AutoModelForCausalLM.from_config(chooser.model_config).eval()
-    ids = torch.ones(3, 5, dtype=torch.long)
-    found = model.generate(ids, max_new_tokens=4, min_new_tokens=4, return_dict_in_generate=True)
-    [layer] = found.past_key_values.layers
-    held = layer.keys.nbytes + layer.values.nbytes  # of all but the last token
-    assert chooser.forecaster()._cache(3 * 8) == 2 * held, "which is there twice while it grows"
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ from finetune.rollouts.collecting import Collector
 from finetune.rollouts.phase_sampler import PhaseSampler
 from finetune.rollouts.phases import Group, PhaseFiles, Rollout
 from finetune.rollouts.rewards import Reward, Rewards
-from finetune.rollouts.sampling import Drawn, _Drawing, draw, numbers_of
+from finetune.rollouts.sampling import Drawing, Drawn, draw, numbers_of
 from finetune.rollouts.shard_file import ShardFile
 
 pytestmark = pytest.mark.slow
@@ -105,7 +105,7 @@ def test_tokens_are_drawn_with_their_probabilities_at_the_temperature():
     """At evenly spaced numbers each token comes as often as its probability says."""
     logits = torch.tensor([0.5, -1.0, 2.0, -torch.inf])
     numbers = (torch.arange(10_000, dtype=torch.float64) + 0.5)[:, None] / 10_000
-    drawing = _Drawing(numbers, 1, 0.5, lambda: None)
+    drawing = Drawing(numbers, 1, 0.5, lambda: None)
     chosen = drawing(torch.zeros(10_000, 1), logits.expand(10_000, 4)).argmax(-1)
     wanted = torch.softmax(logits / 0.5, -1)
     assert torch.bincount(chosen, minlength=4) / 10_000 == pytest.approx(wanted, abs=1e-4)

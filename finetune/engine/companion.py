@@ -1,8 +1,7 @@
 """A companion: a frozen second model that answers beside the policy, by the same questions.
 
 A teacher, or the weights before the first step where no column can keep their answers. It is shared
-by the topology like the policy (a copy for each process, or shards), without an optimizer; of
-quantised weights, which cannot be sent, each process loads a copy. Its
+by the topology like the policy (a copy for each process, or shards), without an optimizer. Its
 passes have neither gradient nor dropout.
 
 A policy that compares its distributions with a companion's needs the companion's logits inside its
@@ -19,13 +18,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from finetune.config import Config, Quantized
+from finetune.config import Config, Full
 from finetune.data.batches import Batch
 from finetune.engine.topology import Topology, meta
-from finetune.errors import ModelError
-from finetune.models import attention_probe, base_identity, build, head
+from finetune.errors import ConfigError
+from finetune.models import adapters, attention_probe, base_identity, build, head
 from finetune.models.distributions import Distribution, Project
 from finetune.models.policy import Answers, Policy
+from finetune.objectives.base import Objective
 
 
 @dataclass(frozen=True)
@@ -53,31 +53,49 @@ class Companion:
         return replace(found, distribution=Distribution(found.distribution.states, self._logits))
 
 
+def start_of(config: Config, objective: Objective) -> Config | None:
+    """Return the config of a run that would start from the weights before the first step.
+
+    None: the objective compares with no such weights, or the model without its adapters has them.
+    Raises ConfigError for adapters whose start nothing keeps.
+    """
+    adapter = config.adapter
+    if not objective.wants_reference(config.objective) or adapters.leaves_base(adapter):
+        return None
+    if isinstance(adapter, Full) or adapter.path:
+        return config
+    if not adapters.starts_at_zero(adapter):
+        raise ConfigError(
+            f"adapter.init: {adapter.init} starts from other weights than the base's, which "
+            "nothing keeps to compare with; use adapter.init: default, adapter.kind: full, or an "
+            "objective that compares with no weights before the first step (wants_reference)"
+        )
+    return config.changed("adapter", init="default")  # fresh ones add 0, however they are drawn
+
+
 def load(
     config: Config, topology: Topology, *, model_config: Any, tokenizer: Any, attention: str,
     new_token_ids: Iterable[int] = (),
 ) -> Companion:  # fmt: skip
     """Load the model that a run of `config` would start from, as a companion. Collective.
 
-    The config's sections model and adapter say which; adapters need a path, as fresh ones are
-    drawn. `attention`: has to take the batches of the run. Raises ModelError.
+    The config's sections model and adapter say which; adapters have a path, or add 0 at first.
+    `attention`: has to take the batches of the run. Raises ModelError.
     """
     config = build.frozen(config)
-    is_quantized = isinstance(config.adapter, Quantized)
-    with_weights = topology.is_main or is_quantized or config.adapter.kind == "qlora"
+    with_weights = topology.is_main or config.adapter.kind == "qlora"
     whole, base = topology.on_every(lambda: build.build(
         config, model_config, tokenizer, attention=attention, precision=topology.precision,
         new_token_ids=list(new_token_ids), device=topology.device, first_inputs=list,
         with_weights=with_weights,
     ))  # fmt: skip
     whole.requires_grad_(False).eval()
-    sha256 = _fingerprint(topology, whole, is_quantized)
+    sha256 = topology.on_main(lambda: base_identity.fingerprints(whole)[1])
     finish, why = head.probe(base)
     projection = base.get_output_embeddings()
-    shards = topology.sharing.shards_frozen and finish is not None and not is_quantized
+    shards = topology.sharing.shards_frozen and finish is not None
     kept = copy.deepcopy(projection) if shards else projection
-    share = topology.sharing.copy_frozen if is_quantized else topology.sharing.share_frozen
-    model = share(whole)
+    model = topology.sharing.share_frozen(whole)
     if shards:
         _make_whole(kept, projection, topology)
     attention_probe.check(model, base, attention, topology.device, topology.precision)
@@ -89,23 +107,6 @@ def load(
             return finish(kept(states_CH).float())
 
     return Companion(Policy(model), sha256, why, logits)
-
-
-def _fingerprint(topology: Topology, whole: nn.Module, is_quantized: bool) -> str:
-    """Return that of all weights. Raises ModelError if processes have loaded other ones."""
-
-    def own() -> str:
-        return base_identity.fingerprints(whole)[1]
-
-    if not is_quantized:
-        return topology.on_main(own)
-    found = topology.processes.gather(topology.on_every(own))
-    if len(set(found)) > 1:
-        raise ModelError(
-            f"objective.teacher: process {topology.rank} has other weights than others, and each "
-            "loads a quantised teacher itself; put the same files on every machine"
-        )
-    return str(found[0])
 
 
 def _make_whole(kept: nn.Module, shared: nn.Module, topology: Topology) -> None:

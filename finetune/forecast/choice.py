@@ -11,6 +11,7 @@ import torch
 
 from finetune import kernels
 from finetune.config import Config, Full, Lora, QLora
+from finetune.config.engine_fields import LocalEngine
 from finetune.engine.topology import support
 from finetune.engine.topology.launch import ParallelConfig
 from finetune.errors import ConfigError, ModelError
@@ -58,9 +59,13 @@ def room_here(device: torch.device) -> float:
 
 
 def shape(config: Config, micro_batch_size: int | None = None) -> Shape:
-    """Return the worst case: sequences of data.max_length in which all tokens are supervised."""
+    """Return the worst case: sequences of data.max_length in which all tokens are supervised.
+
+    Of completions, as many as are sampled.
+    """
     given, length = config.train.micro_batch_size, config.data.max_length
-    return Shape(micro_batch_size or (1 if given == "auto" else given), length, length)
+    most = config.rollouts.max_new_tokens if config.rollouts else length
+    return Shape(micro_batch_size or (1 if given == "auto" else given), length, most)
 
 
 @dataclass(frozen=True)
@@ -265,6 +270,12 @@ class Chooser:
     def _changes(self) -> Iterator[tuple[str, Config]]:
         """Yield changes, each on top of recomputed layers, which cost a quarter of the speed."""
         config, adapter, kind = self.config, self.config.adapter, self.config.adapter.kind
+        if config.rollouts and isinstance(config.rollouts.engine, LocalEngine):
+            size = config.rollouts.shard_size
+            while (size := size // 2) >= 1:  # completions stay the same
+                rollouts = config.rollouts.model_copy(update={"shard_size": size})
+                smaller = config.changed("objective", rollouts=rollouts)
+                yield f"objective.rollouts.shard_size: {size}", smaller
         recomputed, before = config.changed("train", gradient_checkpointing=True), ""
         if config.train.gradient_checkpointing is not True:
             yield "train.gradient_checkpointing: true", recomputed

@@ -11,6 +11,7 @@ import torch
 
 from finetune import config as configs
 from finetune.config import Config, base, paths
+from finetune.config.engine_fields import ServerEngine
 from finetune.engine.topology import launch, support
 from finetune.engine.topology.launch import ParallelConfig
 from finetune.errors import ConfigError, UserError
@@ -20,6 +21,8 @@ from finetune.forecast.memory import Forecast
 from finetune.forecast.outlook import GB
 from finetune.places import SHIPPED, TRAIN, found
 from finetune.survival import launcher
+
+ASLEEP = 0.6e9  # bytes of a GPU that a sleeping server keeps: CUDA's context
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +60,8 @@ def main(arguments: argparse.Namespace) -> None:
     for number, (name, parallel) in enumerate(topologies.items(), 1):
         _progress(f"{number} of {len(topologies)}: {name}")
         limit = capacity(torch.device("cuda" if cuda else "cpu"), parallel.num_processes)
-        limit = limit if memory is None else memory * GB * (1 - SLACK)
+        if memory is not None:
+            limit = memory * GB * (1 - SLACK) - (ASLEEP if _shares_gpu(config) else 0.0)
         rows.append([name, str(parallel.num_processes), *_row(chooser, parallel, limit)])
     _progress("")
     if arguments.topology and micro_batches(config, parallel):
@@ -68,10 +72,32 @@ def main(arguments: argparse.Namespace) -> None:
     print("\n" + _advice(rows, on_gpu))
     print("\n" + _table(rows))
     print("\n" + "\n".join(_legend(chooser)))
+    if on_gpu and _shares_gpu(config):
+        total = torch.cuda.mem_get_info()[1] if memory is None else memory * GB
+        print("\n" + _server(chooser, parallel, total))
     if on_gpu:
         gpu = torch.cuda.get_device_name() if cuda and memory is None else None
         one = parallel if arguments.topology else ParallelConfig()
         print("\n" + "\n".join(_measured(chooser, one, gpu, bool(arguments.topology))))
+
+
+def _shares_gpu(config: Config) -> bool:
+    """Return whether a server samples on the run's GPU, and sleeps while it trains."""
+    engine = config.rollouts.engine if config.rollouts else None
+    return isinstance(engine, ServerEngine) and engine.sleep
+
+
+def _server(chooser: Chooser, parallel: ParallelConfig, total: float) -> str:
+    """Say what a server on the same GPU keeps asleep, and may take awake."""
+    forecast, weights = chooser.forecast(parallel, 1), chooser.forecaster().weights
+    most = max(0.0, math.floor(100 * (1 - (forecast.resting + ASLEEP) / total)) / 100)
+    base = 2 * (weights.num - weights.num_trained)
+    host = f" and {base / GB:.1f} GB of its host" if base else ""
+    return (
+        f"server    asleep it keeps about {ASLEEP / GB:.1f} GB of the GPU (usual, not measured)"
+        f"{host}; awake it may take what the run leaves between steps: "
+        f"vllm serve ... --gpu-memory-utilization {most:.2f}"
+    )
 
 
 def _with_tokenizer(config: Config) -> Config:

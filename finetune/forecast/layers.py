@@ -35,6 +35,8 @@ class Segment:
     """At most, more than at its start."""
     most: int = 0
     """The same with gradients of weights."""
+    products: int = 0
+    """Matrix products."""
 
 
 @dataclass(frozen=True)

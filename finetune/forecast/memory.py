@@ -10,14 +10,22 @@ from typing import Any
 
 import torch
 
-from finetune.config import Config, Distill, Quantized
+from finetune.config import Config
+from finetune.config import objective_fields as settings
+from finetune.config.engine_fields import LocalEngine
+from finetune.engine.companion import start_of
 from finetune.engine.topology.launch import ParallelConfig
-from finetune.forecast.trace import Beside, Rehearsal, Shape, Trace
+from finetune.forecast import sampler
+from finetune.forecast.sampler import Shard
+from finetune.forecast.trace import NLL, Beside, Rehearsal, Shape, Trace
 from finetune.forecast.weights import count
 from finetune.models import float8, recompute
 from finetune.models.attention_choice import is_padded
 from finetune.models.build import frozen
 from finetune.models.teacher import Teacher
+from finetune.objectives import Objective, chosen
+from finetune.objectives.distill import Distill
+from finetune.rollouts.sampling import HELD_OUT
 
 # A process of train.py with all its libraries but no model: measured with torch 2.13 for CPUs on
 # Linux. Builds for GPUs, pip's default, need 0.2 GB more (2.11.0+cu130, on a CPU).
@@ -26,6 +34,7 @@ PROCESS = 525e6 if torch.version.cuda is None and torch.version.hip is None else
 CONTEXT, CHANNELS = 0.6e9, 0.4e9
 # cuBLAS's, from PyTorch's allocator: 8 blocks of 4 MiB on Hopper, a quarter of that before.
 WORKSPACE = 32 * 2**20
+LOGPROBS, COMPARED = frozenset({"logprobs"}), frozenset({"divergence", "distribution"})
 WHOLE = "whole model, at the start and the end"
 
 
@@ -36,6 +45,10 @@ class Forecast:
     device: dict[str, float]
     peak: float
     host: dict[str, float] = field(default_factory=dict)
+    resting: float = 0.0
+    """Of the device, between steps."""
+    products: int = 0
+    """Matrix products of a micro-batch."""
 
     @property
     def host_peak(self) -> float:
@@ -60,6 +73,14 @@ class _Held:
     """In host memory."""
 
 
+def _asked(objective: Objective, config: Config) -> frozenset[str]:
+    """Return what a pass is asked; of a user's own without what compares two passes."""
+    asked = objective.asks | objective.heads
+    if config.rollouts:
+        asked |= objective.scored_by(config.objective)
+    return asked if isinstance(objective, Distill) else asked - COMPARED or NLL
+
+
 class Forecaster:
     """Forecast one run config for any topology and micro-batch.
 
@@ -68,21 +89,35 @@ class Forecaster:
 
     def __init__(
         self, config: Config, model_config: Any, tokenizer: Any, *, attention: str, precision: str,
-        on_gpu: bool, teacher: Teacher | None = None,
+        on_gpu: bool, teacher: Teacher | None = None, is_frozen: bool = False,
     ) -> None:  # fmt: skip
-        """`teacher`: the model that the objective names."""
-        self.teacher: Forecaster | None = None
+        """`teacher`: the model that the objective names. `is_frozen`: it is itself a companion."""
+        objective = chosen(config)
+        self._asks = LOGPROBS if is_frozen else _asked(objective, config)
+        self.companion: Forecaster | None = None
+        """The frozen model beside it: the teacher, or a copy of the weights at the start."""
+        start = None if is_frozen else start_of(config, objective)
         if teacher is not None:
-            self.teacher = Forecaster(
+            self.companion = Forecaster(
                 frozen(teacher.config), teacher.model_config, teacher.tokenizer,
-                attention=teacher.attention, precision=precision, on_gpu=on_gpu,
+                attention=teacher.attention, precision=precision, on_gpu=on_gpu, is_frozen=True,
             )  # fmt: skip
-        self._beside = self._compared(config)
+        elif start is not None:
+            self.companion = Forecaster(
+                frozen(start), model_config, tokenizer, attention=attention, precision=precision,
+                on_gpu=on_gpu, is_frozen=True,
+            )  # fmt: skip
+        self._name = "frozen copy" if teacher is None else "teacher"
+        self._is_frozen = is_frozen
+        self._beside = None if is_frozen else self._compared(config)
         self.config, self.precision, self.on_gpu = config, precision, on_gpu
         self._about = (model_config, tokenizer, attention)
         self._rehearsal = functools.cache(self._rehearse)
         self._traced = functools.cache(
             lambda halved, part, backward: self._rehearsal(halved).trace(part, backward)
+        )
+        self._sampled = functools.cache(
+            lambda halved, shard: sampler.trace(self._rehearsal(halved), shard)
         )
         self._half = 4 if precision == "fp32" else 2  # bytes of a number in the arithmetic
         self.weights = count(self.model, config, self._half)
@@ -120,9 +155,12 @@ class Forecaster:
         evaluating = 0.0
         if self.config.evaluation.micro_batch_size:
             evaluating = self._evaluation(parallel, shape)
-        peak = sum(held.staying.values()) + max(moving, sum(held.passing.values()) + evaluating)
+        sampling = self._of_shard(parallel)
+        beside = max(evaluating, sampling.passing)
+        peak = sum(held.staying.values()) + max(moving, sum(held.passing.values()) + beside)
         device = {**held.staying, "gradients": held.gradients, **held.passing}
         device |= {"activations": traced.kept, "work": traced.passing - traced.kept}
+        device |= {"keys and values": sampling.kept, "sampling": sampling.passing - sampling.kept}
         if held.at_end:
             device["step"] = held.at_end
         copied = {"checkpoint": self._copied(held, parallel)}
@@ -130,12 +168,14 @@ class Forecaster:
             # One process reads all weights, and opens the export next to its own copy.
             w = self.weights
             whole = 2 * w.stored if w.num == w.num_trained else w.stored
-            whole = max(whole, self.teacher.weights.stored if self.teacher else 0.0)
+            whole = max(whole, self.companion.weights.stored if self.companion else 0.0)
             moved = {"activations": traced.moved} if traced.moved else {}
             host = {"process": PROCESS, **held.waiting, **moved, **copied, WHOLE: whole}
             device["cuBLAS"] = float(WORKSPACE)
             device["CUDA"] = CONTEXT + (CHANNELS if parallel.num_processes > 1 else 0.0)
-            return Forecast(device, peak + device["cuBLAS"] + device["CUDA"], host)
+            always = device["cuBLAS"] + device["CUDA"]
+            resting = sum(held.staying.values()) + always
+            return Forecast(device, peak + always, host, resting, traced.products)
         peak += sum(held.waiting.values()) + copied["checkpoint"]
         return Forecast({**device, **held.waiting, **copied, "process": PROCESS}, peak + PROCESS)
 
@@ -144,59 +184,54 @@ class Forecaster:
 
         Beside what it holds between two steps; `has_moved`: with the state of the optimizer.
         """
-        rollouts, w = self.config.rollouts, self.weights
-        assert rollouts is not None
-        number, length = rollouts.shard_size * rollouts.group_size, self.config.data.max_length
-        text = self._about[0].get_text_config()
+        w = self.weights
         # Embedding, last norm and heads are gathered as stored, as in a pass.
         whole = w.used if parallel.is_zero else w.used - w.outside + w.outside_stored
-        # A unit on its way, or the first pass over the prompts, and then a row of logits in
-        # sampling: 40 bytes of a number, in float32 and float64.
-        prompts = Shape(number, max(1, length - rollouts.max_new_tokens), 1)
-        work = self._trace(parallel, prompts, backward=False).passing
-        work += 40 * number * text.vocab_size
-        beside = max(w.layer, w.outside_stored, self._cache(number * length) + work)
+        # A unit on its way, or what sampling itself holds.
+        beside = max(w.layer, w.outside_stored, self._of_shard(parallel).passing)
         to_come = 0.0
         if parallel.kind == "fsdp2" and not (has_moved or parallel.offload):
             to_come = w.optimizer * parallel.num_replicas / parallel.num_processes
         return whole + beside + to_come
 
-    def _cache(self, tokens: int) -> float:
-        """Return the bytes of keys and values of all layers, each as long as the sequence."""
-        text = self._about[0].get_text_config()
-        heads = text.num_attention_heads
-        width = getattr(text, "head_dim", None) or text.hidden_size // heads
-        kept = getattr(text, "num_key_value_heads", None) or heads
-        # One layer's is there twice while it grows.
-        return 2.0 * (text.num_hidden_layers + 1) * kept * width * self._half * tokens
-
     def _compared(self, config: Config) -> Beside | None:
         """Return what the loss compares distributions with, if it does."""
-        is_teacher = self.teacher is None and getattr(config.objective, "teacher", None)
-        if not isinstance(config.objective, Distill) or is_teacher:
+        if not isinstance(config.objective, settings.Distill):
             return None
         with_nll = config.objective.sft_weight > 0
-        if self.teacher is None:
+        if self.companion is None:
             return Beside(None, with_nll)
-        projection = self.teacher.model.get_output_embeddings().weight
+        projection = self.companion.model.get_output_embeddings().weight
         return Beside((projection.shape[0], projection.shape[1]), with_nll)
 
     def _teaching(self, parallel: ParallelConfig, shape: Shape, held: _Held) -> float:
-        """Return the bytes of a pass of the teacher; add to `held` what stays of it."""
-        if self.teacher is None:
+        """Return the bytes of a pass of the companion; add to `held` what stays of it."""
+        if self.companion is None:
             return 0.0
-        w = self.teacher.weights
-        passing = self.teacher._trace(parallel, shape, False).passing + w.unpacked
-        if parallel.kind != "fsdp2" or isinstance(self.teacher.config.adapter, Quantized):
-            held.staying["teacher"] = w.used if parallel.is_zero else w.stored
+        w, name = self.companion.weights, self._name
+        passing = self.companion._trace(parallel, shape, False).passing
+        if parallel.kind != "fsdp2":
+            held.staying[name] = w.used if parallel.is_zero else w.stored
             return passing
         # Shards, and a whole projection beside them; a pass gathers a layer and the next.
         shards = w.stored / (parallel.num_processes // parallel.num_replicas)
-        projection = self.teacher.model.get_output_embeddings().weight
-        held.staying["teacher"] = float(projection.numel() * projection.element_size())
+        projection = self.companion.model.get_output_embeddings().weight
+        held.staying[name] = float(projection.numel() * projection.element_size())
         where = held.waiting if parallel.offload else held.staying
-        where["teacher"] = where.get("teacher", 0.0) + shards
+        where[name] = where.get(name, 0.0) + shards
         return passing + 2 * w.layer + w.outside_stored
+
+    def _of_shard(self, parallel: ParallelConfig) -> Trace:
+        """Return what sampling holds of the completions of a shard, as long as they may be."""
+        config, rollouts = self.config, self.config.rollouts
+        if self._is_frozen or rollouts is None or not isinstance(rollouts.engine, LocalEngine):
+            return Trace(0, 0, 0, 0)
+        count, evaluates = rollouts.group_size, config.data.eval or config.data.eval_fraction
+        if evaluates and rollouts.environment is None:
+            count = max(count, HELD_OUT)
+        prompt = config.data.max_length - rollouts.max_new_tokens
+        shard = Shard(rollouts.shard_size * count, prompt, config.data.max_length)
+        return self._sampled(parallel.is_sharded and self.precision != "fp32", shard)
 
     def _evaluation(self, parallel: ParallelConfig, shape: Shape) -> float:
         """Return the bytes of an evaluation's pass, at its own micro-batch."""
@@ -230,7 +265,7 @@ class Forecaster:
         model_config, tokenizer, attention = self._about
         return Rehearsal(
             self.config, model_config, tokenizer, attention=attention, precision=self.precision,
-            halved=halved, on_gpu=self.on_gpu, beside=self._beside,
+            halved=halved, on_gpu=self.on_gpu, asks=self._asks, beside=self._beside,
         )  # fmt: skip
 
     def _held(self, parallel: ParallelConfig) -> _Held:

@@ -8,10 +8,12 @@ from finetune.config import Config
 from finetune.engine.topology.launch import ParallelConfig
 from finetune.errors import FinetuneError
 from finetune.forecast import measured, speed
-from finetune.forecast.choice import SMALLER, Chooser, capacity_here
+from finetune.forecast.choice import SMALLER, Chooser, capacity_here, micro_batches
 from finetune.forecast.measured import Measurement
 
 GB = 1e9
+# From one kernel to the next while a GPU waits for PyTorch: a usual value, not measured here.
+LAUNCH_SECONDS = 5e-6
 
 
 def lines(
@@ -67,13 +69,28 @@ def speed_of(
     share = speed.share_recomputed(config, forecaster.num_layers)
     work = speed.work_of(forecaster.model, chooser.model_config, length, share)
     total = work.total
-    if forecaster.teacher:  # its forward pass is a third of what training it would take
-        beside = forecaster.teacher
+    if forecaster.companion:  # its forward pass is a third of what training it would take
+        beside = forecaster.companion
         total += speed.work_of(beside.model, beside.model.config, length, 0.0).total / 3
     tokens = 1e12 * rate.tflops / total * parallel.num_processes
+    if tokens > (most := _most_tokens(chooser, parallel)):
+        return (
+            f"too small to forecast: under {most:,.0f} tokens/s, as each of its matrix products "
+            f"takes {LAUNCH_SECONDS * 1e6:g} us to launch"
+        )
     hours = f", {num_tokens / tokens / 3600:.1f} hours" if num_tokens else ""
     alike = f"as fast as {case!r}, {rate.tflops:,.0f} TFLOP/s ({measurement.source})"
     return f"about {tokens:,.0f} tokens/s{hours}, if {alike}"
+
+
+def _most_tokens(chooser: Chooser, parallel: ParallelConfig) -> float:
+    """Return the tokens a second of a run that does nothing but launch its matrix products."""
+    config = chooser.config
+    size = config.train.micro_batch_size
+    if size == "auto":  # at most all of a step
+        size = micro_batches(config, parallel)[-1]
+    seconds = LAUNCH_SECONDS * chooser.forecast(parallel, size).products
+    return size * config.data.max_length * parallel.num_processes / parallel.num_context / seconds
 
 
 def peaks(measurements: list[Measurement]) -> Iterator[tuple[str, float, float]]:

@@ -29,6 +29,7 @@ from finetune.models import (
     head,
     logits,
     recompute,
+    scalar_heads,
 )
 from finetune.models.build import build
 from finetune.models.distributions import Distribution, Reference, TopK
@@ -38,10 +39,12 @@ from finetune.models.distributions import Distribution, Reference, TopK
 ATTENTION_BACKWARD = (
     "finetune::one_by_one_backward", "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
 )  # fmt: skip
+PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm")}
 # The kernel of the loss holds no logits in float32. Here few, but not so few that a trace takes
 # long: about 0.2 GB too much, and eight blocks for a chunk.
 KERNEL_BLOCK_BYTES = 64 * 2**20
 LOSS = Mark("loss")  # forward is over
+NLL = frozenset({"nll"})
 TOP = 64  # likeliest tokens of a teacher that rows usually hold
 
 
@@ -68,6 +71,8 @@ class Trace:
     """The part of `passing` that forward keeps for backward."""
     moved: int = 0
     """In host memory between forward and backward (train.activation_offload)."""
+    products: int = 0
+    """Number of matrix products, each a kernel."""
 
 
 class Ledger(TorchDispatchMode):
@@ -83,7 +88,8 @@ class Ledger(TorchDispatchMode):
         self.moved: Callable[[], int] = int
         """Returns the bytes that are in host memory instead."""
         self.segments: list[tuple[Mark, Segment]] = []
-        self._mark, self._begin = Mark("start"), (0, 0, 0)
+        self._products = 0
+        self._mark, self._begin = Mark("start"), (0, 0, 0, 0)
         self._gradients: set[int] = set()
         self._known: set[int] = set()
 
@@ -109,13 +115,18 @@ class Ledger(TorchDispatchMode):
             self._note()
             weakref.finalize(storage, self._remove, key, size)
 
+    def restart(self) -> None:
+        """Begin with the first segment of another pass."""
+        self.mark(Mark("start"))
+        self.segments = []
+
     def mark(self, mark: Mark) -> None:
         """End a segment of the pass, and begin the next."""
-        now = self.passing, self.gradients, self.moved()
-        passing, gradients, moved = self._begin
+        now = self.passing, self.gradients, self.moved(), self._products
+        passing, gradients, moved, products = self._begin
         ended = Segment(
             self.passing - passing, self.gradients - gradients, now[2] - moved,
-            self.most_passing - passing, self.most - passing - gradients,
+            self.most_passing - passing, self.most - passing - gradients, now[3] - products,
         )  # fmt: skip
         self.segments.append((self._mark, ended))
         self._mark, self._begin = mark, now
@@ -144,6 +155,7 @@ class Ledger(TorchDispatchMode):
             out = out.to(first.dtype)
         else:
             out = function(*arguments, **(keywords or {}))
+        self._products += function.name() in PRODUCTS
         for value in tree_leaves(out):
             if isinstance(value, torch.Tensor):
                 self._add(value)
@@ -189,21 +201,26 @@ class Rehearsal:
 
     def __init__(
         self, config: Config, model_config: Any, tokenizer: Any, *, attention: str, precision: str,
-        halved: bool = False, on_gpu: bool = False, beside: Beside | None = None,
+        halved: bool = False, on_gpu: bool = False, asks: frozenset[str] = NLL,
+        beside: Beside | None = None,
     ) -> None:  # fmt: skip
         """Build the model. `precision`: of the arithmetic; `halved`: of all weights too.
 
-        ZeRO keeps weights halved, and FSDP2 gathers them so. `beside`: what the loss compares with.
+        ZeRO keeps weights halved, and FSDP2 gathers them so. `asks`: what the loss asks of a pass;
+        `beside`: what it compares with.
         """
         offloads = on_gpu and config.train.activation_offload
         plain = {"compile": False, "float8": False, "activation_offload": offloads}
         uncompiled = config.changed("train", **plain)
         self.attention, self.on_gpu, self._beside = attention, on_gpu, beside
+        self._asks = asks
+        scores = families.of(config) == families.SCORES
         self.dtype = None if precision == "fp32" else torch.bfloat16
         self.model, self.base = build(
             uncompiled, model_config, tokenizer, attention=attention, precision=precision,
             new_token_ids=tokenizer.convert_tokens_to_ids(config.model.new_tokens),
             device=torch.device("cpu"), first_inputs=list, with_weights=False,
+            heads=() if scores else asks & scalar_heads.NAMES.keys(),
         )  # fmt: skip
         if halved and self.dtype:
             for parameter in self.model.parameters():
@@ -224,13 +241,20 @@ class Rehearsal:
 
     def trace(self, shape: Shape, backward: bool = True) -> Trace:
         """Trace forward and, unless it is False, backward. Raises ModelError if that fails."""
+        return self.tried(lambda rows: self._trace(shape, backward, rows))
+
+    def tried(self, trace: Callable[[Sequence[Row]], Trace]) -> Trace:
+        """Trace with rows of layers of which some stand for others, or with all if that fails.
+
+        Raises ModelError if that fails, too.
+        """
         try:
             if self._rows:
                 # NotAlike, or whatever a layer raises that needs what one left out would have made.
                 with contextlib.suppress(Exception):
-                    return self._trace(shape, backward, self._rows)
+                    return trace(self._rows)
                 self._rows = []
-            return self._trace(shape, backward, [])
+            return trace([])
         except Exception as exc:  # code of any author, on tensors without values
             failures.reraise(exc)
             kind = self.base.config.model_type
@@ -279,17 +303,15 @@ class Rehearsal:
                 hook.remove()
             for parameter in self.model.parameters():
                 parameter.grad = None
-        return _added(layers.whole(ledger.segments, rows_of_layers))
+        return added(layers.whole(ledger.segments, rows_of_layers))
 
     def _loss(
         self, inputs: dict[str, Any], supervised: torch.Tensor, block_bytes: int
     ) -> torch.Tensor:
         """Return the loss; `supervised`: int64 [S] of zeros, as only their number matters."""
-        want, reference = {"nll"}, None
-        if families.of_model(self.base) == families.SCORES:
-            want = {"scores"}
-        elif self._beside is not None:
-            want = {"nll", "divergence"} if self._beside.with_nll else {"divergence"}
+        want, reference = set(self._asks), None
+        if self._beside is not None:
+            want |= {"nll"} if self._beside.with_nll else set()
             reference = self._beside.reference(len(supervised), self.dtype or torch.float32)
         question = head.Question(
             supervised, supervised, frozenset(want), block_bytes=block_bytes, ends=supervised[:1],
@@ -299,8 +321,8 @@ class Rehearsal:
         return torch.stack([found[name].sum() for name in sorted(want)]).sum()
 
 
-def _added(segments: Sequence[tuple[Mark, Segment]]) -> Trace:
-    passing = gradients = moved = kept = most_passing = most = 0
+def added(segments: Sequence[tuple[Mark, Segment]]) -> Trace:
+    passing = gradients = moved = kept = most_passing = most = products = 0
     for mark, segment in segments:
         kept = passing if mark == LOSS else kept
         most_passing = max(most_passing, passing + segment.most_passing)
@@ -308,7 +330,8 @@ def _added(segments: Sequence[tuple[Mark, Segment]]) -> Trace:
         passing += segment.passing
         gradients += segment.gradients
         moved += segment.moved
-    return Trace(most_passing, most, gradients, kept, moved)
+        products += segment.products
+    return Trace(most_passing, most, gradients, kept, moved, products)
 
 
 def _block_bytes(on_gpu: bool) -> int:

@@ -70,12 +70,9 @@ class Remote:
                 note(1)
                 try:
                     reply = future.result()
-                    missing = reply.missing
                 except Refused as exc:
-                    missing = str(exc)
-                if missing:
-                    self._log(f"note: {prompts[number].place}: no answer: {missing}")
-                    yield number, Completion(prompts[number], "", "failed", why=missing)
+                    self._log(f"note: {prompts[number].place}: {exc}")
+                    yield number, Completion(prompts[number], "", "failed")
                     continue
                 reason: FinishReason = "length" if reply.is_cut else "stop"
                 now = time.monotonic()

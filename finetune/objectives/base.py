@@ -68,6 +68,8 @@ class Objective:
         """Return those of `needs` that are heads of the model."""
         return frozenset(self.needs) - {REFERENCE}
 
+    asks: frozenset[str] = frozenset({"nll"})
+    """What `loss` asks of the policy, for forecasts of memory."""
     samples = False
     """Whether it learns from completions of the policy, of which `columns` makes columns."""
     learns_rewards = True

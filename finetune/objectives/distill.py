@@ -32,6 +32,7 @@ class Distill(Objective):
     """The divergence from a teacher, and where asked for the cross-entropy of the tokens."""
 
     Settings: type[BaseModel] = config.Distill
+    asks = frozenset({"divergence"})
     reports_cross_entropy = True
     learns_rewards = False
 

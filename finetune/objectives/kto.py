@@ -32,6 +32,7 @@ class Kto(Objective):
 
     Settings: type[BaseModel] = config.Kto
     needs = frozenset({REFERENCE})
+    asks = frozenset({"logprobs"})
 
     def mismatches(self, settings: Any) -> bool:
         return bool(settings.loss == "kto")

@@ -40,6 +40,7 @@ class Own(Objective):
     def __init__(self, settings: OwnObjective) -> None:
         self.code, self.objective = settings.code, settings.objective
         self.has_turns = self.objective.has_turns
+        self.asks = frozenset(self.objective.asks)
         self.samples, self.learns_rewards = self.objective.samples, self.objective.learns_rewards
         self.reports_cross_entropy = self.objective.reports_cross_entropy
         self._units: dict[str, dict[str, tuple[str, float]]] = {}  # of the terms of each method

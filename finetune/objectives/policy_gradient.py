@@ -78,6 +78,7 @@ class PolicyGradient(Objective):
     """Base of what learns from rewards of its own completions."""
 
     samples = True
+    asks = frozenset({"logprobs", "entropy"})
 
     def row(self, settings: Any) -> Loss:
         """Return the loss that the settings ask for."""
@@ -130,9 +131,8 @@ class PolicyGradient(Objective):
         self, policy: Policy, batch: Batch, settings: Any, prepared: Mapping[str, Tensor]
     ) -> list[Term]:
         row, columns = self.row(settings), batch.token_columns
-        answers = policy(
-            batch, {"logprobs", "entropy", *self.heads}, temperature=settings.rollouts.temperature
-        )
+        wanted = self.asks | self.heads
+        answers = policy(batch, wanted, temperature=settings.rollouts.temperature)
         assert answers.logprobs is not None
         assert answers.entropy is not None
         completions, ratio = Completions(policy, batch), ratio_of(answers.logprobs, columns[OLD])

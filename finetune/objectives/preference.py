@@ -190,6 +190,8 @@ class Likelihoods:
 class Preference(Objective):
     """Base of what compares answers."""
 
+    asks = frozenset({"logprobs"})
+
     def remark(self) -> Remark:
         return FallingTogether()
 

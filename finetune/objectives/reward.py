@@ -22,6 +22,7 @@ from finetune.objectives.preference import Pairs
 class Scoring(Objective):
     """Base of what trains a model whose head scores."""
 
+    asks = frozenset({"scores"})
     reports_cross_entropy = True  # the model predicts no tokens, so there is none
 
     def supervises(self, loss_on: str) -> str:

@@ -6,7 +6,7 @@ from finetune.rollouts.asked import Asked
 from finetune.rollouts.collecting import Collector, Members, shards_of
 from finetune.rollouts.hand_over import handed_over
 from finetune.rollouts.phases import Group
-from finetune.rollouts.sampling import Stopped
+from finetune.rollouts.sampling import HELD_OUT, Stopped
 
 EVALUATION = 2**31  # of no phase
 
@@ -26,7 +26,7 @@ def _evaluated(asked: Asked, around: Around) -> dict[str, float] | None:
     settings = around.settings.rollouts
     collector = Collector(around, prompts, asked.seed, 1)
     # An environment that hangs takes others of its process with it, so each prompt has its own.
-    size = settings.shard_size * (1 if around.environments else 8)
+    size = settings.shard_size * (1 if around.environments else HELD_OUT)
     shards = shards_of(list(enumerate(range(len(prompts)))), size)
     rank, number = topology.data_rank, topology.num_data
     samples = topology.rank % topology.parallel.num_context == 0

@@ -10,7 +10,8 @@ from typing import Any
 from finetune.config import base
 from finetune.data.conversations import Message
 from finetune.errors import DataError, ModelError
-from finetune.generation.completions import Completion, Score, no_answer
+from finetune.evaluation.scores.base import NO_ANSWER
+from finetune.generation.completions import Completion, Score
 
 
 class ModelReward:
@@ -53,8 +54,7 @@ class ModelReward:
         asked = [each for each in completions if each.finish_reason != "failed"]
         found = iter(self._scores(asked))
         return [
-            no_answer(each) if each.finish_reason == "failed" else next(found)
-            for each in completions
+            NO_ANSWER if each.finish_reason == "failed" else next(found) for each in completions
         ]
 
     def _scores(self, completions: Sequence[Completion]) -> list[Score]:

@@ -18,6 +18,8 @@ from finetune.generation import generate
 from finetune.generation.completions import FinishReason
 from finetune.models.attention_choice import own_attention
 
+HELD_OUT = 8  # times as many held-out prompts as shard_size are sampled at once, each once
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -62,7 +64,7 @@ def draw(
     device = next(model.parameters()).device
     inputs = generate._padded([list(each) for each in prompts], pad, device)
     width = inputs["input_ids"].shape[1]
-    drawing = _Drawing(torch.from_numpy(numbers).to(device), width, temperature, beat)
+    drawing = Drawing(torch.from_numpy(numbers).to(device), width, temperature, beat)
     with _prepared(model, pad, ends):
         out = model.generate(
             **inputs, max_new_tokens=numbers.shape[1], synced_gpus=together,
@@ -79,7 +81,7 @@ def _cut(ids: list[int], logprobs: np.ndarray, ends: Set[int]) -> Drawn:
     return Drawn(tuple(kept), logprobs[: len(kept)], "length" if place is None else "stop")
 
 
-class _Drawing(LogitsProcessor):
+class Drawing(LogitsProcessor):
     """Leaves the drawn token alone possible, so that greedy decoding takes it."""
 
     def __init__(

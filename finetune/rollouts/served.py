@@ -90,6 +90,8 @@ class Served:
     def hand_over(self, topology: Topology, title: str, save: Callable[[Path], None]) -> None:
         """Give the server the policy's weights, which `save` writes to a folder. Collective."""
         save(self._folder)
+        if self.settings.sleep:  # it wakes up on the same GPU
+            topology.give_back()
         name: str = topology.on_main(lambda: self._load(title))
         self._server.model = name  # also of the processes that did not load it
 

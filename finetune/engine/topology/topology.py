@@ -155,6 +155,10 @@ class Topology(Process):
         # Again: Accelerate forgets models only after it has collected.
         clear_device_cache(garbage_collection=True)
 
+    def give_back(self) -> None:
+        """Give memory that holds nothing back to the device, for another program."""
+        clear_device_cache()
+
     def close(self) -> None:
         """Leave the process group, once models and optimizers are gone.
 

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from concurrent.futures import Future, as_completed
 
 from finetune.endpoint import Client, Refused, Reply, Request
-from finetune.errors import UserError
 from finetune.evaluation.judges.weights import Note, Question, Weights, of_tokens
 
 TOP = 20  # tokens at most that OpenAI and vLLM return
@@ -21,10 +20,7 @@ class RemoteJudge:
         self._client = client
 
     def write(self, prompt: str, max_tokens: int) -> str:
-        reply = self._client.ask(Request(_messages(prompt), max_tokens))
-        if reply.missing:
-            raise UserError(f"{self.identity}: no answer: {reply.missing}; use another judge")
-        return reply.text
+        return self._client.ask(Request(_messages(prompt), max_tokens)).text
 
     def weigh(self, questions: Sequence[Question], note: Note) -> None:
         asked: dict[Future[Reply], int] = {}

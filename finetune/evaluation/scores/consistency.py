@@ -4,7 +4,8 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 
 from finetune.data import clusters
-from finetune.generation.completions import Completion, Score, no_answer
+from finetune.evaluation.scores.base import NO_ANSWER
+from finetune.generation.completions import Completion, Score
 from finetune.preparation.rouge import rouge_l
 
 ALONE = Score(None, "no other answer to the same question")
@@ -30,7 +31,7 @@ class Consistency:
         for number, each in enumerate(completions):
             group = self._group(each)
             if each.finish_reason == "failed":
-                scores[number] = no_answer(each)
+                scores[number] = NO_ANSWER
             elif group is None:
                 scores[number] = Score(None, f"the row has no {self.column}")
             else:
