@@ -1268,3 +1268,45 @@ def test_the_default_of_several_chat_templates_is_used():
 def test_a_template_that_exhausts_python_is_reported(source, error):
     with refuses(rf"rows\.jsonl:3: data\.template 'chat' fails: {error}"):
         chat(source).segments(conversation("Hi", "Hello"))
+
+
+ELSE = (
+    "{% for m in messages %}{% if m.role == 'user' %}Q: {{ m.content }}{% else %}A: {{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments | tojson }}"
+    "{% endfor %}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}A: {% endif %}"
+)
+CALLED = (
+    Message("user", "3*4?"),
+    Message("assistant", "", parts={"tool_calls": [
+        {"type": "function", "function": {"name": "calc", "arguments": {"a": 3}}}
+    ]}),
+    Message("tool", "12"),
+)  # fmt: skip
+AS_ANSWERS = r"rows.jsonl:1: .* writes messages of the role tool as answers of the model; use the"
+
+
+def test_a_template_that_writes_other_roles_as_answers_is_refused_where_it_trains_and_asks():
+    """Learned, or asked, a result of a tool would be what the model itself had said."""
+    own, place = Template("own", ELSE, {"eos_token": "</s>"}, ("</s>",)), Place("rows.jsonl", 1)
+    answered = Conversation((*CALLED, Message("assistant", "12", supervised=True)), place)
+    for ask in (lambda: own.segments(answered), lambda: own.prompt(CALLED, place)):
+        with refuses(AS_ANSWERS):
+            ask()
+    system = Message("system", "Be nice", from_setting=True)
+    for ask in (
+        lambda: own.segments(answered.with_messages((system, CALLED[0], answered.messages[-1]))),
+        lambda: own.prompt((system, CALLED[0]), place),
+    ):
+        with refuses("data.system_prompt: .* writes system messages as answers", ConfigError):
+            ask()
+    no_roles = replace(own, source="{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert no_roles.prompt((replace(system, from_setting=False), CALLED[0])) == "Be nice3*4?"
+
+
+def test_what_a_prompt_would_drop_is_refused_as_in_training():
+    own, place = load("chatml"), Place("rows.jsonl", 1)
+    with refuses(r"rows.jsonl:1: .* drops the name of tool call 1 in message 2"):
+        own.prompt(CALLED, place)
+    deaf = replace(own, source="{{ messages[-1].content }}")
+    with refuses(r"rows.jsonl:1: .* drops or changes the user message 1 \('3\*4\?'\)"):
+        deaf.prompt((CALLED[0], Message("assistant", "b"), Message("user", "c")), place)

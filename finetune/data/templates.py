@@ -139,6 +139,7 @@ class Template:
         text = self._render(conversation)
         self._require_tools(conversation, text)
         self._require_calls(conversation)
+        self._require_roles(conversation, text)
         answers = [i for i, message in enumerate(messages) if message.supervised]
         if loss_on == "last_turn":
             answers = answers[-1:]
@@ -177,9 +178,19 @@ class Template:
         self, messages: Sequence[Message], place: Place = PROMPT,
         tools: tuple[Mapping[str, Any], ...] = (),
     ) -> str:  # fmt: skip
-        """Return the text up to the point where the model should begin to answer."""
+        """Return the text up to the point where the model should begin to answer.
+
+        Raises DataError if the template fails, or drops or changes what was said.
+        """
         asking = Conversation(tuple(messages), place, tools)
         asked = self._render(asking, add_generation_prompt=True)
+        self._require_calls(asking)
+        self._require_roles(asking, asked, add_generation_prompt=True)
+        self._require_all(asking, asked)
+        return self._opened(asked)
+
+    def _opened(self, asked: str) -> str:
+        """Return a prompt with what the template writes before every answer."""
         return asked if self.learn_opening or asked.endswith(self.opening) else asked + self.opening
 
     def after_answer(self, messages: Sequence[Message], place: Place) -> tuple[str, str]:
@@ -189,7 +200,8 @@ class Template:
         answer, or if the template fails or leaves out a message.
         """
         conversation = Conversation((*self.probe, Message("assistant", MARK), *messages), place)
-        text = self.prompt(conversation.messages, place)
+        asked = self._render(conversation, add_generation_prompt=True)
+        text = self._opened(asked)
         end = text.find(MARK) + len(MARK)
         found = self._end_of_turn.match(text, end) if self.turn_ends else None
         if text.count(MARK) != 1 or found is None:
@@ -203,19 +215,55 @@ class Template:
             if not _holds(after, message.content):
                 what = f"leaves out {_short(message.content)} of the role {message.role}"
                 raise self._wrong(conversation, f"{what}; give it another role")
-            if message.role != "user" and text == self._as_answers(conversation, message.role):
+            as_answer = self._in_role(conversation, message.role, "assistant", True)
+            if message.role != "user" and asked == as_answer:
                 what = f"writes the role {message.role} as an answer of the model"
                 raise self._wrong(conversation, f"{what}; give it another role")
         return found[0].strip(), after
 
-    def _as_answers(self, conversation: Conversation, role: str) -> str | None:
-        """Return the prompt with the messages of a role as answers; None if that cannot be."""
-        messages = [
-            replace(each, role="assistant") if each.role == role else each
+    def _require_roles(
+        self, conversation: Conversation, text: str, add_generation_prompt: bool = False
+    ) -> None:
+        """Raise DataError if the template writes the result of a tool, or the system, as an answer.
+
+        `text`: the conversation rendered. Conversations of the same roles are checked once.
+        """
+        roles = tuple(message.role for message in conversation.messages)
+        if roles in self._checked_roles:
+            return
+        for role in set(roles) - {"user", "assistant", "text"}:
+            as_answer, as_question = (
+                self._in_role(conversation, role, other, add_generation_prompt)
+                for other in ("assistant", "user")
+            )
+            if as_answer == text != as_question:  # both equal: the template shows no roles
+                if role == "system" and conversation.messages[0].from_setting:
+                    raise ConfigError(
+                        f"data.system_prompt: data.template {self.name!r} writes system messages "
+                        "as answers of the model; remove the setting, or use another data.template"
+                    )
+                raise self._wrong(
+                    conversation,
+                    f"writes messages of the role {role} as answers of the model; use the model's "
+                    "own template (data.template: chat) or another one, or take them out of the "
+                    "rows",
+                )
+        self._checked_roles.add(roles)
+
+    @cached_property
+    def _checked_roles(self) -> set[tuple[str, ...]]:
+        return set()
+
+    def _in_role(
+        self, conversation: Conversation, role: str, other: str, add_generation_prompt: bool
+    ) -> str | None:
+        """Render a conversation with another role in place of one; None if that cannot be."""
+        messages = tuple(
+            replace(each, role=other) if each.role == role else each
             for each in conversation.messages
-        ]
+        )
         try:
-            return self.prompt(messages, conversation.place)
+            return self._render(conversation.with_messages(messages), add_generation_prompt)
         except DataError:
             return None
 
