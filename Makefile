@@ -94,8 +94,8 @@ image-test: .venv/tools
 	$(BIN)/python -m pytest tests/test_image.py tests/test_container.py -s -m ""
 
 # Test a GPU with the packages of PYTHON, each part in under five minutes, without a network:
-# PART=correctness, memory or speed (default: all). ONLY=regex, MINUTES=9, OUT=folder. CPU=1 runs
-# on tiny models without a GPU.
+# PART=correctness, objectives, memory or speed (default: all). ONLY=regex, MINUTES=9, OUT=folder.
+# CPU=1 runs on tiny models without a GPU.
 gpu:
 	$(PYTHON) benchmarks/gpu.py $(PART) $(if $(ONLY),--only '$(ONLY)') \
 	  $(if $(MINUTES),--minutes $(MINUTES)) \

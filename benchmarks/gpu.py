@@ -1,6 +1,8 @@
-"""Check on a GPU what only a GPU can show: `make gpu PART=correctness`, `memory` or `speed`.
+"""Check on a GPU what only a GPU can show: `make gpu PART=correctness`, `objectives`, `memory` or
+`speed`.
 
     python benchmarks/gpu.py correctness     tests/test_gpu.py; topologies, methods, optimizers, ...
+    python benchmarks/gpu.py objectives      preference, reward, distillation, reinforcement
     python benchmarks/gpu.py memory          forecasts of `plan` and the allocator's peaks
     python benchmarks/gpu.py speed           tokens a second; also of TRL and LitGPT, if installed
     python benchmarks/gpu.py speed --only "8B|qlora"        cases by regular expression
@@ -25,12 +27,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from on_gpu import correctness, memory, picture, recording, report, speed
+from on_gpu import correctness, memory, objectives, picture, recording, report, speed
 from on_gpu.runner import ROOT, Clock, Helper, Row, cores, environment
 
-PARTS = ("correctness", "memory", "speed")
+PARTS = ("correctness", "objectives", "memory", "speed")
 ORDER = {
     "correctness": "the most important cases first, until the time is up (MINUTES= gives more)",
+    "objectives": "one process for each topology, the most telling cases first (ONLY= picks some)",
     "memory": "the most important cases first (MINUTES= gives more, ONLY= picks some)",
     "speed": "the most important cases first (MINUTES= gives more, ONLY= picks some)",
 }
@@ -141,10 +144,11 @@ def start(
     clock: Clock, jobs: int, arguments: argparse.Namespace, log: report.Log,
 ) -> Any:  # fmt: skip
     only, is_tiny = arguments.only, arguments.cpu
-    if part == "correctness":
+    if part in ("correctness", "objectives"):
         on_cpu = {**env, "CUDA_VISIBLE_DEVICES": "-1"}
         lab = correctness.Lab(work, logs, env, on_cpu, facts, helper, clock, is_tiny, log)
-        return correctness.rows(lab, jobs, only)
+        of_part = correctness if part == "correctness" else objectives
+        return of_part.rows(lab, jobs, only)
     lab = memory.Lab(work, logs, env, facts, helper, clock, is_tiny, log)
     return memory.rows(lab, only) if part == "memory" else speed.rows(lab, only)
 

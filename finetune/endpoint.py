@@ -139,6 +139,8 @@ class Reply:
     """The likeliest tokens and their log-probabilities, at each place of the answer."""
     tokens: tuple[str, ...] = ()
     """Of the answer, where a server names them beside their log-probabilities."""
+    missing: str = ""
+    """Why the model gave no text at all; empty where it did, or ended its answer at once."""
 
     @property
     def is_cut(self) -> bool:
@@ -452,7 +454,8 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
 def _read(values: Any, tries: int) -> Reply:
     """Read the first choice of an answer. Raise what a wrong shape raises."""
     choice = values["choices"][0]
-    content = choice["message"].get("content") if "message" in choice else choice["text"]
+    message = choice["message"] if "message" in choice else {"content": choice["text"]}
+    content = message.get("content")
     if isinstance(content, list):
         content = "".join(part.get("text", "") for part in content)
     if not isinstance(content, str | None):
@@ -462,8 +465,25 @@ def _read(values: Any, tries: int) -> Reply:
     prompt, answer = (count if type(count) is int and count >= 0 else None for count in tokens)
     logprobs = tuple(_top_logprobs(choice.get("logprobs") or {}))
     words = tuple(map(str, (choice.get("logprobs") or {}).get("tokens") or ()))
-    reason = choice.get("finish_reason")
-    return Reply(_whole(content or ""), str(reason or ""), prompt, answer, tries, logprobs, words)
+    reason = str(choice.get("finish_reason") or "")
+    missing = "" if content else _missing(message, reason, usage)
+    return Reply(_whole(content or ""), reason, prompt, answer, tries, logprobs, words, missing)
+
+
+def _missing(message: Mapping[str, Any], reason: str, usage: Mapping[str, Any]) -> str:
+    """Return why a message has no content; empty if it is an answer without a word."""
+    if refusal := message.get("refusal"):
+        return f"the model refuses: {short(refusal)}"
+    if reason == "content_filter":
+        return "the server has filtered it"
+    if message.get("tool_calls") or message.get("function_call"):
+        return "the model calls a tool instead"
+    spent = (usage.get("completion_tokens_details") or {}).get("reasoning_tokens")
+    if message.get("reasoning_content") or message.get("reasoning") or spent:
+        if reason == "length":
+            return "the limit of tokens ended it in its reasoning"
+        return "the model ended after its reasoning"
+    return "the server sends content: null" if message.get("content") is None else ""
 
 
 def _top_logprobs(logprobs: Mapping[str, Any]) -> Iterator[Mapping[str, float]]:

@@ -33,12 +33,14 @@ from finetune.data.places import short
 from finetune.data.problems import Problems
 from finetune.errors import DataError, ModelError, UserError
 from finetune.export.load import load, load_tokenizer, trust_remote_code_argument
+from finetune.time_limit import TimeLimit
 
 Side = Literal["input", "output"]
 SIDES: tuple[Side, Side] = ("input", "output")
 REFUSAL = "I cannot help with that."
 FILE = "moderation.json"  # of a classifier, beside its weights' folder
 BATCH = 32
+SECONDS = 10.0  # for a pattern on a text
 LABELS = ("unsafe", "refuse", "flagged", "toxic", "harmful", "off_topic", "1")
 """Labels that mean "refuse" where --label names none."""
 
@@ -102,7 +104,13 @@ class Rule:
     pattern: re.Pattern[str]
     refusal: str
     sides: tuple[Side, ...]
-    number: int
+    place: str
+
+    def matches(self, text: str) -> bool:
+        """Search a text. Raises DataError for a pattern that takes too long."""
+        what = f"--moderation: {self.place}: pattern {short(self.pattern.pattern)}"
+        with TimeLimit(SECONDS, f"{what} on {short(text)}", "write it without nested repeats"):
+            return self.pattern.search(text) is not None
 
 
 @dataclass(frozen=True)
@@ -129,19 +137,19 @@ class Rules:
         for number, rule in enumerate(given, 1):
             problems.num_rows += 1
             with problems.noted():
-                found.append(_rule(f"{path}: rule {number}", rule, number))
+                found.append(_rule(f"{path}: rule {number}", rule))
         problems.raise_if_any()
         return cls(path, found)
 
     def find(self, text: str, side: Side) -> Finding | None:
         for rule in self.rules:
-            if side in rule.sides and rule.pattern.search(text):
-                reason = f"{self.path}: rule {rule.number}: {rule.pattern.pattern}"
+            if side in rule.sides and rule.matches(text):
+                reason = f"{rule.place}: {rule.pattern.pattern}"
                 return Finding(rule.refusal, reason)
         return None
 
 
-def _rule(place: str, given: Any, number: int) -> Rule:
+def _rule(place: str, given: Any) -> Rule:
     if not isinstance(given, dict) or not isinstance(given.get("pattern"), str):
         raise DataError(f"{place}: should have a pattern in quotes, got {short(given)}")
     if unknown := sorted(map(str, given.keys() - {"pattern", "side", "refusal"})):
@@ -159,7 +167,7 @@ def _rule(place: str, given: Any, number: int) -> Rule:
         raise DataError(f"{place}: side should be input, output or both, got {short(side)}")
     if not isinstance(refusal, str) or not refusal.strip():
         raise DataError(f"{place}: refusal should be text, got {short(refusal)}")
-    return Rule(pattern, refusal, sides[side], number)
+    return Rule(pattern, refusal, sides[side], place)
 
 
 # --------------------------------------------------------------------------------- classifiers

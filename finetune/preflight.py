@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from finetune import extras, kernels, own_code, sequences
-from finetune.config import Config, Distill, base, code_identity
+from finetune.config import Config, Distill, Quantized, base, code_identity
 from finetune.config import fields as config_fields
 from finetune.config.choices import OPTIMIZERS, objective_kind
 from finetune.data import (
@@ -389,10 +389,13 @@ def _teacher(
     """Return the teacher that the objective names. Raise UserError if it does not fit the model."""
     if getattr(config.objective, "teacher", None) is None:
         return None
-    return teacher.prepare(
+    found = teacher.prepare(
         config, tokenizer, kernel, topology.device, topology.precision,
         topology.parallel.num_context,
     )  # fmt: skip
+    if isinstance(found.config.adapter, Quantized):
+        extras.require("bitsandbytes", f"{teacher.KEY}: its weights in 4 or 8 bits")
+    return found
 
 
 def _attach_taught(part: Any, config: Config, model_config: Any) -> None:

@@ -10,7 +10,17 @@ import numpy as np
 import torch
 
 from finetune import own_code, preflight
-from finetune.config import Config, Lora, accumulation_steps, base, own_codes, quantized, usual_lr
+from finetune.config import (
+    Config,
+    Lora,
+    QLora,
+    Quantized,
+    accumulation_steps,
+    base,
+    own_codes,
+    quantized,
+    usual_lr,
+)
 from finetune.config import fields as config_fields
 from finetune.data import chat_templates, readers, repeats, templates, xray
 from finetune.data.examples import Examples
@@ -73,11 +83,18 @@ def _teacher_line(data: Data) -> list[str]:
     """Say which teacher a run learns from, if its config names one."""
     if (found := data.teacher) is None:
         return []
-    model = found.config.model
+    model, stored = found.config.model, found.config.adapter
+    bits = f"{_form(stored)}, " if isinstance(stored, Quantized) else ""
     return [
-        f"teacher     {model.path}: {found.num_parameters:,} parameters, frozen ({model.dtype}, "
-        f"attention {found.attention})"
+        f"teacher     {model.path}: {found.num_parameters:,} parameters, frozen ({bits}"
+        f"{model.dtype}, attention {found.attention})"
     ]
+
+
+def _form(stored: QLora | Quantized) -> str:
+    """Name a quantisation."""
+    twice = stored.double_quantization and stored.quantization != "int8"
+    return stored.quantization + (", doubly quantised" if twice else "")
 
 
 def notes(config: Config, data: Data, model: ModelFacts, check_only: bool = False) -> list[str]:
@@ -332,11 +349,7 @@ def _methods(config: Config, is_quantized: bool) -> list[str]:
     adapter, optimizer, train = config.adapter, config.optimizer, config.train
     how = []
     if adapter.kind == "qlora":
-        twice = adapter.double_quantization and adapter.quantization != "int8"
-        doubly = ", doubly quantised" if twice else ""
-        how.append(
-            adapter.quantization + doubly + (" (the base is saved so)" if is_quantized else "")
-        )
+        how.append(_form(adapter) + (" (the base is saved so)" if is_quantized else ""))
     if adapter.kind != "full" and adapter.path:
         how.append(f"going on from {adapter.path}")
     elif adapter.kind != "full":

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_LLAMA, losses, pretrained, read_jsonl
+from conftest import TINY_LLAMA, losses, pretrained, read_jsonl, short
 from faults.forked import weights
 from invariants import sampled
 from invariants.test_topologies import several
@@ -361,6 +361,49 @@ def test_from_a_teacher_that_it_equals_minillm_learns_exactly_nothing_of_later_t
     assert one == other
 
 
+def quantised_as(teacher, form):
+    """The model in 4 or 8 bits, as transformers opens it."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    how = {"load_in_8bit": True} if form == "int8" else {
+        "load_in_4bit": True, "bnb_4bit_quant_type": form, "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": torch.float32,
+    }  # fmt: skip
+    return AutoModelForCausalLM.from_pretrained(
+        teacher, quantization_config=BitsAndBytesConfig(**how), dtype=torch.float32
+    )
+
+
+@pytest.mark.parametrize("form", short(["nf4", "fp4", "int8"], "nf4"))
+def test_a_teacher_in_few_bits_says_what_its_dequantised_weights_say(workshop, capsys, form):
+    teacher = teacher_of(workshop, model__config={**TINY_LLAMA, "hidden_size": 64})
+    made, names = {}, ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    for name in ("saved", "dequantised"):
+        made[name] = workshop.folder / name
+        packed = quantised_as(teacher, form)
+        (packed if name == "saved" else packed.dequantize()).save_pretrained(made[name])
+        for file in names:
+            shutil.copy(teacher / file, made[name])
+    own = {"objective__kind": "distill", "train__max_steps": 2, "objective__beta": 0.5}
+    beside = {name: {"objective__teacher": str(folder)} for name, folder in made.items()}
+    beside["loaded"] = {"objective__teacher": str(teacher), "objective__teacher_quantization": form}
+    beside["whole"] = {"objective__teacher": str(teacher)}
+    found, capsys_of = {}, {}
+    for name, which in beside.items():
+        run = workshop.train(name, **own, **which)
+        found[name] = [line["divergence"] for line in read_jsonl(run / "metrics.jsonl")]
+        capsys_of[name] = capsys.readouterr().out
+    doubly = "" if form == "int8" else ", doubly quantised"
+    assert f"frozen ({form}{doubly}, float32" in capsys_of["saved"]
+    assert found["saved"] == found["loaded"]
+    # The products of int8 round their inputs, too
+    close = 1e-2 if form == "int8" else 1e-5
+    assert found["loaded"] == pytest.approx(found["dequantised"], rel=close)
+    assert found["loaded"] != pytest.approx(found["whole"], rel=1e-4)
+    with pytest.raises(ConfigError, match=r"teacher_quantization: nf4 would be ignored: .*saved"):
+        workshop.check("no", **own, **beside["saved"], objective__teacher_quantization="nf4")
+
+
 @pytest.mark.proof
 @pytest.mark.parametrize("loss", ["gkd", "minillm"])
 def test_completions_of_the_student_are_learned_from_its_teacher(workshop, loss):
@@ -390,14 +433,16 @@ def test_completions_of_the_student_are_learned_from_its_teacher(workshop, loss)
 
 
 @pytest.mark.proof
-@pytest.mark.parametrize("loss", ["gkd", "minillm"])
-def test_processes_learn_like_one_from_their_own_completions(workshop, loss):
-    """A copy of the teacher for each process, or shards."""
+@pytest.mark.parametrize(
+    ("loss", "form"), [("gkd", None), ("minillm", None), ("minillm", "nf4")], ids=str
+)
+def test_processes_learn_like_one_from_their_own_completions(workshop, loss, form):
+    """A copy of the teacher for each process, or shards; in few bits always a copy."""
     teacher = teacher_of(workshop, train__max_steps=20)
     own = sampled.settings(
         workshop, "distill", objective__teacher=str(teacher),
         objective__beta=1.0 if loss == "minillm" else 0.5, objective__loss=loss,
-        train__micro_batch_size=4,
+        objective__teacher_quantization=form, train__micro_batch_size=4,
     )  # fmt: skip
     del own["objective__rewards"]
     alone, arguments = workshop.train("alone", **own), []
@@ -516,6 +561,14 @@ def test_the_forecast_counts_the_teacher(workshop):
     assert beside.peak >= alone.peak + size
     shared = forecast(four, **own).device["teacher"]
     assert shared == pytest.approx(size / 4 + 4 * 48 * 261)
+    own["objective__teacher_quantization"] = "nf4"
+    packed = sum(
+        p.numel() for name, p in _opened(teacher).named_parameters()
+        if "proj" in name
+    )  # fmt: skip
+    for parallel in (one, four):
+        few = forecast(parallel, **own).device["teacher"]
+        assert few == pytest.approx(size - packed * (4 - (4 + 0.127) / 8), rel=1e-4)
 
 
 def _opened(model):

@@ -790,6 +790,15 @@ def test_nan_logits_never_agree():
     assert disagreement(wanted, wanted, 0.1, has_experts=False) is None
 
 
+def test_a_score_near_0_is_compared_with_1():
+    """A reward model in bfloat16 gave 0.006 in training and -0.006 after reloading: a rounding."""
+    near, other = torch.tensor([[0.006]]), torch.tensor([[-0.006]])
+    assert disagreement(other, near, TOLERANCE["bf16"], has_experts=False) is None
+    assert "differ" in disagreement(near + 0.1, near, TOLERANCE["bf16"], has_experts=False)
+    of_tokens = torch.stack([near, near])[None, ..., 0]
+    assert "differ" in disagreement(-of_tokens[..., None], of_tokens[..., None], 0.05, False)
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -15,9 +15,10 @@ from finetune.data.places import Place
 from finetune.errors import DataError, ModelError, Outage
 from finetune.evaluation import benchmarks, continuations
 from finetune.evaluation.prompting import with_context
+from finetune.evaluation.scores.form import num_words
 from finetune.generation import answers, batching
 from finetune.generation.answers import Answers, answered
-from finetune.generation.completions import Completion, Prompt
+from finetune.generation.completions import Completion, Prompt, Score
 from finetune.generation.engines import SHARD, Decoding, Local
 from finetune.generation.remote import Remote
 from finetune.models.load import bytes_tokenizer
@@ -295,6 +296,34 @@ def test_saved_answers_of_models_with_context_and_of_equal_rows_are_read(tmp_pat
     assert [each.prompt.place for each in answers.read(str(path))["base"]] == [
         each.place for each in rows[:2]
     ]
+
+
+@pytest.mark.parametrize(
+    ("message", "reason", "why"),
+    [
+        ({"refusal": "I cannot help."}, "stop", "the model refuses: I cannot help."),
+        ({"tool_calls": [{"id": "a"}]}, "tool_calls", "the model calls a tool instead"),
+        ({"reasoning_content": "So"}, "length", "the limit of tokens ended it in its reasoning"),
+        ({"content": "", "reasoning": "So"}, "stop", "the model ended after its reasoning"),
+        ({}, "content_filter", "the server has filtered it"),
+        ({}, "stop", "the server sends content: null"),
+        ({"content": ""}, "stop", ""),
+    ],
+)
+def test_content_that_is_null_is_no_answer_and_says_why(tmp_path, message, reason, why):
+    sent = {"choices": [{"message": {"content": None, **message}, "finish_reason": reason}]}
+    saved, notes = Answers(tmp_path / "answers.jsonl"), []
+    with chat_server.running(answer=lambda body: sent) as server:
+        engine = Remote(f"good-model@{server.url}", log=notes.append)
+        for _ in range(2):  # the second time from the file
+            [found] = answered(lambda: engine, "x", "base", PROMPTS[:1], ["a"], GREEDY, saved)
+            saved = Answers(tmp_path / "answers.jsonl")
+            assert (found.finish_reason, found.why) == ("failed" if why else "stop", why)
+    assert len(server.seen) == 1
+    noted = [f"note: {PROMPTS[0].place}: no answer: {why}"] if why else []
+    assert [note for note in notes if "no answer" in note] == noted
+    [score] = num_words()([found])
+    assert score == (Score(None, f"no answer came: {why}") if why else Score(0.0))
 
 
 def test_a_server_answers_as_a_model_and_what_it_refuses_is_counted(monkeypatch, tmp_path):

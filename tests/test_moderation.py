@@ -37,6 +37,14 @@ def rules(tmp_path):
     return path
 
 
+def test_a_rule_that_backtracks_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "rules.yaml"
+    path.write_text(r"- pattern: '(\w+\s?)+$'")
+    monkeypatch.setattr(moderation, "SECONDS", 0.1)
+    with pytest.raises(DataError, match=r"rule 1: pattern .* on word word .* not done after 0.1 s"):
+        Rules.read(path).find("word " * 24 + "!", "input")
+
+
 @pytest.mark.parametrize(
     ("text", "side", "refusal"),
     [

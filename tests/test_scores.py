@@ -3,6 +3,8 @@
 import json
 import math
 import random
+import signal
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -17,6 +19,7 @@ from finetune.evaluation.scores.base import OfAnswer
 from finetune.evaluation.scores.form import repeated
 from finetune.evaluation.scores.labels import Label
 from finetune.generation.completions import Completion, Prompt, Score
+from finetune.time_limit import TimeLimit
 
 
 def completion(answer, reference="", question="what?", line=1, **changes):
@@ -331,6 +334,25 @@ def broken(completion):
 def large(completion):
     return 7
 
+def hangs(completion):
+    while True:
+        try:
+            while True: pass
+        except Exception:
+            pass
+hangs.seconds = 0.05
+
+class Slow:
+    name, line, higher, is_share, seconds = "slow", "Hangs.", True, True, 0.05
+    def __call__(self, completions):
+        return sum(1 for _ in iter(int, 1))
+
+slow = Slow()
+
+def quick(completion):
+    return 1
+quick.seconds = "5"
+
 class Scorer:
     name, line, higher, is_share = "of all", "All at once.", False, True
     def __call__(self, completions):
@@ -364,6 +386,8 @@ def test_a_score_of_the_users_own(tmp_path, monkeypatch):
     ("name", "says"),
     [
         ("broken", r"rows.jsonl:9: --scores: score.py:12: KeyError: 'x'"),
+        ("hangs", r"rows.jsonl:9: --scores: score.py:hangs: not done after 0.05 s; make it faster"),
+        ("slow", r"rows.jsonl:9: --scores: score.py:slow: not done after 0.05 s; make it faster"),
         ("large", r"rows.jsonl:9: --scores: score.py:large returned 7, and scores are from 0 to 1"),
     ],
 )
@@ -373,6 +397,50 @@ def test_an_own_score_that_fails_names_the_row_and_its_line(tmp_path, monkeypatc
     [scorer] = scores.choose([f"score.py:{name}"])
     with pytest.raises(DataError, match=says):
         scorer([completion("a", line=9)])
+
+
+def test_seconds_of_an_own_score_are_a_number(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "score.py").write_text(OWN)
+    with pytest.raises(ConfigError, match="score.py:quick: seconds should be above 0, got '5'"):
+        scores.choose(["score.py:quick"])
+
+
+BACKTRACKS, LONG = r"(\w+\s?)+$", "word " * 24 + "!"
+
+
+@pytest.mark.parametrize(
+    "name", [f"regex={BACKTRACKS}", "json-schema=schema.json"], ids=["regex", "schema"]
+)
+def test_a_pattern_that_backtracks_ends_with_the_row(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "schema.json").write_text(json.dumps({"pattern": BACKTRACKS}))
+    [scorer] = scores.choose([name])
+    given = [completion("a"), completion(json.dumps(LONG), line=9)]
+    with pytest.raises(DataError, match=r"rows.jsonl:9: --scores: .*: not done after 0.1 s"):
+        replace(scorer, seconds=0.1)(given)
+
+
+def _hang_after(block):
+    with block:
+        pass
+    while True:
+        pass
+
+
+def test_a_limit_of_time_leaves_an_outer_one_and_the_handler():
+    def ours(*_):
+        raise AssertionError
+
+    left = signal.getitimer(signal.ITIMER_REAL)[0]
+    before = signal.signal(signal.SIGALRM, ours)
+    try:
+        with pytest.raises(DataError, match="outer"), TimeLimit(0.2, "outer"):
+            _hang_after(TimeLimit(5, "inner"))
+        assert left - 5 < signal.getitimer(signal.ITIMER_REAL)[0] <= left  # of pytest-timeout
+        assert signal.getsignal(signal.SIGALRM) is ours
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_an_own_score_that_is_not_a_function_is_refused(tmp_path, monkeypatch):

@@ -124,8 +124,11 @@ def test_groups_are_clusters_and_a_missing_group_is_named():
 def test_answers_that_failed_and_that_were_cut_are_counted():
     found = results(exact=shares(3, 0, 1))
     base, tuned = (list(given) for given in found.answers.values())
-    base[0] = replace(base[0], finish_reason="failed")
+    base[0] = replace(base[0], finish_reason="failed", why="the model refuses: no")
     tuned[1:] = [replace(each, finish_reason="length") for each in tuned[1:]]
     shown = table.text(replace(found, answers={"base": base, "tuned": tuned}), 0, 8)
-    assert "failed                 1       0   answers that did not come" in shown
+    assert (
+        "failed                 1       0   answers that did not come, mostly: the model refuses: no"
+        in shown
+    )
     assert "cut                    0       2   answers not ended after 8 tokens" in shown

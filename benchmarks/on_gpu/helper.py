@@ -14,7 +14,7 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +119,11 @@ def _driver() -> str:
         return "unknown"
 
 
-def make_base(folder: str, shape: dict[str, Any], dtype: str) -> int:
-    """Save a model of random weights with the tokenizer of bytes; return its parameters."""
+def make_base(folder: str, shape: dict[str, Any], dtype: str, factor: float = 1.0) -> int:
+    """Save a model of random weights with the tokenizer of bytes; return its parameters.
+
+    factor: of its matrices; at 1 it finds all tokens about equally likely.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -133,6 +136,9 @@ def make_base(folder: str, shape: dict[str, Any], dtype: str) -> int:
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(factor if weight.ndim > 1 else 1.0)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     number = sum(p.numel() for p in model.parameters())
@@ -154,14 +160,17 @@ def make_rows(path: str, number: int, kind: str, length: int) -> None:
     """Write rows by kind, of which tokens are bytes.
 
     questions: their answers differ in length; texts: of `length` tokens; same: one such text again
-    and again, so that no trainer's order of rows matters; short: of 60 to 600 tokens.
+    and again, so that no trainer's order of rows matters; short: of 60 to 600 tokens; else as
+    ROWS_OF has them.
     """
     draw = random.Random(0)
-    rows: list[dict[str, str]] = []
+    rows: list[dict[str, Any]] = []
     letters = "abcdefghij klmnopq rstuvwxyz"
     if kind == "same":
         rows = [{"text": "".join(draw.choices(letters, k=length))}] * number
         number = 0
+    if kind in ROWS_OF:
+        rows, number = [ROWS_OF[kind](i) for i in range(number)], 0
     for i in range(number):
         if kind == "questions":
             rows.append(
@@ -174,6 +183,44 @@ def make_rows(path: str, number: int, kind: str, length: int) -> None:
             size = draw.randint(60, min(600, length)) if kind == "short" else length
             rows.append({"text": "".join(draw.choices(letters, k=size))})
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _pair(i: int) -> dict[str, Any]:
+    answer = "so " * (i * 7 % 9) + str(3 * i)
+    return {"prompt": f"what is {i} times three", "chosen": answer, "rejected": f"no {answer}?"}
+
+
+def _judged(i: int) -> dict[str, Any]:
+    row, is_good = _pair(i), i % 3 > 0
+    answer = row["chosen" if is_good else "rejected"]
+    return {"prompt": row["prompt"], "completion": answer, "label": is_good}
+
+
+def _steps(i: int) -> dict[str, Any]:
+    """One to three additions, some of them wrong, and all behind those."""
+    texts = [f"{i}+{n}={i + n + (i % 3 == n)}" for n in range(1 + i % 3)]
+    return {"prompt": str(i), "steps": texts, "labels": [i % 3 > n for n in range(len(texts))]}
+
+
+def _prompt(i: int) -> dict[str, Any]:
+    return {"prompt": f"count from {i}" + " on" * (i % 4), "answer": str(i)}
+
+
+ROWS_OF: dict[str, Callable[[int], dict[str, Any]]] = {
+    "pairs": _pair, "judged": _judged, "steps": _steps, "prompts": _prompt,
+}  # fmt: skip
+
+
+def teach(rows: str, config: str, teacher: str, output: str) -> None:
+    """Write a teacher's likeliest tokens into rows, as `finetune data teach` does."""
+    from accelerate.state import AcceleratorState
+
+    from finetune.__main__ import main
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    words = ["--config", config, "--model", teacher, "--top", "16", "--output", output]
+    if code := main(["data", "teach", rows, *words]):
+        raise RuntimeError(f"finetune data teach ended with {code}")
 
 
 def open_export(folder: str) -> float:
@@ -287,7 +334,17 @@ def _card(gigabytes: float | None) -> Iterator[None]:
 
 REQUESTS = {
     each.__name__: each
-    for each in (facts, make_base, make_folder, make_rows, open_export, forecast, work, train)
+    for each in (
+        facts,
+        make_base,
+        make_folder,
+        make_rows,
+        teach,
+        open_export,
+        forecast,
+        work,
+        train,
+    )
 }
 
 

@@ -31,8 +31,9 @@ class Log:
 
 
 def exit_code(rows: Sequence[Row]) -> int:
-    """Return 1 if anything is wrong, nothing ran, or correctness was cut short; else 0."""
-    cut_short = any(row.part == "correctness" and row.status == NO_TURN for row in rows)
+    """Return 1 if anything is wrong, nothing ran, or a part that proves was cut short; else 0."""
+    proves = ("correctness", "objectives")
+    cut_short = any(row.part in proves and row.status == NO_TURN for row in rows)
     is_wrong = any(row.status == WRONG for row in rows) or not any(
         row.status in (RIGHT, MEASURED, OUT_OF_MEMORY) for row in rows
     )

@@ -179,6 +179,14 @@ class QLora(Adapter):
     """
 
 
+class Quantized(Full):
+    """All weights in 4 or 8 bits, none of which trains: a teacher's. Of no config file."""
+
+    quantization: Quantization = "nf4"
+    double_quantization: bool = True
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+
 class Data(Section):
     """The rows, and how they become sequences."""
 

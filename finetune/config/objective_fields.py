@@ -302,6 +302,10 @@ class Distill(Kind):
     """Revision of the teacher on the Hub: a branch, tag or commit."""
     teacher_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of the teacher's weights. auto: that of train.precision."""
+    teacher_quantization: Literal["nf4", "fp4", "int8"] | None = None
+    """Bits of the teacher's weights: quantise them when they are loaded, as adapter.quantization.
+    null: as they are saved, which may be quantised by bitsandbytes.
+    """
     beta: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Which divergence of student s from teacher t is minimised.
     0: the forward KL(t || s); 1: the reverse KL(s || t); between them, with m = (1 - beta) s +

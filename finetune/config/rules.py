@@ -165,7 +165,13 @@ def _distill_conflicts(config: Config, objective: Distill) -> Iterator[str]:
     yield from _minillm_conflicts(objective)
     if objective.teacher is None:
         why = "the column teacher of the rows has what the teacher said"
-        yield from _ignored(config, why, "objective.teacher_revision", "objective.teacher_dtype")
+        yield from _ignored(
+            config,
+            why,
+            "objective.teacher_revision",
+            "objective.teacher_dtype",
+            "objective.teacher_quantization",
+        )
         if config.data.streaming:
             yield (
                 "data.streaming: distributions stored in rows have to be in memory; set it to "

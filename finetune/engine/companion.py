@@ -1,7 +1,8 @@
 """A companion: a frozen second model that answers beside the policy, by the same questions.
 
 A teacher, or the weights before the first step where no column can keep their answers. It is shared
-by the topology like the policy (a copy for each process, or shards), without an optimizer. Its
+by the topology like the policy (a copy for each process, or shards), without an optimizer; of
+quantised weights, which cannot be sent, each process loads a copy. Its
 passes have neither gradient nor dropout.
 
 A policy that compares its distributions with a companion's needs the companion's logits inside its
@@ -18,10 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from finetune.config import Config, Full
+from finetune.config import Config, Full, Quantized
 from finetune.data.batches import Batch
 from finetune.engine.topology import Topology, meta
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, ModelError
 from finetune.models import adapters, attention_probe, base_identity, build, head
 from finetune.models.distributions import Distribution, Project
 from finetune.models.policy import Answers, Policy
@@ -83,19 +84,21 @@ def load(
     `attention`: has to take the batches of the run. Raises ModelError.
     """
     config = build.frozen(config)
-    with_weights = topology.is_main or config.adapter.kind == "qlora"
+    is_quantized = isinstance(config.adapter, Quantized)
+    with_weights = topology.is_main or is_quantized or config.adapter.kind == "qlora"
     whole, base = topology.on_every(lambda: build.build(
         config, model_config, tokenizer, attention=attention, precision=topology.precision,
         new_token_ids=list(new_token_ids), device=topology.device, first_inputs=list,
         with_weights=with_weights,
     ))  # fmt: skip
     whole.requires_grad_(False).eval()
-    sha256 = topology.on_main(lambda: base_identity.fingerprints(whole)[1])
+    sha256 = _fingerprint(topology, whole, is_quantized)
     finish, why = head.probe(base)
     projection = base.get_output_embeddings()
-    shards = topology.sharing.shards_frozen and finish is not None
+    shards = topology.sharing.shards_frozen and finish is not None and not is_quantized
     kept = copy.deepcopy(projection) if shards else projection
-    model = topology.sharing.share_frozen(whole)
+    share = topology.sharing.copy_frozen if is_quantized else topology.sharing.share_frozen
+    model = share(whole)
     if shards:
         _make_whole(kept, projection, topology)
     attention_probe.check(model, base, attention, topology.device, topology.precision)
@@ -107,6 +110,23 @@ def load(
             return finish(kept(states_CH).float())
 
     return Companion(Policy(model), sha256, why, logits)
+
+
+def _fingerprint(topology: Topology, whole: nn.Module, is_quantized: bool) -> str:
+    """Return that of all weights. Raises ModelError if processes have loaded other ones."""
+
+    def own() -> str:
+        return base_identity.fingerprints(whole)[1]
+
+    if not is_quantized:
+        return topology.on_main(own)
+    found = topology.processes.gather(topology.on_every(own))
+    if len(set(found)) > 1:
+        raise ModelError(
+            f"objective.teacher: process {topology.rank} has other weights than others, and each "
+            "loads a quantised teacher itself; put the same files on every machine"
+        )
+    return str(found[0])
 
 
 def _make_whole(kept: nn.Module, shared: nn.Module, topology: Topology) -> None:

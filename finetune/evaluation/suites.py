@@ -33,12 +33,12 @@ from finetune.data.conversations import Conversation, Message
 from finetune.data.places import Place, printable, short
 from finetune.errors import ConfigError, DataError
 from finetune.evaluation.scores import KINDS, choose
-from finetune.evaluation.scores.base import NO_ANSWER, Value
+from finetune.evaluation.scores.base import Value
 from finetune.evaluation.scores.code_tests import code_in
 from finetune.evaluation.scores.matching import holds, is_json_equal, json_schema, regex
 from finetune.evaluation.scores.normalise import NORMALISATIONS, normalised, number_of, numbers_in
 from finetune.evaluation.scores.table import checked_schema
-from finetune.generation.completions import Completion, Prompt, Score, Scorer
+from finetune.generation.completions import Completion, Prompt, Score, Scorer, no_answer
 
 MOST_BYTES = 10_000_000
 MOST_PROBLEMS = 10
@@ -211,7 +211,7 @@ class KeepsRules:
 
     def _of(self, completion: Completion) -> Score:
         if completion.finish_reason == "failed":
-            return NO_ANSWER
+            return no_answer(completion)
         broken = []
         for what, check in self._checks.get(completion.prompt.place, ()):
             value = check(completion)
@@ -325,6 +325,10 @@ def _holding(part: str, wanted: bool = True) -> Callable[[Completion], Value]:
     return lambda completion: holds(completion.text, part) == wanted
 
 
+def _of_one(scorer: Scorer) -> Callable[[Completion], Score]:
+    return lambda completion: scorer([completion])[0]
+
+
 def _checks(rules: Rules) -> list[Check]:
     """Return every rule of a row."""
     checks: list[Check] = []
@@ -336,7 +340,7 @@ def _checks(rules: Rules) -> list[Check]:
     for each in rules.stop_words or ():
         checks.append((f"without {short(each)}", _holding(each, False)))
     for each in rules.regex or ():
-        checks.append((f"regex {short(each)}", regex(re.compile(each)).function))
+        checks.append((f"regex {short(each)}", _of_one(regex(re.compile(each)))))
     if rules.exact_match is not None:
         wanted = {normalised(each, rules.ignoring) for each in rules.exact_match}
         what = f"exact match {short(rules.exact_match)}"
@@ -354,7 +358,7 @@ def _checks_of_form(rules: Rules) -> list[Check]:
         value = rules.json_value
         checks.append((f"json {short(value)}", lambda c: is_json_equal(c.text, value)))
     if rules.json_schema_of is not None:
-        checks.append(("json-schema", json_schema(rules.json_schema_of).function))
+        checks.append(("json-schema", _of_one(json_schema(rules.json_schema_of))))
     if (fewest := rules.fewest_words) is not None:
         checks.append((f"fewest words {fewest}", lambda c: len(c.text.split()) >= fewest))
     if (most := rules.most_words) is not None:

@@ -1,5 +1,6 @@
 """The table of an evaluation, and its first rows in full, as text."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import islice
 
@@ -37,9 +38,11 @@ def _table(results: Results, max_new_tokens: int) -> Iterator[str]:
     yield from _gaps(results, left)
     yield from _against_others(results)
     given = results.answers.items()
-    what = "answers that did not come: a server refused them"
-    if line := _counts({name: sum(a.finish_reason == "failed" for a in of) for name, of in given}):
-        yield f"{'failed':<{left}}{line}   {what}"
+    failed = {name: [a.why for a in of if a.finish_reason == "failed"] for name, of in given}
+    if line := _counts({name: len(of) for name, of in failed.items()}):
+        whys = Counter(why for of in failed.values() for why in of if why)
+        reason = f", mostly: {page.plain(whys.most_common(1)[0][0])}" if whys else ""
+        yield f"{'failed':<{left}}{line}   answers that did not come{reason}"
     if line := _counts({name: sum(a.is_cut for a in of) for name, of in given}):
         yield (
             f"{'cut':<{left}}{line}   answers not ended after {max_new_tokens} tokens, and "

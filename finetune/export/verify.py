@@ -151,13 +151,15 @@ def disagreement(
 ) -> str | None:
     """Return a message if logits differ by more than `tolerance` x the largest one of `wanted`.
 
-    Both float32 [1, T, V]. Returns None if they agree: in half of the tokens for a mixture of
-    experts, in all for any other model. A router that is nearly undecided may choose another expert
-    when products round differently, which changes that token's logits and, a little, later ones.
-    So right exports differ in some tokens; wrong ones (another rope theta, activation or number of
-    heads) differ in nearly all.
+    Both float32 [1, T, V], or [1, labels] of a classifier: relative to 1 at least, as a score may
+    be near 0, where its rounding is as large as itself. Returns None if they agree: in half of the
+    tokens for a mixture of experts, in all for any other model. A router that is nearly undecided
+    may choose another expert when products round differently, which changes that token's logits
+    and, a little, later ones. So right exports differ in some tokens; wrong ones (another rope
+    theta, activation or number of heads) differ in nearly all.
     """
-    differences = (found - wanted).abs().amax(-1).flatten() / wanted.abs().max()
+    largest = wanted.abs().max().clamp(min=1.0 if wanted.ndim == 2 else 0.0)
+    differences = (found - wanted).abs().amax(-1).flatten() / largest
     share = float((differences <= tolerance).float().mean())  # NaN counts as a difference
     if share >= (0.5 if has_experts else 1.0):
         return None

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from finetune.config import Config
+from finetune.config import Config, Quantized
 from finetune.config import objective_fields as settings
 from finetune.config.engine_fields import LocalEngine
 from finetune.engine.companion import start_of
@@ -209,8 +209,9 @@ class Forecaster:
         if self.companion is None:
             return 0.0
         w, name = self.companion.weights, self._name
-        passing = self.companion._trace(parallel, shape, False).passing
-        if parallel.kind != "fsdp2":
+        passing = self.companion._trace(parallel, shape, False).passing + w.unpacked
+        is_copied = isinstance(self.companion.config.adapter, Quantized)
+        if parallel.kind != "fsdp2" or is_copied:
             held.staying[name] = w.used if parallel.is_zero else w.stored
             return passing
         # Shards, and a whole projection beside them; a pass gathers a layer and the next.

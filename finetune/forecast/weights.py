@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from finetune.config import Config
+from finetune.config import Config, QLora, Quantized
 from finetune.config.choices import OPTIMIZERS, QUANTIZATIONS
 from finetune.engine import optim
 from finetune.models import recompute
@@ -43,7 +43,7 @@ def count(model: nn.Module, config: Config, width: int) -> Weights:
     """Count the weights of a model without memory. `width`: bytes of a number of the arithmetic."""
     quantized = set(_quantized(model, config))
     adapter, packed = config.adapter, 0.0
-    if adapter.kind == "qlora":
+    if isinstance(adapter, QLora | Quantized):
         form = QUANTIZATIONS[adapter.quantization]
         scale_bits = form.double_scale_bits if adapter.double_quantization else form.scale_bits
         packed = (form.bits + scale_bits) / 8
@@ -82,8 +82,8 @@ def count(model: nn.Module, config: Config, width: int) -> Weights:
 
 
 def _quantized(model: nn.Module, config: Config) -> Iterator[str]:
-    """Yield the names of the matrices that QLoRA quantises: frozen linear ones except the head."""
-    if config.adapter.kind != "qlora":
+    """Yield the names of the matrices that are quantised: frozen linear ones except the head."""
+    if not isinstance(config.adapter, QLora | Quantized):
         return
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     head = base.get_output_embeddings()

@@ -233,7 +233,7 @@ def _line(key: str, model: str, identity: str, completion: Completion) -> bytes:
         "reference": prompt.reference, "answer": completion.text,
         "finish_reason": completion.finish_reason, "seed": completion.seed,
         "seconds": round(completion.seconds, 4), "token_ids": list(completion.token_ids),
-        "billed": completion.billed, "fields": dict(prompt.fields),
+        "billed": completion.billed, "fields": dict(prompt.fields), "why": completion.why,
     }  # fmt: skip
     return (json.dumps(values, default=str) + "\n").encode()
 
@@ -250,6 +250,7 @@ def _values(line: bytes) -> dict[str, Any] | None:
             and list(map(type, values["row"])) == [str, int, int]
             and all(type(each) is int for each in values["token_ids"])
             and list(map(type, values.get("billed") or (0, 0))) == [int, int]
+            and isinstance(values.get("why", ""), str)
             and all(isinstance(turn[name], str) for turn in values["prompt"] for name in TEXTS)
             and all(isinstance(turn.get("context", ""), str) for turn in values["prompt"])
         )
@@ -272,4 +273,5 @@ def _completion(values: Mapping[str, Any], prompt: Prompt) -> Completion:
     return Completion(
         prompt, values["answer"], values["finish_reason"], tuple(values["token_ids"]),
         values["seed"], float(values["seconds"]), tuple(values.get("billed") or ()) or None,
+        why=values.get("why", ""),
     )  # fmt: skip

@@ -44,7 +44,7 @@ class Completion:
     seconds: of the request, or of the batch divided by its answers. billed: tokens of the prompt
     and of the answer as a server counts them; None of a model here, or where it does not say.
     environment: the sum of rewards that an environment gave over the turns, of which `text` is the
-    last and `token_ids` are all that the model wrote; None without one.
+    last and `token_ids` are all that the model wrote; None without one. why: no answer came.
     """
 
     prompt: Prompt
@@ -55,6 +55,7 @@ class Completion:
     seconds: float = 0.0
     billed: tuple[int, int] | None = None
     environment: float | None = None
+    why: str = ""
 
     @property
     def is_cut(self) -> bool:
@@ -67,6 +68,11 @@ class Score:
 
     value: float | None
     reason: str = ""
+
+
+def no_answer(completion: Completion) -> Score:
+    """Return the gap of an answer that did not come."""
+    return Score(None, f"no answer came: {completion.why}" if completion.why else "no answer came")
 
 
 class Scorer(Protocol):

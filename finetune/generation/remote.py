@@ -70,9 +70,12 @@ class Remote:
                 note(1)
                 try:
                     reply = future.result()
+                    missing = reply.missing
                 except Refused as exc:
-                    self._log(f"note: {prompts[number].place}: {exc}")
-                    yield number, Completion(prompts[number], "", "failed")
+                    missing = str(exc)
+                if missing:
+                    self._log(f"note: {prompts[number].place}: no answer: {missing}")
+                    yield number, Completion(prompts[number], "", "failed", why=missing)
                     continue
                 reason: FinishReason = "length" if reply.is_cut else "stop"
                 now = time.monotonic()

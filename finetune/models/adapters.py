@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from finetune import failures, kernels
-from finetune.config import Adapter, Full, Lora, Model, QLora
+from finetune.config import Adapter, Full, Lora, Model, QLora, Quantized
 from finetune.config.base import adapter_problem
 from finetune.config.choices import ADAPTER_INITS, QUANTIZATIONS
 from finetune.config.model_files import ADAPTER_WEIGHTS
@@ -39,6 +39,8 @@ def apply(
     because some initialisations rewrite the base. With new tokens, embedding and head train whole
     and are saved with the adapter. Raises ModelError.
     """
+    if isinstance(adapter, Quantized):
+        return model.requires_grad_(False)
     if isinstance(adapter, Full):
         model = _freeze(model, adapter.freeze)
         if new_token_ids and not model.get_input_embeddings().weight.requires_grad:
@@ -122,7 +124,7 @@ def quantization(adapter: Full | Adapter, dtype: torch.dtype) -> dict[str, Any] 
     4 bits: Dettmers et al., 2023. Each block of 64 weights has a scale; NF4's 16 values are
     quantiles of a normal distribution.
     """
-    if not isinstance(adapter, QLora):
+    if not isinstance(adapter, QLora | Quantized):
         return None
     if QUANTIZATIONS[adapter.quantization].bits == 8:
         return {"load_in_8bit": True}

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from finetune.config import Config, Full, Model, base, quantized
+from finetune.config import Config, Full, Model, Quantized, base, quantized
 from finetune.errors import ConfigError, ModelError
 from finetune.models import attention_choice, families, load, parameters
 
@@ -17,7 +17,7 @@ KEY = "objective.teacher"
 
 @dataclass(frozen=True)
 class Teacher:
-    """config: of a run that would start from the teacher's weights."""
+    """config: of a run that would start from the teacher's weights, which may be quantised."""
 
     config: Config
     model_config: Any
@@ -41,11 +41,7 @@ def prepare(
         if problem := base.name_problem(model.path) or _folder_problem(str(model.path)):
             raise ModelError(problem)
         about = load.load_config(model, config.objective.kind)
-        if quantized.quantization(about.to_dict()) is not None:
-            raise ModelError(
-                f"{model.path} is saved with 4 or 8 bits for each weight; give the teacher in 16 "
-                "or 32 bits"
-            )
+        adapter = _quantization(model.path, quantized.quantization(about.to_dict()), wanted)
         own = load.load_tokenizer(model)
         require_same_tokens(tokenizer, own)
         load.check_config_vocabulary(about, own, model)
@@ -54,7 +50,7 @@ def prepare(
         skeleton = load.skeleton(model, about, own, kernel if of_documents else "documents")
         load.check_shapes(skeleton)
         load.check_weights(skeleton, model)
-    changed = config.model_copy(update={"model": model, "adapter": Full()})
+    changed = config.model_copy(update={"model": model, "adapter": adapter})
     return Teacher(changed, about, own, kernel, parameters.count(skeleton)[1])
 
 
@@ -63,6 +59,25 @@ def _section(wanted: Any, precision: str) -> Model:
     half = "bfloat16" if precision == "bf16" else "float32"  # torch has no fp16 in model.dtype
     dtype: Any = half if wanted.teacher_dtype == "auto" else wanted.teacher_dtype
     return Model(path=wanted.teacher, revision=wanted.teacher_revision, dtype=dtype)
+
+
+def _quantization(name: str | None, saved: dict[str, Any] | None, wanted: Any) -> Full | Quantized:
+    """Return how the weights are stored: as they are saved, or as objective.teacher_quantization.
+
+    Raises ModelError, ConfigError.
+    """
+    given = wanted.teacher_quantization
+    if saved is None:
+        return Full() if given is None else Quantized(quantization=given)
+    what = f"{name} is quantised already ({quantized.name_of(saved)})"
+    if (form := quantized.form_of(saved)) is None:
+        raise ModelError(
+            f"{what}, and only quantisations of bitsandbytes can be loaded; give the teacher in 16 "
+            "or 32 bits"
+        )
+    if given is not None:
+        raise ConfigError(f"{KEY}_quantization: {given} would be ignored: {what}; remove it")
+    return Quantized(**form)
 
 
 def _folder_problem(path: str) -> str | None:

@@ -154,7 +154,9 @@ def problem(reply: Reply | Refused) -> str | None:
 
 
 def _cut(reply: Reply) -> str | None:
-    """Return what has cut a reply, or None."""
+    """Return what has cut a reply, or kept it from being there, or None."""
     if reply.is_filtered:
         return FILTERED
+    if reply.missing:
+        return reply.missing.partition(":")[0]
     return CUT if reply.is_cut else None

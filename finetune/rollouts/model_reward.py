@@ -10,8 +10,7 @@ from typing import Any
 from finetune.config import base
 from finetune.data.conversations import Message
 from finetune.errors import DataError, ModelError
-from finetune.evaluation.scores.base import NO_ANSWER
-from finetune.generation.completions import Completion, Score
+from finetune.generation.completions import Completion, Score, no_answer
 
 
 class ModelReward:
@@ -54,7 +53,8 @@ class ModelReward:
         asked = [each for each in completions if each.finish_reason != "failed"]
         found = iter(self._scores(asked))
         return [
-            NO_ANSWER if each.finish_reason == "failed" else next(found) for each in completions
+            no_answer(each) if each.finish_reason == "failed" else next(found)
+            for each in completions
         ]
 
     def _scores(self, completions: Sequence[Completion]) -> list[Score]:

@@ -59,6 +59,12 @@ class Fsdp2(Sharing):
         self._distribute(model)
         return model
 
+    def copy_frozen(self, model: nn.Module) -> nn.Module:
+        model.to(self.device)
+        if self.dtype is not None:
+            model.forward = _in_precision(model.forward, self.device, self.dtype)
+        return model
+
     def _distribute(self, model: nn.Module) -> None:
         """Shard the empty model, then broadcast one weight at a time from the main process."""
         self._store_as_floats(model)

@@ -49,8 +49,11 @@ class Replicated(Sharing):
         """Give each process a copy, whose passes get Accelerate's autocast like the model's."""
         if self.num_processes > 1:
             meta.send(model, self.on_main, self.accelerator.device)
-        shared: nn.Module = self.accelerator.prepare_model(model, evaluation_mode=True)
-        return shared
+        return self.copy_frozen(model)
+
+    def copy_frozen(self, model: nn.Module) -> nn.Module:
+        copied: nn.Module = self.accelerator.prepare_model(model, evaluation_mode=True)
+        return copied
 
     def unwrap(self, model: Any) -> Any:
         return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model

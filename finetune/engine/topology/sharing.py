@@ -46,6 +46,13 @@ class Sharing(ABC):
         without weights. Its passes compute as those of the model that trains.
         """
 
+    @abstractmethod
+    def copy_frozen(self, model: nn.Module) -> nn.Module:
+        """Move a model that never trains, which each process has loaded, whole to the device.
+
+        Its passes compute as those of the model that trains.
+        """
+
     def unwrap(self, model: Any) -> Any:
         """Return the model inside what `prepare` returned. Not collective."""
         return model

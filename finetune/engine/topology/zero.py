@@ -97,9 +97,15 @@ class Zero(Sharing):
         meta.send(model, self.on_main, self.device)
         return model
 
+    def copy_frozen(self, model: nn.Module) -> nn.Module:
+        self._in_arithmetic(model)
+        return model.to(self.device)
+
     def _in_arithmetic(self, model: nn.Module) -> None:
+        """Convert weights, but no packed ones, whose bytes may be stored as floats."""
         for parameter in model.parameters():
-            if self.dtype is not None and parameter.is_floating_point():
+            is_packed = getattr(parameter, "quant_state", None) is not None
+            if self.dtype is not None and parameter.is_floating_point() and not is_packed:
                 parameter.data = parameter.data.to(self.dtype)
 
     def _verify(self, accumulation_steps: int, max_norm: float) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from finetune.evaluation.judges import rubrics
 from finetune.evaluation.judges.rubrics import Rubric
 from finetune.evaluation.judges.weights import Kept, Question, Weights
-from finetune.generation.completions import Completion, Score
+from finetune.generation.completions import Completion, Score, no_answer
 
 STEP_TOKENS = 400  # of the evaluation steps that a judge writes
 
@@ -63,9 +63,7 @@ class GEval:
         self.weights += found
         weights = iter(found)
         return [
-            Score(None, "no answer came")
-            if each.finish_reason == "failed"
-            else _score(next(weights))
+            no_answer(each) if each.finish_reason == "failed" else _score(next(weights))
             for each in completions
         ]
 

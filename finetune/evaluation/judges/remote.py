@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, as_completed
 
 from finetune.endpoint import Client, Refused, Reply, Request
+from finetune.errors import UserError
 from finetune.evaluation.judges.weights import Note, Question, Weights, of_tokens
 
 TOP = 20  # tokens at most that OpenAI and vLLM return
@@ -20,7 +21,10 @@ class RemoteJudge:
         self._client = client
 
     def write(self, prompt: str, max_tokens: int) -> str:
-        return self._client.ask(Request(_messages(prompt), max_tokens)).text
+        reply = self._client.ask(Request(_messages(prompt), max_tokens))
+        if reply.missing:
+            raise UserError(f"{self.identity}: no answer: {reply.missing}; use another judge")
+        return reply.text
 
     def weigh(self, questions: Sequence[Question], note: Note) -> None:
         asked: dict[Future[Reply], int] = {}

@@ -4,14 +4,16 @@ A score that cannot be computed for an answer is `Score(None, reason)`: counted 
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from finetune.generation.completions import Completion, Score
+from finetune.generation.completions import Completion, Score, no_answer
+from finetune.time_limit import TimeLimit
 
-NO_ANSWER = Score(None, "no answer came")
 NO_REFERENCE = Score(None, "the row has no reference")
 Value = float | Score
+SECONDS = 30.0  # a score by a rule takes milliseconds
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,8 @@ class OfAnswer:
     """A score that a function computes of one answer at a time.
 
     function: gets the completion. The rest as in `Scorer`. needs_reference: rows without one get a
-    gap, and the function is not called.
+    gap, and the function is not called. seconds: for an answer, as a pattern may backtrack for
+    ever; None: the function has a limit of its own.
     """
 
     name: str
@@ -28,6 +31,7 @@ class OfAnswer:
     higher: bool | None = True
     is_share: bool = True
     needs_reference: bool = False
+    seconds: float | None = SECONDS
 
     def __call__(self, completions: Sequence[Completion]) -> list[Score]:
         return [self._of(each) for each in completions]
@@ -35,7 +39,8 @@ class OfAnswer:
     def _of(self, completion: Completion) -> Score:
         if (gap := gap_of(completion, self.needs_reference)) is not None:
             return gap
-        value = self.function(completion)
+        with time_limit(self.seconds, completion, self.name):
+            value = self.function(completion)
         return value if isinstance(value, Score) else Score(float(value))
 
 
@@ -51,10 +56,20 @@ def of_reference(
     return OfAnswer(name, line, of, higher, is_share, needs_reference=True)
 
 
+def time_limit(
+    seconds: float | None, completion: Completion, name: str
+) -> AbstractContextManager[object]:
+    """Limit the seconds of a score of one answer. Raises DataError that names its row."""
+    if seconds is None:
+        return nullcontext()
+    what = f"{completion.prompt.place}: --scores: {name}"
+    return TimeLimit(seconds, what, "correct the score, or leave it or the row out")
+
+
 def gap_of(completion: Completion, needs_reference: bool) -> Score | None:
     """Return the gap of an answer that did not come, or of a row without a needed reference."""
     if completion.finish_reason == "failed":
-        return NO_ANSWER
+        return no_answer(completion)
     if needs_reference and completion.prompt.reference is None:
         return NO_REFERENCE
     return None

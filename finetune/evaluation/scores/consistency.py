@@ -4,8 +4,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 
 from finetune.data import clusters
-from finetune.evaluation.scores.base import NO_ANSWER
-from finetune.generation.completions import Completion, Score
+from finetune.generation.completions import Completion, Score, no_answer
 from finetune.preparation.rouge import rouge_l
 
 ALONE = Score(None, "no other answer to the same question")
@@ -31,7 +30,7 @@ class Consistency:
         for number, each in enumerate(completions):
             group = self._group(each)
             if each.finish_reason == "failed":
-                scores[number] = NO_ANSWER
+                scores[number] = no_answer(each)
             elif group is None:
                 scores[number] = Score(None, f"the row has no {self.column}")
             else:

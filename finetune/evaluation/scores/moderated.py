@@ -14,4 +14,4 @@ def refused(value: str | None) -> OfAnswer:
         return float(bool(asked or checks.find(completion.text, "output")))
 
     line = "moderation refuses the prompt or the answer"
-    return OfAnswer("moderation", line, of, higher=False)
+    return OfAnswer("moderation", line, of, higher=False, seconds=None)
