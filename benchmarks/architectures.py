@@ -58,9 +58,12 @@ SIZES: dict[str, dict[str, Any]] = {
     "xlm-roberta-xl": {"hidden_size": 128, "num_attention_heads": 8},
 }
 SECONDS = 60  # of CPU, as a busy machine is slow
-# Loss and gradients in float32 differ by less than this share of the loss and of a gradient's norm.
-# Float64 would not test more: losses are summed in float32 whatever the precision of the model.
+# Losses in float32 differ by less than this share. Float64 would not test more: losses are summed
+# in float32 whatever the precision of the model.
 TOLERANCE = 1e-6
+# Gradients differ by less than this share of their norm. Below 16 rows, BLAS on some CPUs adds up
+# the words one after another: 3e-5 off on an AMD EPYC with AVX-512, below 1e-6 elsewhere.
+OF_GRADIENT = 1e-4
 BATCH, POSITIONS = (2, 10), range(3, 19, 2)
 # Rows of logits in memory at once, and in float32 at once. The chunks have 3, 3 and 2 rows: for one
 # row BLAS adds up the words one after another, which is 1e-5 off where there are 250,000.
@@ -162,7 +165,7 @@ def differences(base: Any) -> tuple[float, float]:
                 raise ValueError(f"of {pair}, one gives {name} no gradient")
             if gradient is None:
                 continue
-            if not (difference := relative(gradient, of_other)) <= TOLERANCE:
+            if not (difference := relative(gradient, of_other)) <= OF_GRADIENT:
                 raise ValueError(f"{pair} differ by {difference:.1e} in the gradient of {name}")
             of_gradient = max(of_gradient, difference)
     return of_loss, of_gradient
