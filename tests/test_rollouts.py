@@ -1,6 +1,7 @@
 """Rollouts: written before they are learned from, and the same however a run is interrupted."""
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -20,6 +21,7 @@ from faults.forked import forget
 from invariants import sampled
 from invariants.test_topologies import several
 
+from finetune import failures
 from finetune.config.rollout_fields import Rollouts as Settings
 from finetune.data.order import Sequences
 from finetune.engine.checkpoint.storage import Storage
@@ -656,6 +658,59 @@ def test_a_request_to_stop_in_a_rollout_saves_the_step_before(workshop, undistur
     saved = list((workshop.run_dir() / "checkpoints").glob("step-*"))
     assert len(saved) == ends_at // 4  # before the first step there is nothing to save
     assert equal(workshop.train(**own), undisturbed.run)
+
+
+@pytest.mark.proof
+def test_a_request_to_stop_ends_an_evaluation_which_the_next_attempt_makes(workshop):
+    own = sampled.settings(workshop, data__eval_fraction=0.3, evaluation__every_steps=1)
+    undisturbed = workshop.train("undisturbed", **own)
+    stop = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
+    with asking(5, stop) as (_, asked), pytest.raises(Preempted, match="at step 1; saved"):
+        workshop.train(**own)
+    assert len(asked) == 6, "a phase of four, and two of the four held-out prompts"
+    assert not (workshop.run_dir() / "eval.jsonl").exists()
+    run = workshop.train(**own)
+    names = ("step", "eval_loss", "completion_length", "eval_prompts")
+    found, wanted = (
+        [[line[name] for name in names] for line in read_jsonl(each / "eval.jsonl")]
+        for each in (run, undisturbed)
+    )
+    assert found == wanted
+    assert equal(run, undisturbed)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("full_at", [1, 2, 5])
+def test_a_disk_that_fills_up_in_a_rollout_costs_nothing_that_it_took(
+    workshop, undisturbed, full_at
+):
+    """The line that did not fit is half there."""
+    own, appended = sampled.settings(workshop, **OFTEN), list[dict]()
+    append = ShardFile._append
+
+    def filling(self, values):
+        appended.append(values)
+        if len(appended) == full_at:
+            self._file.write(json.dumps(values).encode()[:20])
+            self._file.flush()
+            with failures.writing(self.path):
+                raise OSError(errno.ENOSPC, "No space left on device")
+        append(self, values)
+
+    full = r"shard-000\d.jsonl cannot be written now: the disk is full"
+    with pytest.MonkeyPatch.context() as patch, asking() as (before, asked_before):
+        patch.setattr(ShardFile, "_append", filling)
+        with pytest.raises(Outage, match=full):
+            workshop.train(**own)
+    assert workshop.outcome()["state"] == "failed"
+    with asking() as (after, asked_after):
+        run = workshop.train(**own)
+    lost = 2 * ("groups" in appended[-1]), "rewards" in appended[-1]
+    counts = len(before + after), len(asked_before + asked_after)
+    wanted = len(undisturbed.sampled), len(undisturbed.rewarded)
+    assert [one - other for one, other in zip(counts, wanted)] == list(lost)
+    assert tokens(run) == tokens(undisturbed.run)
+    assert equal(run, undisturbed.run)
 
 
 @pytest.mark.proof

@@ -1,5 +1,8 @@
 """What completions of held-out prompts are worth."""
 
+import functools
+from collections.abc import Callable
+
 from finetune.rollouts import phase_facts
 from finetune.rollouts.around import Around
 from finetune.rollouts.asked import Asked
@@ -37,24 +40,27 @@ def _evaluated(asked: Asked, around: Around) -> dict[str, float] | None:
         topology.watchdog.heartbeat("the rollouts of held-out prompts")
         if topology.any(around.stop()):
             return None
-
-        def work(members: Members = members) -> list[Group] | None:
-            try:
-                if not (members or collector.together):
-                    return []
-                drawn = collector.drawn([EVALUATION], members)
-                of = dict(members)
-                scored = [
-                    each.scored([r.to_json() for r in collector.rewards(each, of[each.number])])
-                    for each in drawn
-                ]
-                return None if around.stop() else scored
-            except Stopped:
-                return None
-
-        groups = topology.on_every(work)
+        groups = topology.on_every(functools.partial(_scored, collector, members, around.stop))
         if topology.any(groups is None):
             return None
         found += groups or []
     everyone = [group for part in topology.processes.gather(found) for group in part]
     return phase_facts.of_held_out(sorted(everyone, key=lambda each: each.number), settings)
+
+
+def _scored(collector: Collector, members: Members, stop: Callable[[], bool]) -> list[Group] | None:
+    """Sample and score a completion of each prompt; None if a request to stop came.
+
+    No members: take part in the passes of the others, where processes share the weights.
+    """
+    try:
+        drawn = collector.drawn([EVALUATION], members) if members or collector.together else []
+    except Stopped:
+        return None
+    found = list[Group]()
+    for group, (_, example) in zip(drawn, members):
+        rewards = collector.rewards(group, example)
+        if stop():  # none was waited for
+            return None
+        found.append(group.scored([each.to_json() for each in rewards]))
+    return found

@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,15 @@ class ShardFile:
             folder.mkdir(parents=True, exist_ok=True)
             whole = self._read(of)
             self._file = self.path.open("ab")
-            self._file.truncate(whole)
-            if not whole:
-                self._append({"of": of})
-                files.flush(folder)
+            try:
+                self._file.truncate(whole)
+                if not whole:
+                    self._append({"of": of})
+                    files.flush(folder)
+            except BaseException:
+                with suppress(OSError):
+                    self._file.close()
+                raise
 
     def _read(self, of: str) -> int:
         """Read the lines that belong here; return where they end."""

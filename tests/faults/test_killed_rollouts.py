@@ -1,13 +1,23 @@
 """Kill a run that samples: in a rollout, between rollout and step, in a step, at any line."""
 
+import itertools
 import json
+import math
 import os
 import random
 from pathlib import Path
 
 import pytest
-from conftest import Workshop
-from faults.forked import KILLS, Scene, long_form
+from chat_server import ChatServer, reply, serving
+from conftest import Workshop, read_jsonl
+from faults.forked import (
+    KILLS,
+    Scene,
+    assert_same_end,
+    long_form,
+    run_to_completion,
+    start,
+)
 from invariants import sampled
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600), long_form]
@@ -20,6 +30,11 @@ MORE = {
 }  # fmt: skip
 OF_PHASES = ("phase", "rollouts", "shard_file")  # names of modules begin so
 ROLLOUTS = {"steps_per_phase": 2, "dynamic_sampling": 1.0}
+
+
+PROCESSES = {1: ("single", 1), 2: ("ddp", 2)}
+ENDS = ["rollout:3:9", "sealed:1:9", "step:2:9", "rollout:2:15", "sealed:1:15", "step:2:15"]
+"""Places where the last process gets a signal, and how often it is there before."""
 
 
 @pytest.fixture(
@@ -63,3 +78,59 @@ def test_a_killed_run_samples_and_learns_like_an_undisturbed_one(scene):
         assert found == wanted
         number += 1
         assert number < 3 * KILLS, "hardly any kill hits"
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """A run of one process that nothing disturbs, and what all further ones are to have.
+
+    A judge that answers otherwise each time is only logged, so rewards stay those of a rule.
+    """
+    dice = random.Random(SEED)
+
+    def answer(body, text, usage):
+        is_score, chance = bool(body.get("logprobs")), dice.uniform(0.1, 0.9)
+        values = reply(body, "5" if is_score else text, usage)
+        top = [{"token": token, "logprob": math.log(each)} for token, each in
+               (("5", chance), ("1", 1 - chance))]  # fmt: skip
+        if is_score:
+            values["choices"][0]["logprobs"]["content"][0]["top_logprobs"] = top
+        return values
+
+    workshop = Workshop(tmp_path_factory.mktemp("judged"))
+    rubric = workshop.folder / "rubric.yaml"
+    rubric.write_text("name: tone\ncriterion: Polite.\nscores: {1: a, 5: c}\n")
+    judge = {"kind": "judge", "model": "m", "rubric": str(rubric), "weight": 0.0}
+    with (
+        serving(ChatServer(answer=lambda body: "1. Read it.")) as server,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr("chat_server.reply", answer)
+        rewards = (sampled.WORDS, judge | {"url": server.url})
+        # As many micro-batches as processes at most, so that sums have one order.
+        more = {**MORE, "train__micro_batch_size": 8}
+        own = sampled.settings(workshop, rewards=rewards, rollouts=ROLLOUTS, **more)
+        scene = Scene(workshop, "single", 1, own)
+        run_to_completion(scene.config("undisturbed"), attempts=1)
+        yield scene
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_a_run_moves_between_one_process_and_two_at_each_end(judged, first):
+    """The same tokens and rewards, and weights to the bit; the judge is asked once."""
+    config, processes = judged.config(f"from{first}"), itertools.cycle([first, 3 - first])
+    run, undisturbed = map(judged.workshop.run_dir, (f"from{first}", "undisturbed"))
+    for each in ENDS:
+        launch = start(
+            config, *PROCESSES[next(processes)], script="distributed.interrupted", ENDS=each
+        )
+        ended = launch.codes()[-1]
+        assert ended == (-9 if each.endswith(":9") else 75), (each, launch.output())
+    run_to_completion(config, *PROCESSES[next(processes)], attempts=1)
+    assert completions(run) == completions(undisturbed)
+    for one, other in zip(*(read_jsonl(each / "metrics.jsonl") for each in (run, undisturbed))):
+        assert one["reward"] == other["reward"]
+    assert_same_end(run, undisturbed)
+    files = run.glob("rewards/process-*/judge/judge_answers.jsonl")
+    asked = [line["key"] for path in files for line in read_jsonl(path)]
+    assert len(asked) == len(set(asked)) > 100
