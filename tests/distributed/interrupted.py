@@ -8,10 +8,12 @@ import os
 
 import train
 from finetune.engine.topology import Topology
+from finetune.evaluation.judges.weights import Kept
 from finetune.rollouts.collecting import Collector
 from finetune.rollouts.rollouts import Rollouts
 
 PLACES = {
+    "judge": (Kept, "_append"),
     "rollout": (Collector, "rewards"),
     "sealed": (Rollouts, "_open"),
     "step": (Topology, "clip"),  # with gradients, and before the weights move

@@ -33,7 +33,7 @@ ROLLOUTS = {"steps_per_phase": 2, "dynamic_sampling": 1.0}
 
 
 PROCESSES = {1: ("single", 1), 2: ("ddp", 2)}
-ENDS = ["rollout:3:9", "sealed:1:9", "step:2:9", "rollout:2:15", "sealed:1:15", "step:2:15"]
+ENDS = ["judge:6:9", "sealed:1:9", "step:2:9", "rollout:2:15", "sealed:1:15", "step:2:15"]
 """Places where the last process gets a signal, and how often it is there before."""
 
 
