@@ -1,5 +1,6 @@
 """Rewards: what answers are worth, and what becomes of answers that cannot be scored."""
 
+import json
 import math
 import os
 import re
@@ -407,6 +408,24 @@ def test_a_model_that_continues_text_is_refused_before_it_is_asked(tmp_path):
         ConfigError, match=r"rewards.0 \(reward_model\): .*LlamaForCausalLM gives no"
     ):
         rewards(settings)
+
+
+def test_another_version_on_the_hub_is_another_reward(tmp_path, monkeypatch):
+    """A resuming run would otherwise go on with the scores of another model."""
+    repository, found = tmp_path / "hub" / "models--some--scores", set()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (repository / "refs").mkdir(parents=True)
+    for commit in ("a" * 40, "b" * 40):
+        (repository / "snapshots" / commit).mkdir(parents=True)
+        config = {"architectures": ["LlamaForSequenceClassification"]}
+        (repository / "snapshots" / commit / "config.json").write_text(json.dumps(config))
+        (repository / "refs" / "main").write_text(commit)
+        of_reward = rewards({"kind": "reward_model", "model": "some/scores"}).identity()
+        found.add(of_reward["reward reward_model"])
+    assert len(found) == 2
+    with pytest.raises(ConfigError, match=r"rewards.0 \(reward_model\): .*'some/none' cannot be"):
+        rewards({"kind": "reward_model", "model": "some/none"})
 
 
 @pytest.mark.proof

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from finetune.config.base import (
     adapter_problem,
@@ -188,6 +190,18 @@ def load_tokenizer(
         return AutoTokenizer.from_pretrained(
             str(path), revision=revision, trust_remote_code=trust_remote_code
         )
+
+
+def commit_of(name: str) -> str | None:
+    """Return the commit on the Hub that a name stands for now; None for a folder.
+
+    Raises ModelError if the Hub, and its cache here, have no such model.
+    """
+    if os.path.exists(name):
+        return None
+    with translated(f"model {name!r}"):
+        found: str | None = extract_commit_hash(cached_file(name, "config.json"), None)
+    return found
 
 
 def load_chat_tokenizer(path: str, trust_remote_code: bool) -> Any:

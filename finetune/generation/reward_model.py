@@ -23,17 +23,21 @@ class RewardModel:
     """Scores whole conversations, each by its last token, as the export of a reward run does.
 
     path: the `model` of a run, or the run. Any class of transformers for sequence classification
-    with one label, and adapters of one, serve as well. Raises ModelError for another model.
+    with one label, and adapters of one, serve as well. revision: of a model on the Hub. Raises
+    ModelError for another model.
     """
 
     def __init__(
-        self, path: str | Path, device: torch.device | None = None, trust_remote_code: bool = False
-    ) -> None:
+        self, path: str | Path, device: torch.device | None = None,
+        trust_remote_code: bool = False, revision: str | None = None,
+    ) -> None:  # fmt: skip
         inner = Path(path, "model")
         folder = str(inner if inner.is_dir() else path)
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.tokenizer = load_tokenizer(folder, trust_remote_code)
-        self.model = load(folder, trust_remote_code=trust_remote_code, device=self.device).eval()
+        self.tokenizer = load_tokenizer(folder, trust_remote_code, revision)
+        self.model = load(
+            folder, trust_remote_code=trust_remote_code, device=self.device, revision=revision
+        ).eval()
         base = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
         if families.of_model(base) != families.SCORES:
             raise ModelError(

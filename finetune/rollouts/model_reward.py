@@ -17,8 +17,11 @@ class ModelReward:
     """Scores answers by a model of `objective.kind: reward`. Raises ModelError without a model."""
 
     def __init__(self, path: str) -> None:
+        from finetune.export.load import commit_of  # brings torch
+
         self._folder = base.model_in(path)
         base.require_model(self._folder, "model")
+        self._commit = commit_of(self._folder)  # of a model on the Hub
         self._require_scores()
         self._model: Any = None
 
@@ -37,7 +40,9 @@ class ModelReward:
 
     @cached_property
     def identity(self) -> str:
-        """A hash of its files."""
+        """A hash of its files; of a model on the Hub its commit."""
+        if self._commit is not None:
+            return f"{self._folder} {self._commit}"
         found = hashlib.sha256()
         for path in sorted(each for each in Path(self._folder).glob("*") if each.is_file()):
             with path.open("rb") as file:
@@ -49,7 +54,7 @@ class ModelReward:
         if self._model is None:
             from finetune.generation.reward_model import RewardModel  # brings torch
 
-            self._model = RewardModel(self._folder)
+            self._model = RewardModel(self._folder, revision=self._commit)
         asked = [each for each in completions if each.finish_reason != "failed"]
         found = iter(self._scores(asked))
         return [

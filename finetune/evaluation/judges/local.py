@@ -14,7 +14,7 @@ from finetune.data.conversations import Message
 from finetune.data.tokens import encode_prompt
 from finetune.errors import ModelError
 from finetune.evaluation.judges.weights import Note, Question, Weights
-from finetune.export.load import load, load_tokenizer
+from finetune.export.load import commit_of, load, load_tokenizer
 from finetune.generation import generate
 from finetune.models import families
 
@@ -29,12 +29,15 @@ class LocalJudge:
     def __init__(self, path: str, trust_remote_code: bool = False, option: str = "--judge") -> None:
         require_model(path, option)
         self.name = Path(path).parent.name if Path(path).name == "model" else Path(path).name
-        self.identity = f"{path} {_weights_of(Path(path))}"
-        self._tokenizer = load_tokenizer(path, trust_remote_code)
+        commit = commit_of(path)
+        self.identity = f"{path} {commit or _weights_of(Path(path))}"
+        self._tokenizer = load_tokenizer(path, trust_remote_code, commit)
         if not self._tokenizer.chat_template:
             what = f"{option}: {path}: its tokenizer has no chat template"
             raise ModelError(f"{what}; choose a model that answers instructions")
-        self._load: Callable[[], Any] = lambda: load(path, trust_remote_code=trust_remote_code)
+        self._load: Callable[[], Any] = lambda: load(
+            path, trust_remote_code=trust_remote_code, revision=commit
+        )
         self._path, self._option = path, option
         self._loaded: Any = None
         self._spellings: dict[str, list[int]] = {}
