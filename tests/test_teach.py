@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_LLAMA, read_jsonl, write_jsonl
+from test_head import Largest
 
 from finetune.__main__ import main
 from finetune.data.taught import Scored, Taught
 from finetune.errors import ConfigError, DataError
+from finetune.models import cross_entropy
 from finetune.models.load import bytes_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -43,6 +45,20 @@ def test_all_tokens_stored_train_as_the_teacher_itself(workshop, teacher):
     stored = workshop.train("stored", **STEPS, data__train=str(rows))
     assert values(stored) == pytest.approx(values(beside), rel=1e-6, abs=1e-7)
     assert values(stored, "grad_norm") == pytest.approx(values(beside, "grad_norm"), rel=1e-4)
+
+
+@pytest.mark.proof
+def test_a_teachers_logits_are_there_for_a_few_tokens_at_once(workshop, teacher, monkeypatch):
+    """Of answers of 70 tokens, several rows at once; a layer's states have 64 numbers a token."""
+    rows = [{"question": "why", "answer": f"{number:02} " + 67 * "a"} for number in range(16)]
+    write_jsonl(workshop.rows, rows)
+    with Largest() as usual:
+        teach(workshop, teacher, top=4)
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 7 * 8 * 261)
+    with Largest() as few:
+        teach(workshop, teacher, top=4, name="again")
+    assert usual.numbers >= 4 * 70 * 261, "else this shows nothing"
+    assert few.numbers < usual.numbers / 2
 
 
 def test_every_token_of_plain_text_is_taught_as_clm_learns_it(workshop, teacher):
