@@ -17,7 +17,7 @@ class TimeLimit:
     """A context manager that ends its block after `seconds` with a DataError about `what`.
 
     A signal interrupts Python code and the search for a regular expression, but no other code in
-    C. Only the main thread gets it: in others there is no limit.
+    C. Only the main thread gets it; other threads have no limit.
     """
 
     def __init__(self, seconds: float, what: str, hint: str = "make it faster") -> None:

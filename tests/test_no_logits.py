@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import short
 from test_head import Largest
 from test_preference import batch_of, pairs_of, policy_of
 
@@ -54,7 +55,7 @@ def most(batch):
     return VOCABULARY * 32
 
 
-@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize("kind", short([*SETTINGS], "dpo", "grpo"))
 def test_an_objective_learns_and_evaluates_without_all_logits(batch, kind):
     objective, settings = OBJECTIVES[kind], SETTINGS[kind]
     _, policy = policy_of(0, objective.heads, VOCABULARY)

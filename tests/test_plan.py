@@ -318,6 +318,7 @@ def test_a_frozen_copy_is_counted_where_one_is_loaded():
     assert "frozen copy" not in without.forecast(SINGLE).device
 
 
+@pytest.mark.proof
 def test_sampling_may_need_more_than_a_step_and_smaller_shards_are_advised():
     many = SAMPLED | {"rollouts": SAMPLED["rollouts"] | {"shard_size": 64}}
     chooser = chooser_of(ONE_LAYER, **OF_SAMPLED | {"objective": many})
@@ -330,6 +331,7 @@ def test_sampling_may_need_more_than_a_step_and_smaller_shards_are_advised():
     assert change.startswith("objective.rollouts.shard_size: 2")
 
 
+@pytest.mark.proof
 def test_a_plan_says_what_a_server_on_the_same_gpu_may_take(workshop, capsys):
     """A tenth of a GB of weights, gradients and optimizer, the contexts of both, of 8 GB."""
     served = {"kind": "server", "url": "http://localhost:9", "model": "x", "sleep": True}

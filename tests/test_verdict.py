@@ -128,7 +128,7 @@ def test_answers_that_failed_and_that_were_cut_are_counted():
     tuned[1:] = [replace(each, finish_reason="length") for each in tuned[1:]]
     shown = table.text(replace(found, answers={"base": base, "tuned": tuned}), 0, 8)
     assert (
-        "failed                 1       0   answers that did not come, mostly: the model refuses: no"
+        "failed                 1       0   answers that did not come, mostly: the model refuses:"
         in shown
     )
     assert "cut                    0       2   answers not ended after 8 tokens" in shown
