@@ -10,6 +10,7 @@ from conftest import ROOT, TINY_LLAMA, short
 from finetune import config as configs
 from finetune import run as runs
 from finetune.__main__ import main as command
+from finetune.config.objective_fields import Ppo
 from finetune.engine import gpu
 from finetune.engine.topology.launch import ParallelConfig
 from finetune.errors import ModelError
@@ -143,7 +144,9 @@ def test_a_forecast_of_auto_takes_what_it_may_come_to(on_gpu):
     assert chooser.config.train.gradient_checkpointing is on_gpu
 
 
-def compiled(monkeypatch, minutes, parallel=SINGLE, device=GPU, has_compiler=True, wanted="auto"):
+def compiled(
+    monkeypatch, minutes, parallel=SINGLE, device=GPU, has_compiler=True, wanted="auto", **objective
+):  # fmt: skip
     """Settle train.compile of a run that takes about so long on one H100."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(recompute, "has_compiler", lambda: has_compiler)
@@ -152,6 +155,8 @@ def compiled(monkeypatch, minutes, parallel=SINGLE, device=GPU, has_compiler=Tru
     )
     tokens = minutes * 60 * gpu.SHARE_OF_PEAK * 989e12 / (6 * 8e9)
     config = config_of(micro_batch_size=1, compile=wanted)
+    if objective:
+        config = config.model_copy(update=objective)
     with torch._dynamo.config.patch(suppress_errors=False):
         config, line = gpu.with_compilation(config, topology, int(8e9), tokens)
         return config.train.compile, line, torch._dynamo.config.suppress_errors
@@ -178,6 +183,12 @@ def test_layers_of_a_long_run_on_a_gpu_are_compiled(monkeypatch):
 )
 def test_layers_are_not_compiled_where_that_does_not_pay_or_cannot_be(monkeypatch, case):
     assert compiled(monkeypatch, **case) == (False, "", False)
+
+
+def test_layers_that_score_what_they_learn_are_not_compiled(monkeypatch):
+    """Only layers in training are, and compiled ones round otherwise: the ratio would not be 1."""
+    ppo = Ppo(kind="ppo", rewards=[{"kind": "length", "most_tokens": 9, "grace_tokens": 3}])
+    assert compiled(monkeypatch, minutes=999, objective=ppo) == (False, "", False)
 
 
 @pytest.mark.parametrize("wanted", [True, False])

@@ -1,6 +1,7 @@
 """Every objective on a pretended GPU: no tensor stays on the CPU, and the host waits for none."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from finetune.models.policy import Policy
 from finetune.objectives import OBJECTIVES, preference
 from finetune.objectives.base import as_divisors, total, with_blank_reference
 from finetune.rollouts import sampling
+from finetune.rollouts.rollouts import Rollouts
 
 SMALL = {
     "data__max_length": 256, "train__global_batch_size": 8, "train__micro_batch_size": 4,
@@ -178,6 +180,19 @@ def test_a_gpu_draws_the_same_tokens_and_waits_for_none_of_them():
                 for one, other in zip(found, wanted):
                     np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
     assert len(counts[0]) == len(counts[1]) <= 2, counts
+
+
+@pytest.mark.parametrize(("device", "wanted"), [(CUDA, "pinned"), (torch.device("cpu"), "plain")])
+def test_completions_reach_a_gpu_from_page_locked_memory(device, wanted):
+    """From other memory each copy makes the host wait."""
+    batch = SimpleNamespace(name="plain", pinned=lambda: SimpleNamespace(name="pinned"))
+    run = SimpleNamespace(
+        asked=SimpleNamespace(phase_of=lambda step: (0, step)),
+        around=SimpleNamespace(topology=SimpleNamespace(device=device, part=lambda it: it)),
+        _batches=SimpleNamespace(at=lambda step: [batch], totals=lambda step: {"tokens": 3}),
+    )
+    [found], totals = Rollouts.at(run, 0)
+    assert (found.name, totals) == (wanted, {"tokens": 3})
 
 
 def test_numbers_of_tokens_come_back_once_a_micro_batch(workshop):

@@ -589,6 +589,26 @@ def test_completions_of_another_distribution_count_less():
     assert (advantages.sampler_weights(scored, "none", 3.0) == 1).all()
 
 
+@pytest.mark.parametrize(
+    ("length", "of_completions", "dropped"),
+    [(64, 0.949, 0.0), (512, 0.73, 0.007), (4096, 0.28, 0.07)],
+)
+def test_roundings_of_long_completions_leave_few_of_them_by_sequence(
+    length, of_completions, dropped
+):
+    """Log-ratios of 0.03 nats, as 16 bits have: how many of 300 count, (sum w)^2 / sum w^2."""
+    ahead = np.random.default_rng(length).normal(-(0.03**2) / 2, 0.03, 300 * length)
+    scored = Scored(
+        np.zeros(300), np.zeros(300, int), np.arange(1, 301) * length, np.zeros(300, bool),
+        ahead.astype(np.float32), np.zeros(300 * length, np.float32),
+    )  # fmt: skip
+    weights = {how: advantages.sampler_weights(scored, how, 3.0) for how in ("sequence", "token")}
+    count = {how: each.sum() ** 2 / (each**2).sum() / len(each) for how, each in weights.items()}
+    assert count["token"] > 0.998
+    assert count["sequence"] == pytest.approx(of_completions, abs=0.1)
+    assert (weights["sequence"] == 0).mean() == pytest.approx(dropped, abs=0.04)
+
+
 def test_ppo_gives_the_reward_at_the_end_and_the_divergence_at_each_token():
     objective, settings = chosen("ppo", beta=0.5, gae_lambda=1.0)
     zeros = np.zeros(3, np.float32)

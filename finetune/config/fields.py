@@ -380,7 +380,8 @@ class Train(Section):
     compile: Literal["auto"] | bool = "auto"
     """Compile the layers with torch.compile.
     Steps are faster after a first one of a minute or two; needs a C++ compiler.
-    auto: on a GPU, if the run is long enough to earn it and nothing forbids it; on a CPU not.
+    auto: on a GPU, if the run is long enough to earn it and nothing forbids it; on a CPU not, and
+    not with rollouts, whose first ratio is 1 only if the same kernels score and learn.
     """
     float8: Literal["rowwise"] | bool = False
     """Multiply the large matrices of the layers in float8 while training; all else in bf16.

@@ -216,10 +216,11 @@ class PolicyGradient(Section):
     """How far above 1 the ratio of probabilities still teaches where the advantage is positive."""
     dual_clip: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
     """Largest ratio that counts where the advantage is negative; null: any (Ye et al., 2020)."""
-    sampler_correction: Literal["sequence", "token", "none"] = "sequence"
+    sampler_correction: Literal["token", "sequence", "none"] = "token"
     """How to weight completions of a sampler whose log-probabilities differ from the policy's.
-    sequence: by the ratio of the whole completion, 0 beyond sampler_cap;
-    token: each token by its own ratio, at most sampler_cap.
+    token: each token by its own ratio, at most sampler_cap;
+    sequence: by the ratio of the whole completion, 0 beyond sampler_cap. In 16 bits roundings add
+    up over a completion, and of long ones only few would count.
     """
     sampler_cap: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 3.0
     """Largest weight that sampler_correction gives."""

@@ -25,7 +25,7 @@ from finetune.objectives.policy_gradient import ADVANTAGES, OLD
 from finetune.objectives.sft import CROSS_ENTROPY
 
 CLIP = 0.2  # of Schulman et al., 2017, as MiniLLM has it
-SAMPLER_CAP = 3.0  # largest weight of a completion of another sampler, as in grpo
+SAMPLER_CAP = 3.0  # largest weight of a token of another sampler, as in grpo
 
 
 class Distill(Objective):
@@ -51,7 +51,7 @@ class Distill(Objective):
         assert scored.teacher is not None
         rewards = scored.teacher - scored.old_logprobs.astype(np.float64)
         later = advantages.of_later(rewards, scored.ends, settings.length_normalization)
-        weights = advantages.sampler_weights(scored, "sequence", SAMPLER_CAP)
+        weights = advantages.sampler_weights(scored, "token", SAMPLER_CAP)
         kl = -scored.sums(rewards)[scored.lengths > 0]
         return {ADVANTAGES: weights * later}, {"sequence_kl": float(kl.mean())} if len(kl) else {}
 

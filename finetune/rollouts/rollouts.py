@@ -62,7 +62,10 @@ class Rollouts:
         """Return this process's micro-batches of a step, and the totals over all processes."""
         _, number = self.asked.phase_of(step)
         assert self._batches is not None, "ready comes before at"
-        mine = [self.around.topology.part(batch) for batch in self._batches.at(number)]
+        topology = self.around.topology
+        mine = [topology.part(batch) for batch in self._batches.at(number)]
+        if topology.device.type == "cuda":  # as `Prefetch`: other memory makes the host wait
+            mine = [batch.pinned() for batch in mine]
         return mine, self._batches.totals(number)
 
     def places(self, step: int) -> list[str]:
