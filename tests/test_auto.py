@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT, TINY_LLAMA, short
 
 from finetune import config as configs
-from finetune import run as runs
+from finetune import opening
 from finetune.__main__ import main as command
 from finetune.config.objective_fields import Ppo
 from finetune.engine import gpu
@@ -49,7 +49,7 @@ def sized(limit, monkeypatch, device=GPU, **train):
         device=device, precision="bf16", parallel=SINGLE, num_data=1, is_main=True,
         on_main=lambda work: work(), processes=SimpleNamespace(gather=lambda value: [value]),
     )  # fmt: skip
-    config, reserved = runs.sized(config_of(**train), topology)
+    config, reserved = opening.sized(config_of(**train), topology)
     return config.train.micro_batch_size, config.train.gradient_checkpointing, reserved
 
 

@@ -29,7 +29,7 @@ def with_compilation(
     compiled = config.changed("train", compile=True)
     if topology.device.type == "cuda" and config.train.float8:
         return compiled, "train.compile: auto compiles the layers, as train.float8 needs it"
-    # Only layers that learn are compiled: what scores completions beside them would round otherwise.
+    # Only layers that learn are compiled: what scores completions before would round otherwise.
     can_compile = recompute.has_compiler() and not config.rollouts
     if topology.device.type == "cuda" and can_compile:
         peak = peak_rate(torch.cuda.get_device_name(topology.device)) or SLOW_GPU
