@@ -287,6 +287,10 @@ def test_alpha_is_krippendorffs(scale, wanted):
 
 
 def test_alpha_needs_values_to_compare():
+    columns = [[value for value in column if value is not None] for column in zip(*RATED)]
+    for scale in ("nominal", "ordinal", "interval"):
+        twice = agreement.alpha([2 * list(rater) for rater in RATED], scale)
+        assert agreement.alpha_of([*columns, *columns[::-1]], scale) == pytest.approx(twice)
     assert agreement.alpha([[1, 2], [None, None]]) is None
     assert agreement.alpha([[1, 1], [1, 1]]) is None
     assert agreement.alpha([[1, 2, 3], [1, 2, 3]], "interval") == 1

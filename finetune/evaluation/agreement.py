@@ -9,7 +9,8 @@ The prediction-powered interval measures this error on the labelled rows and cor
 holds for any judge; a good judge makes it narrow.
 """
 
-from collections.abc import Hashable, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,14 +48,22 @@ def alpha(ratings: Sequence[Sequence[float | None]], scale: Scale = "nominal") -
     values differ; nominal: at all; ordinal: by the number of ratings between them; interval: by the
     square of their distance. None where fewer than two values can be compared, or all are equal.
     """
-    columns = [[value for value in column if value is not None] for column in zip(*ratings)]
-    columns = [column for column in columns if len(column) > 1]
+    return alpha_of(
+        ([value for value in column if value is not None] for column in zip(*ratings)), scale
+    )
+
+
+def alpha_of(answers: Iterable[Sequence[float]], scale: Scale = "nominal") -> float | None:
+    """Return the same of the ratings of each answer, in any order."""
+    columns = [column for column in answers if len(column) > 1]
     values = sorted({value for column in columns for value in column})
     number = {value: place for place, value in enumerate(values)}
     pairs = np.zeros((len(values), len(values)))  # of ratings of the same answer, each way
-    for column in columns:
+    # Answers that were rated alike count together: few, where values are few.
+    alike = Counter(tuple(sorted(column)) for column in columns)
+    for column, times in alike.items():
         counts = np.bincount([number[value] for value in column], minlength=len(values))
-        pairs += (np.outer(counts, counts) - np.diag(counts)) / (len(column) - 1)
+        pairs += times * (np.outer(counts, counts) - np.diag(counts)) / (len(column) - 1)
     if len(values) < 2:
         return None
     totals = pairs.sum(0)

@@ -26,7 +26,8 @@ MIDDLE = 1_000.0
 """Mean rating of all models, as only differences have a meaning."""
 MOST = 8.0
 """Coefficients from which a likelihood has no maximum: odds of 3,000 to 1 of an average model."""
-RIDGE, PRECISION, LONGEST_STEP, MOST_STEPS = 1e-9, 1e-10, 2.0, 60  # of Newton's method
+RIDGE, LONGEST_STEP, MOST_STEPS = 1e-9, 2.0, 60  # of Newton's method
+PRECISION = 1e-4  # of its last step, whose square is about the error that is left
 DRAWS = 1_000
 K = 32.0  # of Elo: points that a surprising vote moves at most
 ORDERS = 100  # of the votes, over which Elo is averaged: their own order has no meaning
@@ -146,7 +147,8 @@ def _bootstrap(
 
     def fit(times: np.ndarray | None, start: np.ndarray | None = None) -> np.ndarray:
         counts = np.bincount(line, times, minlength=len(lines)).astype(float)
-        return _fit(matrix, points, counts, len(names), start)
+        drawn = counts > 0
+        return _fit(matrix[drawn], points[drawn], counts[drawn], len(names), start)
 
     groups, random = clusters_of(votes), np.random.default_rng(0)
     found, count, sampled = fit(None), int(groups.max()) + 1, []
@@ -237,7 +239,7 @@ def _fit(
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return np.exp(-np.logaddexp(0, -x))
+    return 1 / (1 + np.exp(-x))
 
 
 def _bounded(sampled: Sequence[np.ndarray], count: int) -> np.ndarray:
@@ -288,16 +290,17 @@ def elo(votes: Sequence[Vote], k: float = K, orders: int = ORDERS) -> dict[str, 
     """
     names = sorted({name for vote in votes for name in vote.models})
     number = {name: place for place, name in enumerate(names)}
-    pairs = np.array([[number[name] for name in vote.models] for vote in votes]).T
+    one, other = np.array([[number[name] for name in vote.models] for vote in votes]).T.copy()
     points = np.array([vote.points for vote in votes])
     random = np.random.default_rng(0)
-    ratings = np.full((orders, len(names)), MIDDLE)
-    each = np.arange(orders)
-    order = np.array([random.permutation(len(votes)) for _ in each])
-    for turn in order.T:  # the next vote of each order
-        first, second = pairs[0, turn], pairs[1, turn]
-        logits = (ratings[each, second] - ratings[each, first]) / POINTS
-        moved = k * (points[turn] - _sigmoid(logits))
-        ratings[each, second] += moved
-        ratings[each, first] -= moved
-    return {name: float(ratings[:, number[name]].mean()) for name in names}
+    ratings = np.full(orders * len(names), MIDDLE)  # [orders, models], flat, as it is faster so
+    start = np.arange(orders) * len(names)
+    order = np.array([random.permutation(len(votes)) for _ in range(orders)])
+    for turn in np.ascontiguousarray(order.T):  # the next vote of each order
+        first, second = start + one.take(turn), start + other.take(turn)
+        logits = (ratings.take(second) - ratings.take(first)) / POINTS
+        moved = k * (points.take(turn) - _sigmoid(logits))
+        ratings[second] += moved
+        ratings[first] -= moved
+    means = ratings.reshape(orders, len(names)).mean(0)
+    return dict(zip(names, means.tolist()))

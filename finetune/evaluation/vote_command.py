@@ -123,13 +123,10 @@ def _weight(name: str, weight: Estimate) -> str:
 
 def _among_people(people: Sequence[Vote]) -> Iterator[str]:
     """Say how well people agree on the pairs that several have voted on."""
-    raters = sorted({vote.rater for vote in people})
-    pairs = sorted({vote.pair for vote in people})
-    if len(raters) < 2:
-        return
-    given = {(vote.rater, vote.pair): _points(vote) for vote in people}
-    table = [[given.get((rater, pair)) for pair in pairs] for rater in raters]
-    found = agreement.alpha(table, "ordinal")
+    given: dict[Pair, dict[str, float]] = defaultdict(dict)
+    for vote in people:
+        given[vote.pair][vote.rater] = _points(vote)
+    found = agreement.alpha_of([[*each.values()] for each in given.values()], "ordinal")
     if found is not None:
         yield f"people agree by Krippendorff's alpha {found:.2f} (1: always; 0: as by chance)"
 

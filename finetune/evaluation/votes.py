@@ -14,6 +14,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,12 +51,12 @@ class Vote:
         """Return what the second model gets: 1, 0, or 0.5 for a tie."""
         return {"first": 0.0, "tie": 0.5, "second": 1.0}[self.better]
 
-    @property
+    @cached_property
     def question(self) -> str:
         """Return the text of the prompt."""
         return "\n".join(message["content"] for message in self.prompt)
 
-    @property
+    @cached_property
     def pair(self) -> "Pair":
         """Return what was compared, whichever side each answer was on."""
         sides = sorted(zip(self.models, self.answers))
@@ -119,9 +120,10 @@ def _lines(path: str) -> list[bytes]:
 
 def _vote(place: str, line: bytes) -> Vote:
     try:
-        # Halves of characters, which JSON may escape, cannot be written again.
-        text = json.dumps(json.loads(line.decode()), ensure_ascii=False)
-        values = json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        values = json.loads(line.decode())
+        if b"\\u" in line:  # halves of characters, which JSON may escape, cannot be written again
+            text = json.dumps(values, ensure_ascii=False)
+            values = json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
     except (ValueError, RecursionError) as exc:
         what = short(line.decode("utf-8", "replace"))
         raise DataError(f"{place}: should be a vote in JSON, got {what}") from exc
