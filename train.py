@@ -15,7 +15,7 @@ import traceback
 from finetune import config as configs
 from finetune import cores, failures
 from finetune.config import paths
-from finetune.console import BrokenPipeProof
+from finetune.console import BrokenPipeProof, visible
 from finetune.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_USER_ERROR, DeviceError, Preempted
 from finetune.survival.preemption import StopFlag
 
@@ -64,7 +64,7 @@ def report(exc: BaseException) -> int:
         traceback.print_exception(exc)
     if error is None:
         return EXIT_FAILED
-    rank, message = os.environ.get("RANK", "0"), f"{error.label}: {error}"
+    rank, message = os.environ.get("RANK", "0"), visible(f"{error.label}: {error}")
     is_users = error.exit_code == EXIT_USER_ERROR
     if is_users and rank != "0":  # most are the same on every process: rank 0 shows all of it
         message = message.partition("\n")[0]

@@ -13,6 +13,7 @@ import sys
 
 from finetune import failures, places
 from finetune.config import note_repeats, paths
+from finetune.console import visible
 from finetune.errors import EXIT_COMPLETE, EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USER_ERROR
 
 COMMANDS = {
@@ -107,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
         error = failures.translate(exc)
         if error is None:
             raise
-        print(f"{error.label}: {error}", file=sys.stderr)
+        print(visible(f"{error.label}: {error}"), file=sys.stderr)
         return error.exit_code
 
 

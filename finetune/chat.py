@@ -10,6 +10,7 @@ from typing import Any
 from finetune import moderation, page, places
 from finetune.config import paths
 from finetune.config.kinds import temperature_argument
+from finetune.console import visible
 from finetune.data.conversations import Message
 from finetune.data.templates import PROMPT, QUESTION
 from finetune.errors import DataError, FinetuneError, ModelError, UserError
@@ -233,7 +234,7 @@ class Chat:
         if found:
             _log(f"refused: {found.reason}")
         if self._moderation:
-            print(found.refusal if found else text)
+            _print((found.refusal if found else text) + "\n", None)
         return found.refusal if found else text
 
     def _generated(self) -> str:
@@ -260,7 +261,8 @@ class Chat:
 
 
 def _print(text: str, tokens: object) -> None:
-    print(text, end="", flush=True)
+    """Print a part of an answer: visibly on a terminal, which would obey it, as it is elsewhere."""
+    print(visible(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def shown(token: Token) -> str:
@@ -278,4 +280,4 @@ def _visible(text: str) -> str:
 
 
 def _log(text: str) -> None:
-    print(text, file=sys.stderr)
+    print(visible(text), file=sys.stderr)

@@ -28,6 +28,7 @@ import yaml
 from finetune import failures, files, places
 from finetune.config import from_yaml, paths
 from finetune.config.base import model_argument, model_in, require_model
+from finetune.console import visible
 from finetune.data import rows, source_files
 from finetune.data.places import short
 from finetune.data.problems import Problems
@@ -360,7 +361,7 @@ def main(arguments: argparse.Namespace) -> None:
     }  # fmt: skip
     with failures.writing(Path(folder)):
         files.write_whole(Path(folder, FILE), json.dumps(note, indent=1) + "\n")
-    print(_report(label, threshold, found))
+    print(visible(_report(label, threshold, found)))
 
 
 def _report(label: str, threshold: float, found: dict[str, Measured]) -> str:

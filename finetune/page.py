@@ -12,19 +12,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from finetune import failures, files
+from finetune import console, failures, files
 from finetune.errors import UserError
 
 # Begins every page: `write` replaces no other file.
 MARK = '<!doctype html>\n<html lang="en"><head><meta name="generator" content="finetune">'
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
-# Text of rows may hold control characters, which HTML forbids and terminals obey. They become the
-# symbols that Unicode has for them; line ends and tabs stay.
-CONTROLS: dict[int, str] = {
-    **{code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"},
-    0x7F: "\u2421",
-    **{code: f"\\x{code:02x}" for code in range(0x80, 0xA0)},
-}
 # What JSON leaves as it is and a page must not hold; "<" could end a script before its time.
 ESCAPED = {
     code: f"\\u{code:04x}" for code in (ord("<"), *range(0x7F, 0xA0), *range(0xD800, 0xE000))
@@ -80,8 +73,8 @@ def text(content: object) -> str:
 
 
 def plain(content: str) -> str:
-    """Return text without control characters, of which a terminal would obey some."""
-    return content.translate(CONTROLS)
+    """Return text as a page and a terminal show it: HTML forbids control characters."""
+    return console.visible(content)
 
 
 def data(values: Any) -> str:

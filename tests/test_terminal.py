@@ -18,6 +18,7 @@ from finetune.__main__ import main
 from finetune.engine import metrics
 from finetune.engine.metrics import Metrics
 from finetune.engine.progress import Progress
+from finetune.evaluation import held_out
 from finetune.generation import generate
 
 QUICK = {"train__max_steps": 1, "train__micro_batch_size": 8}
@@ -35,6 +36,26 @@ def test_a_run_reports_on_standard_output_and_prints_two_samples(workshop, capsy
     lines = [line for line in output.out.splitlines() if line.startswith("step 2/2  ")]
     assert [line.split("  ")[2] for line in lines if "  sample  " in line] == ["one", "two"]
     assert lines[-1].endswith(f"1 more in {run}/samples.jsonl")
+
+
+HOSTILE = "\x1b]0;owned\x07 \x1b[2J\r\x7f\x9b1m"
+
+
+@pytest.mark.parametrize(
+    "show",
+    [
+        lambda: chat._print(HOSTILE, None), lambda: chat._log(HOSTILE),
+        lambda: metrics.log(HOSTILE), lambda: generate.log(HOSTILE),
+        lambda: held_out.note(HOSTILE), lambda: main(["votes", HOSTILE]),
+    ],
+    ids=["answer", "chat", "run", "generation", "evaluation", "error"],
+)  # fmt: skip
+def test_a_terminal_obeys_no_text_of_models_rows_or_files(show, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    show()
+    printed = "".join(capsys.readouterr())
+    assert not re.findall("[\x00-\x08\x0b-\x1f\x7f-\x9f]", printed)
+    assert "␛]0;owned␇ ␛[2J␍␡\\x9b1m" in printed
 
 
 def test_a_complete_run_names_the_commands_that_come_next(workshop, capsys):

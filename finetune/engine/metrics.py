@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from finetune.console import visible
 from finetune.engine import chips
 from finetune.engine.logs import Log
 from finetune.engine.progress import Progress
@@ -24,7 +25,7 @@ SHOWN_SAMPLES, SHOWN_CHARACTERS = 2, 100  # of the answers to evaluation.sample_
 
 def log(message: str) -> None:
     """Print a message for the user to standard output, above any progress bar."""
-    tqdm.write(message, file=sys.stdout)
+    tqdm.write(visible(message), file=sys.stdout)
     sys.stdout.flush()  # a file or a pipe would buffer it
 
 

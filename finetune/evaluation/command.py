@@ -15,6 +15,7 @@ from finetune.config import paths
 from finetune.config.base import model_argument
 from finetune.config.kinds import temperature_argument
 from finetune.config.own import own_format
+from finetune.console import visible
 from finetune.data.column_names import FORMATS
 from finetune.errors import ConfigError, UserError
 from finetune.evaluation import (
@@ -215,7 +216,7 @@ def _compare(request: Request, arguments: argparse.Namespace, judges: Judging) -
     compared, beside = None, Beside()
     if benches is not None and saved_answers.share_of_process()[0] == 0:
         compared = benches.compare(models, arguments.trust_remote_code)
-        print(compared.text() + "\n")
+        print(visible(compared.text()) + "\n")
         beside = compared.facts
     if rows is not None:
         _compare_on_rows(rows, request, models, arguments, judges, beside)
@@ -315,24 +316,24 @@ def _show(
 ) -> None:  # fmt: skip
     """Print the table and the verdict; write --output and the report."""
     count, clean = len(results.prompts), results
-    print(table.text(results, arguments.examples, arguments.max_new_tokens))
+    print(visible(table.text(results, arguments.examples, arguments.max_new_tokens)))
     if more := scores.details(list(results.scorers.values()), results.answers):
-        print("\n" + "\n".join(more))
+        print(visible("\n" + "\n".join(more)))
     if trained and len(trained) < count:
         listed = trained_rows.listing(results.prompts, trained)
-        print(f"\nwithout {len(trained):,} rows that were trained on:{listed}")
+        print(visible(f"\nwithout {len(trained):,} rows that were trained on:{listed}"))
         clean = results.subset([row for row in range(count) if row not in trained])
-        print(table.text(clean, 0, arguments.max_new_tokens))
+        print(visible(table.text(clean, 0, arguments.max_new_tokens)))
     if of_corpus := corpus.of_results(clean):
         print("", *map(table.of_corpus, of_corpus), sep="\n")
         clean = replace(clean, beside=replace(clean.beside, corpus_scores=of_corpus))
     if lines := list(judges.report(clean)):
-        print("", *lines, sep="\n")
+        print("", *map(visible, lines), sep="\n")
     if arguments.output:
         output.write(Path(arguments.output), results)
     if BASE in results.models and TUNED in results.models:
         found = verdict.of(clean, smallest=arguments.smallest_effect)
-        print(f"\nverdict: {found.sentence}")
+        print(visible(f"\nverdict: {found.sentence}"))
         report_files.write(clean, found, arguments, run)
 
 

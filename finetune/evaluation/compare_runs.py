@@ -8,6 +8,7 @@ from pathlib import Path
 
 from finetune import curves, page
 from finetune.config import paths
+from finetune.console import visible
 from finetune.data.places import short
 from finetune.errors import RunDirectoryError
 from finetune.evaluation import report, results_file, rounds, run_facts, statistics
@@ -67,7 +68,7 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.html:
         page.require_writable(arguments.html, "--html")
     runs = [opened(run, curves.name_of(run, arguments.runs)) for run in arguments.runs]
-    print(text(runs, arguments.price))
+    print(visible(text(runs, arguments.price)))
     if arguments.html:
         page.write(arguments.html, html(runs, arguments.price), "--html")
         print(arguments.html)

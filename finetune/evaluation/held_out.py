@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any
 
 from finetune import own_code
+from finetune.console import visible
 from finetune.data import clusters, rows, source_files, verdicts
 from finetune.data.conversations import Conversation, Sample, without_thoughts
 from finetune.data.places import list_columns, short
@@ -20,7 +21,7 @@ from finetune.generation.completions import Prompt
 def note(text: str) -> None:
     """Print a note; of several processes only the first does."""
     if share_of_process()[0] == 0:
-        print(f"note: {text}", file=sys.stderr)
+        print(visible(f"note: {text}"), file=sys.stderr)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from finetune import failures, files
 from finetune.config import paths
+from finetune.console import visible
 from finetune.errors import UserError
 from finetune.evaluation import (
     analysis,
@@ -135,7 +136,7 @@ def write(
         results, verdict, decides, lambda: nearest.of_run(run) if run else [], arguments.before
     )
     for line in summary(found):
-        print(line)
+        print(visible(line))
     if folder := folder_of(arguments.report, run):
         save(folder, found)
         print(f"report: {folder / 'report.html'}")

@@ -41,7 +41,7 @@ def _table(results: Results, max_new_tokens: int) -> Iterator[str]:
     failed = {name: [a.why for a in of if a.finish_reason == "failed"] for name, of in given}
     if line := _counts({name: len(of) for name, of in failed.items()}):
         whys = Counter(why for of in failed.values() for why in of if why)
-        reason = f", mostly: {page.plain(whys.most_common(1)[0][0])}" if whys else ""
+        reason = f", mostly: {whys.most_common(1)[0][0]}" if whys else ""
         yield f"{'failed':<{left}}{line}   answers that did not come{reason}"
     if line := _counts({name: sum(a.is_cut for a in of) for name, of in given}):
         yield (

@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 
 from finetune.config import paths
 from finetune.config.base import is_adapter, model_argument, recorded_base, require_model
+from finetune.console import visible
 from finetune.errors import ModelError, UserError
 from finetune.export import combine, copying, gguf, hub, merge, model_card, ollama
 from finetune.export.load import load_tokenizer, require_base
@@ -183,4 +184,4 @@ def _ends(folder: Path, tokenizer: Any) -> list[str]:
 
 
 def _log(text: str) -> None:
-    print(text, file=sys.stderr)
+    print(visible(text), file=sys.stderr)

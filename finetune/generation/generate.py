@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
 
+from finetune.console import visible
 from finetune.data import chat_templates, templates
 from finetune.data.control_tokens import ControlTokens
 from finetune.data.conversations import Conversation, Message
@@ -48,7 +49,7 @@ def at_least(minimum: int) -> Callable[[str], int]:
 
 def log(message: str) -> None:
     """Print one line on stderr, above any progress bar."""
-    tqdm.write(message, file=sys.stderr)
+    tqdm.write(visible(message), file=sys.stderr)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from finetune import config, failures, files
 from finetune.config import paths
+from finetune.console import visible
 from finetune.data import readers, source_files
 from finetune.data.column_names import FORMATS
 from finetune.data.places import Row, printable, short
@@ -252,7 +253,7 @@ class Frame:
             self._reject({"place": place, "reason": reason, **more, "row": row.values}, place)
 
     def note(self, text: str) -> None:
-        tqdm.write(f"note: {text}", file=sys.stderr)
+        tqdm.write(visible(f"note: {text}"), file=sys.stderr)
 
     def _check_outputs(self) -> None:
         """Raise UserError for a file that may not or cannot be written, before the work."""
@@ -293,7 +294,7 @@ class Frame:
             parts = [", ".join([*parts, f"{self.written:,} {rows}written"])]
         parts += [f"{count:,} dropped ({reason})" for reason, count in sorted(self.dropped.items())]
         parts += [f"{count:,} {what}" for what, count in sorted(self.changed.items())]
-        tqdm.write(f"{self.program}: " + "; ".join(parts), file=sys.stderr)
+        tqdm.write(visible(f"{self.program}: " + "; ".join(parts)), file=sys.stderr)
         if not self.arguments.counts:
             return
         values = {

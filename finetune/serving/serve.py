@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from finetune import moderation, places
+from finetune.console import visible
 from finetune.export import lineup
 from finetune.export.lineup import TUNED
 from finetune.generation.generate import at_least
@@ -146,4 +147,4 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def _log(text: str) -> None:
-    print(text, file=sys.stderr)
+    print(visible(text), file=sys.stderr)
