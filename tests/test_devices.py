@@ -17,6 +17,7 @@ from finetune.data.taught import IDS, LOGPROBS
 from finetune.engine.companion import Companion
 from finetune.engine.token_values import logprobs_as, token_values
 from finetune.engine.topology import Topology
+from finetune.errors import TrainingDiverged
 from finetune.models import build as models
 from finetune.models import head
 from finetune.models.policy import Policy
@@ -180,6 +181,14 @@ def test_a_gpu_draws_the_same_tokens_and_waits_for_none_of_them():
                 for one, other in zip(found, wanted):
                     np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
     assert len(counts[0]) == len(counts[1]) <= 2, counts
+
+
+def test_a_policy_that_says_nan_ends_with_a_reason():
+    """Its token would be behind the vocabulary, which on a GPU ends the process."""
+    model = model_of(0)
+    torch.nn.init.constant_(model.lm_head.weight, float("nan"))
+    with pytest.raises(TrainingDiverged, match="NaN while it samples: .* lower optimizer.lr"):
+        drawn(model, 4)
 
 
 @pytest.mark.parametrize(("device", "wanted"), [(CUDA, "pinned"), (torch.device("cpu"), "plain")])

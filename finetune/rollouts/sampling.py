@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from finetune.errors import TrainingDiverged
 from finetune.generation import generate
 from finetune.generation.completions import FinishReason
 from finetune.models.attention_choice import own_attention
@@ -59,7 +60,7 @@ def draw(
 
     `numbers`: float64 [prompts, tokens], from 0 to 1. `ends`: tokens that end a completion.
     `together`: processes that share the weights call this at once. `beat` is called before each
-    token, and may raise.
+    token, and may raise. Raises TrainingDiverged if the model says NaN.
     """
     device = next(model.parameters()).device
     inputs = generate._padded([list(each) for each in prompts], pad, device)
@@ -75,9 +76,15 @@ def draw(
 
 
 def _cut(ids: list[int], logprobs: np.ndarray, ends: Set[int]) -> Drawn:
-    """Return a completion up to the token that ends it."""
+    """Return a completion up to the token that ends it. Raises TrainingDiverged for NaN."""
     place = next((place for place, token in enumerate(ids) if token in ends), None)
     kept = ids if place is None else ids[: place + 1]
+    if not np.isfinite(logprobs[: len(kept)]).all():
+        raise TrainingDiverged(
+            "the policy's logits are NaN while it samples: its weights have diverged, or numbers "
+            "overflow in 16 bits; lower optimizer.lr under another run.name, or set "
+            "train.precision to bf16 or fp32"
+        )
     return Drawn(tuple(kept), logprobs[: len(kept)], "length" if place is None else "stop")
 
 
@@ -97,8 +104,10 @@ class Drawing(LogitsProcessor):
         whole = reached[:, -1:].contiguous()  # 1, but for rounding
         wanted = self.numbers[:, input_ids.shape[1] - self.start, None] * whole
         token = torch.searchsorted(reached, wanted, right=True)
-        # Rounding may reach the whole, behind which no token has a probability.
+        # Rounding may reach the whole, behind which no token has a probability. NaN is above all
+        # numbers: a place that does not exist would end a GPU's process, without a reason.
         token = torch.minimum(token, torch.searchsorted(reached, whole))
+        token = token.clamp(max=reached.shape[1] - 1)
         self.logprobs.append(logprobs.gather(1, token)[:, 0])
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
 
