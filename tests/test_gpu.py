@@ -7,9 +7,10 @@ import warnings
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from conftest import TINY_LLAMA, losses, pretrained, read_jsonl
+from conftest import TINY_LLAMA, losses, pretrained, read_jsonl, tiny_llama
 from invariants import families
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
@@ -30,6 +31,7 @@ from finetune.models import (
 from finetune.models.attention import attend_within_documents
 from finetune.models.cross_entropy import nll_in_chunks
 from finetune.models.logits import LogitTransform
+from finetune.rollouts import sampling
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,7 +42,8 @@ needs_flash = pytest.mark.skipif(
     reason="flash-attn is not installed (requirements-cuda.txt)",
 )
 # Two-layer models with heads of 16.
-GPU_LLAMA = {**TINY_LLAMA, "hidden_size": 64, "intermediate_size": 128}
+WIDER = {"hidden_size": 64, "intermediate_size": 128}
+GPU_LLAMA = {**TINY_LLAMA, **WIDER}
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both ways"])
@@ -306,6 +309,55 @@ def test_a_step_waits_for_the_gpu_once(workshop, monkeypatch, record_property):
     record_property("waits", len(waits))
     assert waits, "the loss is read at the end of a step: a count of none has seen nothing"
     assert len(waits) == 1, dict(Counter(waits))
+
+
+def completions(device, length=24):
+    """Completions of prompts of several lengths by a model whose distributions are not flat."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_llama(vocab_size=300, **WIDER))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(4.0 if weight.ndim > 1 else 1.0)
+    numbers = sampling.numbers_of(3, count=4, places=length)
+    prompts = [[1, 7, 9], [1], [5, 6, 7, 8, 9, 10], [4, 4]]
+    return sampling.draw(
+        model.to(device), prompts, numbers, temperature=0.8, ends={2}, pad=0, together=False,
+        beat=lambda: None,
+    )  # fmt: skip
+
+
+def test_a_gpu_draws_the_tokens_that_a_cpu_draws():
+    """Padded on the left, so rows of attention without any key must not become NaN."""
+    exact, found = completions("cpu"), completions("cuda")
+    assert [each.ids for each in found] == [each.ids for each in exact]
+    for one, other in zip(found, exact):
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+    with torch.autocast("cuda", torch.bfloat16):
+        half = completions("cuda")
+    assert all(np.isfinite(each.logprobs).all() for each in half)
+    same = [(one, other) for one, other in zip(half, exact) if one.ids[0] == other.ids[0]]
+    assert same, "distributions are almost the same, so are most first tokens"
+    assert max(abs(one.logprobs[0] - other.logprobs[0]) for one, other in same) < 0.1
+
+
+def test_the_sampler_waits_for_the_gpu_once_whatever_the_length(record_property):
+    """Transformers waits once a token, to see which completions have ended; our lines must not."""
+    counts = []
+    for length in (8, 24):
+        completions("cuda", length)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                completions("cuda", length)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        waits = [w.filename for w in caught if "synchronizing" in str(w.message)]
+        counts.append(sum(name.endswith("rollouts/sampling.py") for name in waits))
+        record_property(f"waits_{length}", len(waits))
+    assert counts[0] == counts[1] > 0, counts
 
 
 @needs_flash
