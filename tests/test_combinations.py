@@ -1,4 +1,4 @@
-"""Objectives on a base in 4 bits: a head beside it, a reference below it, a teacher next to it."""
+"""Objectives where they are rarely tried: on a base in 4 bits, with compiled layers."""
 
 import shutil
 
@@ -53,8 +53,7 @@ def settings(workshop, base, teacher, case):
         own |= {"objective__rollouts": {"max_new_tokens": 12}, "train__micro_batch_size": 2}
     if rows is not None:
         own["data__train"] = str(write_jsonl(workshop.folder / "rated.jsonl", rows))
-    adapter = QLORA | ({"adapter__train_norms": True} if "norms" in case else {})
-    return {**own, **adapter, "objective__kind": kind}
+    return {**own, "objective__kind": kind}
 
 
 NUMBERS = {"step", "epoch", "lr", "loss", "grad_norm", "reward", "kl", "margin", "divergence", "z"}
@@ -68,7 +67,8 @@ def seen(run):
 @pytest.mark.parametrize("case", CASES)
 def test_it_starts_resumes_exactly_and_exports(workshop, base, teacher, case):
     """The export was opened and compared by the run; what is resumed ends with the same bytes."""
-    own = settings(workshop, base, teacher, case)
+    own = settings(workshop, base, teacher, case) | QLORA
+    own |= {"adapter__train_norms": True} if "norms" in case else {}
     run = workshop.train("cut", **own)
     whole = shutil.copytree(run, workshop.folder / "whole")
     [saved] = (whole / "model").glob("adapter_model.safetensors")
@@ -84,8 +84,28 @@ def test_it_starts_resumes_exactly_and_exports(workshop, base, teacher, case):
     assert any(load_file(saved)[name].any() for name in load_file(saved) if "lora_B" in name)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("case", [case for case in CASES if "norms" not in case])
+def test_compiled_layers_learn_the_same(workshop, base, teacher, monkeypatch, case):
+    """By aot_eager, which captures the same graphs, and generates no code."""
+    own = settings(workshop, base, teacher, case)
+    alone = seen(workshop.train("alone", **own))
+    compile_, calls = torch.compile, []
+
+    def counted(*arguments, **keywords):
+        calls.append(keywords)
+        return compile_(*arguments, **keywords, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", counted)
+    compiled = seen(workshop.train("compiled", **own, train__compile=True))
+    assert len(calls) == BASE["num_hidden_layers"]
+    for one, other in zip(compiled, alone, strict=True):
+        assert one == {name: pytest.approx(value, rel=1e-4, abs=1e-6)
+                       for name, value in other.items()}  # fmt: skip
+
+
 def test_adapters_switched_off_are_a_frozen_copy_to_the_bit(workshop, base):
-    run = workshop.train(**settings(workshop, base, None, "dpo"))
+    run = workshop.train(**settings(workshop, base, None, "dpo"), **QLORA)
     model = load(run / "model")
     copy = load(run / "model").unload()
     ids = torch.arange(24).reshape(2, 12)
