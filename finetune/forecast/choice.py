@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,10 @@ def room_here(device: torch.device) -> float:
     if device.type == "cuda":
         used = float(torch.cuda.memory_allocated(device))
     else:
-        used = float(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        used = 0.0
+        with suppress(OSError):  # only Linux says what a process holds
+            pages = Path("/proc/self/statm").read_text().split()[1]
+            used = float(pages) * os.sysconf("SC_PAGE_SIZE")
     return capacity_here(device) - used
 
 

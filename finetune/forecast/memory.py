@@ -185,7 +185,8 @@ class Forecaster:
         Beside what it holds between two steps; `has_moved`: with the state of the optimizer.
         """
         w = self.weights
-        # Embedding, last norm and heads are gathered as stored, as in a pass.
+        # Embedding and last norm are gathered as stored, as in a pass; so counts the head, which
+        # may take half.
         whole = w.used if parallel.is_zero else w.used - w.outside + w.outside_stored
         # A unit on its way, or what sampling itself holds.
         beside = max(w.layer, w.outside_stored, self._of_shard(parallel).passing)
