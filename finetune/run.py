@@ -247,7 +247,7 @@ class Run:
         rollouts = config.rollouts
         if rollouts is None or isinstance(rollouts.engine, ServerEngine):
             return False
-        if not topology.parallel.generates_together:
+        if not topology.parallel.gathers:
             return False
         from finetune.forecast import choice
 

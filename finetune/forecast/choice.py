@@ -355,7 +355,7 @@ def samples_whole(
     `room`: bytes that the process with the least of them may still take. `has_moved`: the optimizer
     has made a step, so that its state is there.
     """
-    slowly = "note: each sampled token is a pass of all processes, which is slow, as"
+    slowly = "note: all processes gather the weights for each sampled token, which is slow, as"
     try:
         chooser = Chooser(config, precision=precision, on_gpu=device.type == "cuda")
         needed = chooser.forecaster().sampling(parallel, has_moved)

@@ -62,12 +62,14 @@ class ParallelConfig:
         return self.kind == "fsdp2" or self.is_zero
 
     @property
-    def generates_together(self) -> bool:
-        """Whether all processes must take part in every token, even after their answers end.
+    def gathers(self) -> bool:
+        """Whether each pass gathers the weights; `Topology.whole_weights` does so once for many."""
+        return self.kind in ("fsdp2", "zero3")
 
-        Each pass gathers the weights. `Topology.whole_weights` gathers them once for many.
-        """
-        return self.kind in ("fsdp2", "zero3") and self.num_processes > 1
+    @property
+    def generates_together(self) -> bool:
+        """Whether all processes must take part in every token, even after their answers end."""
+        return self.gathers and self.num_processes > 1
 
     @property
     def is_zero(self) -> bool:
