@@ -266,7 +266,10 @@ def _advice(config: Config) -> Advice:
     kind = objective_kind("grpo" if config.rollouts else config.objective.kind)
     if not config.rollouts and chosen(config).supervises("completion") == "all":
         kind = objective_kind("clm")
-    return Advice(kind.loss_on, kind.truncation, not kind.rates)
+    found = Advice(kind.loss_on, kind.truncation, not kind.rates)
+    if isinstance(config.objective, Distill):
+        return replace(found, plain_text="set data.format: text, to learn every token of it")
+    return found
 
 
 def _for_shards(options: tokenised.Options, sources: Sources, format: str) -> tokenised.Options:

@@ -509,7 +509,9 @@ def test_settings_that_would_be_ignored_are_refused(workshop):
         with_teacher(workshop, teacher, objective__rollouts={}, data__eval_fraction=0.1)
     with pytest.raises(ConfigError, match="dynamic_sampling: would be ignored: .*distill learns"):
         with_teacher(workshop, teacher, objective__rollouts={"dynamic_sampling": 1.0})
-    with pytest.raises(ConfigError, match="objective.rollouts: nothing is stored of new"):
+    with pytest.raises(
+        ConfigError, match="objective.rollouts: the rows hold no distributions for new"
+    ):
         workshop.check("student", objective__kind="distill", objective__rollouts={})
     of_completions = {"objective__loss": "minillm", "objective__beta": 1.0}
     with pytest.raises(ConfigError, match="objective.loss: minillm learns from completions of"):

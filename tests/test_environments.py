@@ -336,7 +336,7 @@ SERVER = {"kind": "server", "url": "http://localhost:1/v1", "model": "m"}
     ("rollouts", "more", "message"),
     [
         ({"environment": "GAME", "engine": SERVER}, {}, "environment: a server continues one"),
-        ({"max_turns": 3}, {}, "max_turns: would be ignored without an environment"),
+        ({"max_turns": 3}, {}, "max_turns: would be ignored without environment"),
         ({}, {"rewards": [{"kind": "environment"}]}, "and there is none; name one"),
     ],
 )  # fmt: skip

@@ -370,7 +370,10 @@ def test_a_pattern_that_never_ends_is_ended(tmp_path):
     [
         ("def reward(prompts): ...", "has the parameter prompts; a reward takes text, reference"),
         ("def reward(completions, text): ...", "has the parameter completions; a reward takes"),
-        ("def reward(): ...", "takes none of text, reference, row, completion, completions"),
+        (
+            "def reward(): ...",
+            "has no parameter; a reward takes any of text, reference, row, completion by name, or completions alone",
+        ),
     ],
 )
 def test_a_function_with_other_parameters_is_an_error(own, source, message):

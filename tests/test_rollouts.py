@@ -785,7 +785,10 @@ def test_a_phase_that_is_gone_is_not_sampled_by_weights_that_learned_from_it(wor
 BAD = {
     "top_p": ({"top_p": 0.9}, "top_p: learning divides by the probability that a token had"),
     "groups": ({"group_size": 3}, "16 completions cannot be parted into groups of 3"),
-    "length": ({"max_new_tokens": 96}, "96 tokens hold a prompt and its completion of up to 96"),
+    "length": (
+        {"max_new_tokens": 96},
+        "96 tokens have to hold a prompt and a completion of up to 96",
+    ),
     "signal": ({"dynamic_sampling": 1.0, "group_size": 1}, "has nothing to differ from"),
     "penalty": ({"cut_penalty": 2.0}, "cut_penalty is only for cut_answers: penalise"),
 }
@@ -803,7 +806,7 @@ def test_settings_that_cannot_work_are_refused(workshop, name):
     [
         ({"data__packing": True}, "data.packing: would be ignored"),
         ({"data__truncation": "right"}, "data.truncation: right would cut the end of a prompt"),
-        ({"train__neftune_alpha": 5.0}, "the first ratio of their probabilities would not be 1"),
+        ({"train__neftune_alpha": 5.0}, "the ratio of their probabilities would not start at 1"),
         ({"objective__kind": "sft", "objective__rewards": None}, "belongs to grpo"),
         ({"adapter__kind": "lora", "adapter__init": "pissa", "objective__stop_kl": 1.0},
          "adapter.init: pissa starts from other weights than the base's"),
@@ -858,7 +861,7 @@ def test_a_first_phase_that_teaches_nothing_is_named(groups, message):
     with pytest.raises(ConfigError, match=message):
         group_examples.require_some(0, made, made, Settings())
     group_examples.require_some(1, made, made, Settings())
-    with pytest.raises(FinetuneError, match="phase 1: no group has all its rewards"):
+    with pytest.raises(FinetuneError, match="phase 1: every group lacks a reward"):
         group_examples.require_some(0, made, [], Settings())
 
 
@@ -870,7 +873,7 @@ def test_a_reward_that_fails_everywhere_is_asked_again_by_the_same_command(works
     own = sampled.settings(workshop, train__max_steps=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Rewards, "__call__", failing)
-        with pytest.raises(FinetuneError, match=r"no group has all its rewards: the judge is away"):
+        with pytest.raises(FinetuneError, match=r"every group lacks a reward: the judge is away"):
             workshop.train(**own)
     with asking() as (of_all, asked_all):
         workshop.train(**own)

@@ -81,7 +81,7 @@ def test_each_phase_is_sampled_with_the_weights_of_its_step(workshop, vllm, adap
 
 def test_a_server_with_other_weights_ends_the_run_before_it_samples(workshop, vllm):
     vllm.ignores_weights = True
-    with pytest.raises(UserError, match=r"nats from the policy's, .* nothing was sampled with it"):
+    with pytest.raises(UserError, match=r"nats from the policy's, .* samples nothing with it"):
         workshop.train(**settings(workshop, vllm, adapter__kind="lora", adapter__init="random"))
     run = workshop.run_dir()
     assert not list(run.glob("rollouts/phase*"))

@@ -81,7 +81,7 @@ def test_every_token_of_plain_text_is_taught_as_clm_learns_it(workshop, teacher)
     assert tokens[0] == tokens[1] == tokens[2]
     with pytest.raises(ConfigError, match="distill trains on every token of rows of text"):
         workshop.check("run", **own, data__loss_on="last_turn")
-    with pytest.raises(DataError, match=r"clm \(or distill with data.format: text\)"):
+    with pytest.raises(DataError, match=r"set data.format: text, to learn every token"):
         workshop.check("run", **own | {"data__format": "auto", "data__truncation": "drop"})
 
 

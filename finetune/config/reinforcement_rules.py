@@ -25,9 +25,9 @@ def conflicts(objective: PolicyGradient, adapter: Adapter | Full) -> Iterator[st
             "compared with; take 2 or more, or objective.kind: ppo"
         )
     if objective.sampler_correction == "none" and objective.sampler_cap != 3.0:
-        yield "objective.sampler_cap: would be ignored: objective.sampler_correction is none"
+        yield "objective.sampler_cap: would be ignored: objective.sampler_correction is none; remove it"
     if isinstance(objective, Grpo) and not objective.beta and objective.kl != "in_loss":
-        yield "objective.kl: would be ignored: objective.beta is 0"
+        yield "objective.kl: would be ignored: objective.beta is 0; remove it, or raise beta"
     if isinstance(objective, Grpo) and objective.loss == "cispo" and objective.dual_clip:
         yield "objective.dual_clip: would be ignored: cispo caps every ratio; set clip_high"
     limits = objective.stop_entropy

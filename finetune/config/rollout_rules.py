@@ -20,11 +20,15 @@ def conflicts(config: Config, rollouts: Rollouts) -> Iterator[str]:
         )
     if data.max_length <= rollouts.max_new_tokens:
         yield (
-            f"data.max_length: {data.max_length} tokens hold a prompt and its completion of up to "
-            f"{rollouts.max_new_tokens} (objective.rollouts.max_new_tokens); raise it"
+            f"data.max_length: {data.max_length} tokens have to hold a prompt and a completion of "
+            f"up to {rollouts.max_new_tokens} (objective.rollouts.max_new_tokens); raise it, or "
+            "lower max_new_tokens"
         )
     if data.loss_on != "completion":
-        yield f"data.loss_on: would be ignored: objective.kind: {kind} learns its own completions"
+        yield (
+            f"data.loss_on: would be ignored: objective.kind: {kind} learns its own completions; "
+            "remove it"
+        )
     if data.packing or data.group_by_length:
         name = "packing" if data.packing else "group_by_length"
         yield f"data.{name}: would be ignored: completions are laid end to end anyway; remove it"
@@ -44,7 +48,10 @@ def conflicts(config: Config, rollouts: Rollouts) -> Iterator[str]:
     if isinstance(rollouts.engine, ServerEngine):
         yield from _server_conflicts(config)
     if rollouts.dynamic_sampling and isinstance(config.objective, Distill):
-        yield f"objective.rollouts.dynamic_sampling: would be ignored: {kind} learns no rewards"
+        yield (
+            f"objective.rollouts.dynamic_sampling: would be ignored: {kind} learns no rewards; "
+            "remove it"
+        )
     elif rollouts.dynamic_sampling and rollouts.group_size == 1:
         yield (
             "objective.rollouts.dynamic_sampling: a group of 1 completion has nothing to differ "
@@ -66,7 +73,7 @@ def _turn_conflicts(config: Config, rollouts: Rollouts) -> Iterator[str]:
             )
         for name in ("max_turns", "turn_seconds"):
             if getattr(rollouts, name) != type(rollouts).model_fields[name].default:
-                yield f"objective.rollouts.{name}: would be ignored without an environment"
+                yield f"objective.rollouts.{name}: would be ignored without environment; remove it"
         return
     if isinstance(rollouts.engine, ServerEngine):
         yield (
@@ -92,6 +99,6 @@ def _server_conflicts(config: Config) -> Iterator[str]:
 
 
 _CHANCE = (
-    "would make the policy that learns another one than the policy that sampled, so the first "
-    "ratio of their probabilities would not be 1; remove it"
+    "would change the policy at random between sampling and learning, so the ratio of their "
+    "probabilities would not start at 1; remove it"
 )

@@ -122,7 +122,12 @@ def _objective_conflicts(config: Config) -> Iterator[str]:
         yield from rollout_rules.conflicts(config, config.rollouts)
         return
     if data.format == "prompt":
-        yield f"data.format: prompt has no answers that objective.kind: {name} could learn"
+        instead = "give rows with answers"
+        if isinstance(objective, Distill):
+            instead += ", or add objective.rollouts, to learn the model's own"
+        yield (
+            f"data.format: prompt has no answers that objective.kind: {name} could learn; {instead}"
+        )
     if objective_kind(objective.kind).is_framed:
         yield from _conflicts_of_rows(config)
         return
@@ -152,7 +157,10 @@ def _distill_conflicts(config: Config, objective: Distill) -> Iterator[str]:
     if objective.rollouts is None and objective.rewards is not None:
         yield "objective.rewards: would be ignored without objective.rollouts; remove it"
     if objective.rollouts and objective.teacher is None:
-        yield "objective.rollouts: nothing is stored of new completions; name objective.teacher"
+        yield (
+            "objective.rollouts: the rows hold no distributions for new completions; name a model "
+            "in objective.teacher"
+        )
     if (
         objective.rollouts
         and not objective.rewards

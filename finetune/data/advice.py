@@ -9,12 +9,13 @@ class Advice:
     """What the objective takes beside the defaults.
 
     loss_on: values of data.loss_on; truncation: of data.truncation; drops_thoughts: whether it
-    takes data.thinking: drop.
+    takes data.thinking: drop. plain_text: what to do about rows without prompts.
     """
 
     loss_on: tuple[str, ...] = ("each_turn", "last_turn")
     truncation: tuple[str, ...] = ("right", "left", "drop")
     drops_thoughts: bool = True
+    plain_text: str = "use objective.kind: clm"
 
     def use(self, loss_on: Sequence[str], otherwise: str) -> str:
         """Return "use data.loss_on: ..., or `otherwise`", with those of `loss_on` that it takes."""

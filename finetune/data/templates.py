@@ -129,10 +129,7 @@ class Template:
         if messages[0].role == "text":
             if loss_on != "all":
                 why = "but the objective learns answers"
-                remedy = (
-                    "use objective.kind: clm (or distill with data.format: text), or rows with "
-                    "prompts and answers"
-                )
+                remedy = f"{self.advice.plain_text}, or rows with prompts and answers"
                 what = f"the row is plain text without an answer, {why}; {remedy}"
                 raise DataError(f"{conversation.place}: {what}")
             return [Segment(messages[0].content, True)]

@@ -139,8 +139,11 @@ class FallingTogether:
 
     NAMES = ("chosen_logprobs", "rejected_logprobs", "margin")
 
-    def __init__(self, window: int = 10, nats: float = 1.0) -> None:
+    def __init__(
+        self, remedy: str = "raise objective.sft_weight", window: int = 10, nats: float = 1.0
+    ) -> None:
         """`window`: steps whose mean is compared; `nats`: what the chosen answer has to lose."""
+        self._remedy = remedy
         self._window, self._nats, self._has_said = window, nats, False
         self._first, self._last = list[list[float]](), deque[list[float]](maxlen=window)
 
@@ -160,8 +163,8 @@ class FallingTogether:
         self._has_said = True
         return (
             f"chosen answers have become less likely ({before[0]:.1f} -> {now[0]:.1f} nats), "
-            "rejected ones still less: the loss falls by their difference alone; if answers get "
-            "worse, lower optimizer.lr or set objective.sft_weight (docs/preference.md)"
+            "and rejected ones even less likely: the loss looks at their difference alone; if "
+            f"answers get worse, lower optimizer.lr, or {self._remedy} (docs/preference.md)"
         )
 
 
@@ -279,6 +282,9 @@ class Orpo(Preference):
     """The cross-entropy of the chosen answer, and the odds against the rejected one."""
 
     Settings: type[BaseModel] = config.Orpo
+
+    def remark(self) -> Remark:
+        return FallingTogether("lower objective.beta")  # it has no sft_weight
 
     def sft_weight(self, settings: Any) -> float:
         return 1.0

@@ -177,8 +177,8 @@ def require_some(
     if not chosen:
         why = next(filter(None, (each.failed for each in groups)), "no reason")
         raise FinetuneError(
-            f"phase {phase + 1}: no group has all its rewards: {why}; nothing is lost: the same "
-            "command asks for them again"
+            f"phase {phase + 1}: every group lacks a reward: {why}; nothing is lost: start the "
+            "same command again, and it asks for the missing rewards"
         )
     if phase:
         return

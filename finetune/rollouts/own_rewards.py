@@ -93,7 +93,10 @@ def _parameters(code: OwnCode) -> tuple[str, ...]:
             f"them by name, or {OF_ALL} alone"
         )
     if not given:
-        raise ConfigError(f"{code} takes none of {', '.join(OF_ONE)}, {OF_ALL}")
+        raise ConfigError(
+            f"{code} has no parameter; a reward takes any of {', '.join(OF_ONE)} by name, or "
+            f"{OF_ALL} alone"
+        )
     return given
 
 

@@ -132,7 +132,9 @@ def _parted(conversation: Conversation, options: Options) -> tuple[Conversation,
         conversation = without_thoughts(conversation)
     *asked, answer = conversation.messages
     if not asked:
-        raise DataError(f"{conversation.place}: has an answer and no prompt")
+        raise DataError(
+            f"{conversation.place}: has an answer and no prompt; add a prompt, or remove it"
+        )
     return replace(conversation, messages=tuple(asked)), answer.content
 
 
@@ -145,7 +147,7 @@ def _encoded(
     asked = checked(asked)
     ids = tokens.encode_prompt(template.prompt(asked.messages, asked.place, asked.tools), tokenizer)
     if not ids:
-        raise DataError(f"{asked.place}: the prompt has no tokens")
+        raise DataError(f"{asked.place}: the prompt has no tokens; write one, or remove the row")
     return ids
 
 

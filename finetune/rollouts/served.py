@@ -120,10 +120,10 @@ class Served:
         if not gap <= self.settings.probe_tolerance:
             raise UserError(
                 f"{SETTING}: log-probabilities of {self.settings.url} are {gap:.3g} nats from the "
-                f"policy's, on average over {len(given)} tokens, and may be "
-                f"{self.settings.probe_tolerance:g}: it does not have the policy's weights, or "
-                "computes in another precision, or gives log-probabilities at another temperature "
-                "(start vLLM with --logprobs-mode processed_logprobs); nothing was sampled with it"
+                f"policy's, on average over {len(given)} tokens; probe_tolerance allows "
+                f"{self.settings.probe_tolerance:g}. The server has other weights, computes in "
+                "another precision, or gives log-probabilities before the temperature (start vLLM "
+                "with --logprobs-mode processed_logprobs). The phase samples nothing with it"
             )
         return gap
 
