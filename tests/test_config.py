@@ -553,6 +553,18 @@ def test_settings_inside_settings_can_stand_on_the_command_line(parse, words, ke
     assert place == value
 
 
+def test_what_differs_inside_a_setting_is_named_alone(parse):
+    saved = parse(GRPO).model_dump()
+    words = ["--objective.rollouts.passes=2", "--objective.rewards.0.weight=2"]
+    assert configs.differences(saved, parse(GRPO, *words)) == [
+        "objective.rewards.0.weight: was 1.0, now 2.0",
+        "objective.rollouts.passes: was 1, now 2",
+    ]
+    more = parse(GRPO, "--objective.rewards.1.kind=math")
+    [whole] = configs.differences(saved, more)
+    assert whole.startswith("objective.rewards: was [{kind: exact_match")
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

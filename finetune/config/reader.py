@@ -1,6 +1,7 @@
 """A nested mapping -> Config, reporting every problem at once; and Config -> YAML."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from pydantic import ValidationError
 from finetune import own_code
 from finetune.config import base, names, paths
 from finetune.config.fields import Config
-from finetune.config.messages import describe, joined, listed
+from finetune.config.messages import NESTED, describe, joined, listed
 from finetune.config.own import (
     ENVIRONMENT,
     environment_in,
@@ -273,10 +274,24 @@ def differences(old: dict[str, Any], new: Config) -> list[str]:
             ]
     free = tuple(pattern.removesuffix("*") for pattern in RESUME_MAY_CHANGE)
     return [
-        f"{key}: was {dump(before.get(key))}, now {dump(now.get(key))}"
+        f"{inner}: was {dump(was)}, now {dump(is_now)}"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key) and not key.startswith(free)
+        for inner, was, is_now in _parted(key, before.get(key), now.get(key))
     ]
+
+
+def _parted(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield (key, before, now) of what differs, one by one inside the settings of NESTED."""
+    is_nested = tuple(key.split(".")[:2]) in NESTED
+    if is_nested and isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        old, new = (dict(enumerate(each)) for each in (old, new))
+    if not (is_nested and isinstance(old, dict) and isinstance(new, dict)):
+        yield key, old, new
+        return
+    for name in dict.fromkeys((*old, *new)):
+        if old.get(name) != new.get(name):
+            yield from _parted(f"{key}.{name}", old.get(name), new.get(name))
 
 
 def _of_their_kinds(old: dict[str, Any]) -> dict[str, Any]:
