@@ -352,6 +352,11 @@ def _checked_rows(
             files, wanted.text_unit, wanted.columns, not asks, format=format,
             skips=wanted.on_bad_row == "skip",
         )  # fmt: skip
+    if asks and format == "text":
+        raise ConfigError(
+            f"{files[0]}: rows of text ask nothing, and the objective completes prompts; give rows "
+            "with a column prompt (docs/reinforcement.md)"
+        )
     if asks:  # `prompts.prepare` checks all of them
         return sources, format
     groups = [list(names) for names in (sources.train, sources.eval) if names]

@@ -372,7 +372,7 @@ def test_a_pattern_that_never_ends_is_ended(tmp_path):
         ("def reward(completions, text): ...", "has the parameter completions; a reward takes"),
         (
             "def reward(): ...",
-            "has no parameter; a reward takes any of text, reference, row, completion by name, or completions alone",
+            "has no parameter; a reward takes any of text, reference, row, completion by name",
         ),
     ],
 )

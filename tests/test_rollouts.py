@@ -794,6 +794,13 @@ BAD = {
 }
 
 
+def test_rows_of_text_are_no_prompts_whatever_the_template(workshop):
+    rows = write_jsonl(workshop.folder / "texts.jsonl", [{"text": "a b"}] * 4)
+    for more in ({}, {"data__template": "plain"}):
+        with pytest.raises(ConfigError, match=r"texts.jsonl: rows of text ask nothing, .* prompt"):
+            workshop.check(**sampled.settings(workshop, **more) | {"data__train": str(rows)})
+
+
 @pytest.mark.parametrize("name", list(BAD))
 def test_settings_that_cannot_work_are_refused(workshop, name):
     rollouts, message = BAD[name]

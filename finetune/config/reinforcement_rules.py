@@ -25,7 +25,10 @@ def conflicts(objective: PolicyGradient, adapter: Adapter | Full) -> Iterator[st
             "compared with; take 2 or more, or objective.kind: ppo"
         )
     if objective.sampler_correction == "none" and objective.sampler_cap != 3.0:
-        yield "objective.sampler_cap: would be ignored: objective.sampler_correction is none; remove it"
+        yield (
+            "objective.sampler_cap: would be ignored: objective.sampler_correction is none; remove "
+            "it"
+        )
     if isinstance(objective, Grpo) and not objective.beta and objective.kl != "in_loss":
         yield "objective.kl: would be ignored: objective.beta is 0; remove it, or raise beta"
     if isinstance(objective, Grpo) and objective.loss == "cispo" and objective.dual_clip:
