@@ -35,6 +35,8 @@ from finetune.rollouts.asked import Asked
 GB = 1e9
 SHOWN_CHARACTERS = 600
 SHOWN_NAMES = 10
+ONE_ANSWER = ("question_answer", "instruction", "prompt_completion")
+"""Formats whose rows have one answer each."""
 FEW_STEPS = 20
 WORTH_A_FORECAST = 10_000_000  # parameters; smaller models fit into any machine's main memory
 
@@ -494,7 +496,7 @@ def _data_without_effect(config: Config, data: Data) -> Iterator[str]:
     shortest, _, longest = sequences.examples.quartiles()
     if wanted.group_by_length and shortest == longest:
         yield "data.group_by_length has no effect: all examples have the same length"
-    if wanted.loss_on in ("each_turn", "last_turn") and data.format != "messages":
+    if wanted.loss_on in ("each_turn", "last_turn") and data.format in ONE_ANSWER:
         yield (
             f"data.loss_on: {wanted.loss_on} is the same as completion here: rows of format "
             f"{data.format} have one answer"

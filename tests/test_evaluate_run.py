@@ -169,8 +169,8 @@ def test_a_run_without_what_it_takes_says_what_to_give(run, tmp_path, capsys):
 def test_the_base_is_that_of_the_revision_that_the_run_began_with(run, tmp_path, monkeypatch):
     """On the Hub, whose newest revision has no weights: it cannot be opened."""
     repository = tmp_path / "hub" / "models--some--base"
-    for name in ("old", "main"):
-        snapshot = repository / "snapshots" / (name * 40)[:40]
+    for name, commit in (("old", "ab" * 20), ("main", "cd" * 20)):
+        snapshot = repository / "snapshots" / commit
         shutil.copytree(run.parent / "base" / "model", snapshot)
         (repository / "refs").mkdir(exist_ok=True)
         (repository / "refs" / name).write_text(snapshot.name)
@@ -188,7 +188,7 @@ def test_the_base_is_that_of_the_revision_that_the_run_began_with(run, tmp_path,
     assert found == {"old": 0, "main": 2}
     assert evaluate(run, "--report", tmp_path / "folder") == 0
     answers = [read_jsonl(tmp_path / name / "answers.jsonl") for name in ("old", "folder")]
-    assert answers[0][0]["identity"] == "some/base, revision old"
+    assert answers[0][0]["identity"] == f"some/base, commit {'ab' * 20}"
     texts = [[line["answer"] for line in each if line["model"] == "base"] for each in answers]
     assert texts[0] == texts[1]
     (copy / "config.yaml").write_text(config.replace("revision: null", "revision: old"))

@@ -376,3 +376,15 @@ def test_bad_answers_alone_are_an_error_but_not_in_an_evaluation(workshop):
         workshop.check(**settings(workshop, bad))
     held_out = write_jsonl(workshop.folder / "held_out.jsonl", bad)
     workshop.check(**settings(workshop, data__eval=str(held_out)))
+
+
+def test_the_last_answer_alone_is_another_judgement_where_rows_have_several(workshop, capsys):
+    texts = ("hi", "ho", "and?", "no")
+    turns = [
+        {"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, texts)
+    ]
+    rows = [{"messages": [*turns[:3], {**turns[3], "content": f"{n}"}], "label": n > 1}
+            for n in range(4)]  # fmt: skip
+    own = settings(workshop, rows, objective__loss="apo_zero_unpaired", data__loss_on="last_turn")
+    workshop.check(**own)
+    assert "is the same as completion here" not in capsys.readouterr().out

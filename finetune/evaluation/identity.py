@@ -6,6 +6,8 @@ from hashlib import blake2b
 from pathlib import Path
 
 from finetune.config.base import decides_what_opens, is_adapter, recorded_base
+from finetune.errors import ModelError
+from finetune.export.load import commit_of
 from finetune.generation.remote import is_remote
 
 SMALL = 1 << 20  # bytes of a file that is hashed; a larger one counts by size and time of change
@@ -14,11 +16,14 @@ SMALL = 1 << 20  # bytes of a file that is hashed; a larger one counts by size a
 def identity_of(model: str, base: str | None = None, revision: str | None = None) -> str:
     """Return the identity of a folder, a Hub id or MODEL@URL; of an adapter with its base.
 
-    base: where the base of an adapter is now. revision: of a Hub id. A changed file gives another
-    identity, and so does a copy of large weights, whose answers are then asked for again.
+    base: where the base of an adapter is now. revision: of a Hub id, which counts by its commit. A
+    changed file gives another identity, and so does a copy of large weights, whose answers are then
+    asked for again.
     """
-    if is_remote(model) or not os.path.isdir(model):
-        return model if revision is None else f"{model}, revision {revision}"
+    if is_remote(model):
+        return model
+    if not os.path.isdir(model):
+        return ", ".join([model, *_version(model, revision)])
     folder = Path(model)
     files: list[list[object]] = []
     for path in sorted(folder.rglob("*")):
@@ -31,3 +36,14 @@ def identity_of(model: str, base: str | None = None, revision: str | None = None
     if is_adapter(folder):
         files.append(["base", identity_of(base or recorded_base(folder))])
     return blake2b(json.dumps(files).encode(), digest_size=16).hexdigest()
+
+
+def _version(name: str, revision: str | None) -> list[str]:
+    """Return which version of a model on the Hub it is, as far as that can be known here."""
+    try:
+        commit = commit_of(name, revision)
+    except ModelError:  # all answers may be there, and nothing to load
+        commit = None
+    if commit is not None:
+        return [f"commit {commit}"]
+    return [] if revision is None else [f"revision {revision}"]

@@ -192,15 +192,16 @@ def load_tokenizer(
         )
 
 
-def commit_of(name: str) -> str | None:
-    """Return the commit on the Hub that a name stands for now; None for a folder.
+def commit_of(name: str, revision: str | None = None) -> str | None:
+    """Return the commit on the Hub that a name, or a revision of it, is now; None for a folder.
 
     Raises ModelError if the Hub, and its cache here, have no such model.
     """
     if os.path.exists(name):
         return None
     with translated(f"model {name!r}"):
-        found: str | None = extract_commit_hash(cached_file(name, "config.json"), None)
+        path = cached_file(name, "config.json", revision=revision)
+    found: str | None = extract_commit_hash(path, None)
     return found
 
 
