@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
+import gpu
 from on_gpu import correctness, helper, many_runs, objective_cases, objectives, runner
 from on_gpu.objective_cases import BASE, ROLLOUTS
 from on_gpu.objectives import Result
@@ -27,7 +28,8 @@ ELSEWHERE = {
 
 
 def test_every_objective_is_tried_beside_the_cpu():
-    tried = {case.settings["objective.kind"] for case in CASES.values() if case.process == "single"}
+    beside = [case for case in CASES.values() if (case.beside or "").startswith("cpu-")]
+    tried = {case.settings["objective.kind"] for case in beside}
     assert tried == OBJECTIVES.keys() - ELSEWHERE
 
 
@@ -64,6 +66,11 @@ def test_references_are_there_and_cases_of_a_process_share_its_topology():
     assert objectives.chosen("no such case") == []
     of_model = {case.name for case in objectives.chosen("^rewarded-by-model-lora$")}
     assert of_model >= {"reward-full", "cpu-reward-full"}
+    places = {name: place for place, name in enumerate(CASES)}
+    for case in CASES.values():  # a process runs its cases in this order
+        if reward := objectives.reward_run(case):
+            assert CASES[reward].process == case.process
+            assert places[reward] < places[case.name]
 
 
 # ------------------------------------------------------------------------------ right or wrong
@@ -158,6 +165,16 @@ def test_a_run_is_told_to_stop_at_a_call_of_a_number(monkeypatch):
     many_runs.loop.train_step()
     assert calls == [None, "SIGTERM", "SIGTERM", "SIGTERM"]
     assert callable(many_runs.ShardFile.scored), "what counts groups"
+
+
+def test_all_parts_fit_a_slot_of_fifteen_minutes():
+    def minutes(part, asked="all", given=None, on_cpu=False):
+        return gpu.minutes_of(part, SimpleNamespace(part=asked, minutes=given, cpu=on_cpu))
+
+    assert gpu.OF_ALL.keys() == {*gpu.PARTS}
+    assert sum(map(minutes, gpu.PARTS)) <= 14.5
+    assert minutes("speed", asked="speed") == gpu.MINUTES
+    assert (minutes("speed", given=9.0), minutes("speed", on_cpu=True)) == (9.0, 600.0)
 
 
 @pytest.mark.proof

@@ -117,23 +117,28 @@ METHODS = {"full": {}, "lora": LORA, "qlora": QLORA}
 # model, with adapters it is the base without them.
 BESIDE_CPU = (
     ("grpo", "lora"), ("grpo", "full"), ("dpo", "full"), ("ppo", "full"), ("distill", "full"),
-    ("reward", "full"), ("kto", "lora"), ("taught", "lora"), ("process_reward", "full"),
-    ("gspo", "lora"), ("rloo", "lora"), ("on-policy", "full"), ("rewarded-by-model", "lora"),
-    ("ppo", "lora"), ("dpo", "lora"), ("reward", "lora"), ("orpo", "full"), ("simpo", "lora"),
-    ("cpo", "full"),
+    ("reward", "full"), ("kto", "lora"), ("taught", "lora"), ("rewarded-by-model", "lora"),
+    ("process_reward", "full"),
+)  # fmt: skip
+MORE = (
+    ("gspo", "lora"), ("rloo", "lora"), ("on-policy", "full"), ("ppo", "lora"), ("dpo", "lora"),
+    ("reward", "lora"), ("orpo", "full"), ("simpo", "lora"), ("cpo", "full"),
 )  # fmt: skip
 
 
 def _on_cpu() -> Iterable[ObjectiveCase]:
-    for objective, method in BESIDE_CPU:
-        name = f"cpu-{objective}-{method}"
-        yield _case(name, objective, METHODS[method], on_cpu=True, process="cpu")
+    for process, pairs in (("cpu", BESIDE_CPU), ("cpu-more", MORE)):
+        for objective, method in pairs:
+            name = f"cpu-{objective}-{method}"
+            yield _case(name, objective, METHODS[method], on_cpu=True, process=process)
 
 
 def _single() -> Iterable[ObjectiveCase]:
-    for objective, method in BESIDE_CPU:
-        name = f"{objective}-{method}"
-        yield _case(name, objective, METHODS[method], beside=f"cpu-{name}", within=SAME)
+    for process, pairs in (("single", BESIDE_CPU), ("more", MORE)):
+        for objective, method in pairs:
+            name, more = f"{objective}-{method}", METHODS[method]
+            beside = f"cpu-{name}"
+            yield _case(name, objective, more, beside=beside, within=SAME, process=process)
 
 
 def _half() -> Iterable[ObjectiveCase]:
@@ -153,7 +158,7 @@ def _half() -> Iterable[ObjectiveCase]:
     weights = HALVES["bf16"] | {"model.dtype": "bfloat16"}
     yield _case("bf16-weights-grpo-full", "grpo", weights, process="half")
     compiled = HALVES["bf16"] | {"train.compile": True}
-    yield _case("compiled-grpo-full", "grpo", compiled, process="half")
+    yield _case("compiled-grpo-full", "grpo", compiled, process="compiled")
 
 
 def _resumed() -> Iterable[ObjectiveCase]:
