@@ -128,7 +128,7 @@ def prepare(
     architecture = base_identity.architecture(model_config)
     model_config = load.complete(model_config, config.model, tokenizer)
     kernel = _attention(config, model_config, topology)
-    teaches = _teacher(config, tokenizer, kernel, topology)
+    teaches = _teacher(config, model_config, tokenizer, kernel, topology)
     start = companion.start_of(config, objective)
     options = _options(config, wanted, objective, model_config)
     if config.rollouts and not options.is_own:
@@ -392,7 +392,7 @@ def _attention(config: Config, model_config: Any, topology: Topology) -> str:
 
 
 def _teacher(
-    config: Config, tokenizer: Any, kernel: str, topology: Topology
+    config: Config, model_config: Any, tokenizer: Any, kernel: str, topology: Topology
 ) -> teacher.Teacher | None:
     """Return the teacher that the objective names. Raise UserError if it does not fit the model."""
     if getattr(config.objective, "teacher", None) is None:
@@ -403,6 +403,8 @@ def _teacher(
     )  # fmt: skip
     if isinstance(found.config.adapter, Quantized):
         extras.require("bitsandbytes", f"{teacher.KEY}: its weights in 4 or 8 bits")
+    if config.rollouts:
+        teacher.require_rows(model_config, found)
     return found
 
 

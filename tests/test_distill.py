@@ -361,6 +361,34 @@ def test_from_a_teacher_that_it_equals_minillm_learns_exactly_nothing_of_later_t
     assert one == other
 
 
+def padded_to(model, size, folder):
+    """A copy of a saved model with more rows for tokens that do not exist, as Qwen2.5's sizes."""
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(model, folder)
+    opened = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    opened.resize_token_embeddings(size, mean_resizing=False)
+    opened.save_pretrained(folder)
+    return folder
+
+
+def test_a_teacher_with_more_rows_than_tokens_teaches_the_same(workshop):
+    """Beside the model and stored; a model with more rows may not sample what its teacher lacks."""
+    teacher = teacher_of(workshop)
+    padded = padded_to(teacher, 272, workshop.folder / "padded")
+    own = {"objective__kind": "distill", "train__max_steps": 2, "objective__beta": 0.5}
+    runs = [
+        workshop.train(name, **own, objective__teacher=str(which))
+        for name, which in (("plain", teacher), ("padded_run", padded))
+    ]
+    one, other = ([line["divergence"] for line in read_jsonl(r / "metrics.jsonl")] for r in runs)
+    assert other == pytest.approx(one, rel=1e-6)
+    own |= {**pretrained(padded), "objective__teacher": str(teacher)}
+    own["objective__rollouts"] = {"max_new_tokens": 8}
+    with pytest.raises(ModelError, match="has 261 rows .*has 272, and could sample a token"):
+        workshop.check("larger", **own)
+
+
 def quantised_as(teacher, form):
     """The model in 4 or 8 bits, as transformers opens it."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig

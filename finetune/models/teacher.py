@@ -111,6 +111,17 @@ def _attention(
     return kernel
 
 
+def require_rows(model_config: Any, teacher: Teacher) -> None:
+    """Raise ModelError if a model could sample ids that its teacher has no embedding of."""
+    mine, its = (each.get_text_config().vocab_size for each in (model_config, teacher.model_config))
+    if its < mine:
+        raise ModelError(
+            f"{KEY}: {teacher.config.model.path} has {its:,} rows for tokens, but the model that "
+            f"learns has {mine:,}, and could sample a token that the teacher cannot read; take a "
+            "teacher with as many, or leave out objective.rollouts"
+        )
+
+
 def require_same_tokens(tokenizer: Any, teachers: Any) -> None:
     """Raise ModelError unless every token has the same id in both tokenizers."""
     mine, other = tokenizer.get_vocab(), teachers.get_vocab()
