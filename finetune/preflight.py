@@ -447,6 +447,7 @@ def _batched(
             sequences, seed=seed, global_batch_size=size, micro_batch_size=micro_size,
             group_by_length=group, rank=topology.data_rank, num_processes=topology.num_data,
             padded=padded, pad_id=pad_id,
+            shares_beginnings=objective.shares_beginnings and topology.parallel.num_context == 1,
         )  # fmt: skip
 
     size, micro_size = config.train.global_batch_size, config.micro_batch_size

@@ -12,13 +12,16 @@ import torch
 from conftest import TINY_LLAMA, pretrained, read_jsonl, write_jsonl
 from faults.forked import assert_same_end, forget
 from invariants import families
+from test_distill import model_of
 from test_preference import _minimise as minimise
 from test_preference import _padded as padded
 from test_preference import batch_of, pairs_of
 
 from finetune.config import objective_fields as fields
+from finetune.data.batches import Batches
 from finetune.data.built_in_templates import TOKENS
 from finetune.data.conversations import Conversation, Message
+from finetune.data.order import Sequences
 from finetune.data.places import Place
 from finetune.errors import DataError, ExportError, ModelError, UserError
 from finetune.evaluation import calibration, reward_runs
@@ -30,6 +33,7 @@ from finetune.models import attention, document_scores, head, load
 from finetune.models.policy import Policy
 from finetune.objectives import OBJECTIVES
 from finetune.objectives.base import total
+from finetune.objectives.reward import ProcessReward
 
 pytestmark = pytest.mark.slow
 
@@ -476,6 +480,44 @@ def test_a_step_is_scored_as_if_the_answer_ended_there(workshop, capsys):
     kept = json.loads((run / "evaluation/scores.json").read_text())
     assert kept["accuracy"] == pytest.approx(last["accuracy"])
     assert [each["score"] for each in kept["steps"]] == pytest.approx(found.tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize("shape", [{}, {"model_type": "mistral", "sliding_window": 4}], ids=str)
+def test_documents_that_begin_alike_have_the_same_states_read_once(shape):
+    """Log-probabilities, scores and all gradients; pairs share their prompts."""
+    model = model_of(0, **shape)
+    examples, found = pairs_of(), []
+    for shares in (False, True):
+        batch = Batches(
+            Sequences(examples, True, 1024, seed=0), seed=0, global_batch_size=1,
+            micro_batch_size=1, shares_beginnings=shares,
+        ).at(0)[0]  # fmt: skip
+        model.zero_grad()
+        values = Policy(model)(batch, {"logprobs"}).logprobs
+        (values * torch.arange(len(values))).sum().backward()
+        put_in = batch.inputs["input_ids"]
+        found.append((values.detach(), put_in[0, batch.ends], put_in.shape[1],
+                      [p.grad.clone() for p in model.parameters()]))  # fmt: skip
+    (one, ends, whole, gradients), (other, same_ends, shared, again) = found
+    assert whole - shared > 0
+    torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
+    assert torch.equal(ends, same_ends)
+    for mine, its in zip(gradients, again):
+        torch.testing.assert_close(its, mine, rtol=1e-4, atol=1e-4 * float(mine.abs().max()))
+
+
+def test_what_steps_share_is_read_once_and_scores_as_if_it_were_not(workshop, monkeypatch):
+    """Losses, gradients and evaluations of a run."""
+    own = steps(workshop, data__eval_fraction=0.3, data__max_length=512, train__max_steps=4)
+    once = workshop.train("once", **own)
+    monkeypatch.setattr(ProcessReward, "shares_beginnings", False)
+    apart = workshop.train("apart", **own)
+    for file, names in (("metrics", ["loss", "grad_norm"]), ("eval", ["eval_loss", "accuracy"])):
+        one, other = (read_jsonl(run / f"{file}.jsonl") for run in (once, apart))
+        for name in names:
+            assert [line[name] for line in one] == pytest.approx(
+                [line[name] for line in other], rel=1e-5
+            )
 
 
 @pytest.mark.proof

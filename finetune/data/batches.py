@@ -137,13 +137,15 @@ class Batches:
         self, sequences: Sequences | StreamedSequences, *, seed: int, global_batch_size: int,
         micro_batch_size: int,
         rank: int = 0, num_processes: int = 1, padded: bool = False, group_by_length: bool = False,
-        pad_id: int = 0,
+        pad_id: int = 0, shares_beginnings: bool = False,
     ) -> None:  # fmt: skip
+        """shares_beginnings: put what documents of an example begin with alike in only once."""
         self.sequences = sequences
         self.seed, self.group_by_length = seed, group_by_length
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.rank, self.num_processes = rank, num_processes
         self.padded, self.pad_id = padded, pad_id
+        self.shares_beginnings = shares_beginnings
         self.mismatched: Batches | None = None
         self._order: tuple[int, np.ndarray | WindowedOrder | GrowingOrder] | None = None
 
@@ -247,6 +249,8 @@ class Batches:
         view = self.sequences.examples.view
         lay = _pad_pairs if view.has_target else _pad if self.padded else _lay_end_to_end
         batch = lay(documents, self.pad_id)
+        if self.shares_beginnings and not self.padded:
+            batch = _with_shared_beginnings(batch, documents)
         if view.predicts_documents:  # the model answers once for each row
             batch = replace(batch, positions=batch.document)
         columns = {}
@@ -297,6 +301,36 @@ def _lay_end_to_end(documents: list[Document], pad_id: int) -> Batch:
     position_ids = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))[None]
     inputs = _end_to_end(input_ids, position_ids, lengths)
     return _batch(documents, inputs, np.cumsum([0, *lengths[:-1]]), lengths)
+
+
+def _with_shared_beginnings(batch: Batch, documents: list[Document]) -> Batch:
+    """Put tokens that a document and the one before it, of the same example, begin with in once.
+
+    A causal model has the same states there. Only attention sees the documents apart:
+    `shared_tokens` int64 [T] is the place of each of their tokens among those that are put in,
+    `own_places` int64 [T put in] where each of these stands among all.
+    """
+    places, own, total, before = list[np.ndarray](), list[np.ndarray](), 0, None
+    for number, document in enumerate(documents):
+        common = 0
+        if before is not None and before.example == document.example:
+            both = min(len(before.ids), len(document.ids))
+            differ = np.flatnonzero(before.ids[:both] != document.ids[:both])
+            common = int(differ[0]) if len(differ) else both
+        new = total + np.arange(len(document.ids) - common)
+        places.append(np.concatenate([places[-1][:common], new]) if common else new)
+        own.append(sum(batch.lengths[:number]) + np.arange(common, len(document.ids)))
+        total, before = total + len(new), document
+    if total in (0, sum(batch.lengths)):
+        return batch
+    shared_tokens, own_places = (torch.from_numpy(np.concatenate(e)) for e in (places, own))
+    inputs = {**batch.inputs, "shared_tokens": shared_tokens, "own_places": own_places}
+    for name in ("input_ids", "position_ids"):
+        inputs[name] = inputs[name][:, own_places]
+    return replace(
+        batch, inputs=inputs, positions=shared_tokens[batch.positions],
+        ends=shared_tokens[batch.ends],
+    )  # fmt: skip
 
 
 def _pad(documents: list[Document], pad_id: int) -> Batch:

@@ -26,15 +26,17 @@ def attend_within_documents(
     attention_mask: torch.Tensor | None, scaling: float | None = None, dropout: float = 0.0,
     sliding_window: int | None = None, cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None, document_lengths: SimpleNamespace | None = None,
-    sequence_group: Any = None, causal: bool = True, **kwargs: Any,
+    sequence_group: Any = None, causal: bool = True, shared_tokens: torch.Tensor | None = None,
+    own_places: torch.Tensor | None = None, **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """query [1, H, T, D], key and value [1, KV, T, D] -> ([1, T, H, D], None).
 
     `causal`: no token sees those after it; `sliding_window` then counts those before, else both.
     `document_lengths.values`: the bounds as the host knows them; inside an object, as a compiled
     layer would be compiled anew for each length of a tuple. Where a group of processes shares the
-    sequence, T is that of the own stretch, and bounds are those of the whole. Raises ModelError for
-    what it would otherwise ignore: soft caps, sinks, position biases.
+    sequence, T is that of the own stretch, and bounds are those of the whole. Where documents
+    share tokens, T counts these once; `shared_tokens` and `own_places` as in data/batches. Raises
+    ModelError for what it would otherwise ignore: soft caps, sinks, position biases.
     """
     unsupported = ("softcap", "s_aux", "position_bias")
     ignored = [name for name in unsupported if kwargs.get(name) is not None]
@@ -58,10 +60,16 @@ def attend_within_documents(
         query, key, value = (
             context_parallel.exchange(states, sequence_group, 1, 2) for states in all_states
         )
+    if shared_tokens is not None:
+        query, key, value = (
+            states.index_select(2, shared_tokens) for states in (query, key, value)
+        )
     out = _attend(
         query, key, value, cu_seq_lens_q, max_length_q, document_lengths, scaling, dropout,
         sliding_window, causal,
     )  # fmt: skip
+    if own_places is not None:
+        out = out.index_select(1, own_places)
     if sequence_group is not None:
         out = context_parallel.exchange(out, sequence_group, 1, 2)
     return out, None

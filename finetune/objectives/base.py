@@ -75,6 +75,9 @@ class Objective:
     learns_rewards = True
     """Whether it learns from rewards, if it samples: else completions may have equal ones, or
     none."""
+    shares_beginnings = False
+    """Whether the model reads what documents of an example begin with alike only once. Where
+    processes share a sequence, or it is padded, it reads them one by one."""
     reports_cross_entropy = False
     """Whether `evaluate` returns the cross-entropy of the supervised tokens itself, if there is
     one."""

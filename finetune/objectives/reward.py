@@ -62,6 +62,7 @@ class ProcessReward(Scoring):
     """P(the answer is right up to this step) = sigmoid(score); every step counts once."""
 
     Settings: type[BaseModel] = config.ProcessReward
+    shares_beginnings = True  # a step is an answer that ends with it: one more line than the last
 
     def loss(
         self, policy: Policy, batch: Batch, settings: Any, prepared: Mapping[str, Tensor]
