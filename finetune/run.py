@@ -535,7 +535,8 @@ class Run:
         return Metrics(
             directory, num_steps=self.data.num_steps, start=progress.step, is_main=topology.is_main,
             num_processes=topology.num_processes, every=settings.log_every_steps,
-            flops_per_token=flops, trackers=trackers, remark=self.objective.remark(),
+            flops_per_token=None if self.objective.shares_beginnings else flops,
+            trackers=trackers, remark=self.objective.remark(),
         )  # fmt: skip
 
     def _saver(self, resumed_from: int | None) -> Saver:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_LLAMA, losses, pretrained, read_jsonl, short
+from conftest import TINY_LLAMA, losses, pretrained, read_jsonl
 from faults.forked import weights
 from invariants import sampled
 from invariants.test_topologies import several
@@ -402,7 +402,8 @@ def quantised_as(teacher, form):
     )
 
 
-@pytest.mark.parametrize("form", short(["nf4", "fp4", "int8"], "nf4"))
+@pytest.mark.proof
+@pytest.mark.parametrize("form", ["nf4", "fp4", "int8"])
 def test_a_teacher_in_few_bits_says_what_its_dequantised_weights_say(workshop, capsys, form):
     teacher = teacher_of(workshop, model__config={**TINY_LLAMA, "hidden_size": 64})
     made, names = {}, ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")

@@ -34,10 +34,13 @@ class Metrics:
 
     def __init__(
         self, directory: RunDirectory, *, num_steps: int, start: int, every: int, is_main: bool,
-        num_processes: int, flops_per_token: float, trackers: Trackers | None = None,
+        num_processes: int, flops_per_token: float | None, trackers: Trackers | None = None,
         remark: Remark = lambda terms: "",
     ) -> None:  # fmt: skip
-        """`trackers` get every line that the files get. `remark`: the objective's own notes."""
+        """`trackers` get every line that the files get. `remark`: the objective's own notes.
+
+        flops_per_token: None where not every token is put in.
+        """
         self.trackers, self.remark = trackers, remark
         logs = directory.logs
         self.steps, self.evals = Log(logs.metrics, log), Log(logs.evals, log)
@@ -178,6 +181,8 @@ class Metrics:
             self.trackers.record(values)
 
     def _utilisation(self, tokens_per_second: float) -> dict[str, float]:
+        if self.flops_per_token is None:
+            return {}
         mfu = chips.utilisation(
             tokens_per_second, self.flops_per_token, self.peak, self.num_processes
         )
