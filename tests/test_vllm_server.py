@@ -82,6 +82,16 @@ def test_an_adapter_takes_the_place_of_the_one_before(vllm, folders):
             server.load_adapter("step-4", folders / "none")
 
 
+def test_an_adapter_of_too_high_a_rank_is_an_error_of_the_command_line(vllm, folders):
+    """vLLM answers 500, as if it could be another time."""
+    vllm.max_rank = 1
+    with (
+        Client(Server(vllm.url, "policy", retries=1)) as client,
+        pytest.raises(UserError, match="rank 2 is greater .*--max-lora-rank of at least"),
+    ):
+        VllmServer(client).load_adapter("step-1", folders / "adapter")
+
+
 def test_all_weights_are_read_again_also_after_sleep(vllm, folders):
     with Client(Server(vllm.url, "policy")) as client:
         server = VllmServer(client)

@@ -20,7 +20,7 @@ class VllmServer(ChatServer):
 
     faults: of the next completions, as in chat_server. off_by: added to log-probabilities.
     ignores_weights: answers 200 to new weights, and keeps the old. is_busy: other requests hold
-    blocks of the cache, so that it cannot be emptied.
+    blocks of the cache, so that it cannot be emptied. max_rank: of adapters.
     """
 
     def __init__(self, model: str | Path) -> None:
@@ -31,6 +31,7 @@ class VllmServer(ChatServer):
         self.calls: list[str] = []
         self.asleep = False
         self.stale_cache = self.is_busy = False
+        self.max_rank = 512
         self.restart()
 
     def restart(self) -> None:
@@ -61,8 +62,11 @@ class VllmServer(ChatServer):
         if not Path(body["lora_path"], "adapter_config.json").exists():
             what = f"Loading lora {name} failed: No adapter found for {body['lora_path']}"
             return _error(404, what, "NotFoundError")
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel
 
+        if (rank := PeftConfig.from_pretrained(body["lora_path"]).r) > self.max_rank:
+            what = f"LoRA rank {rank} is greater than max_lora_rank {self.max_rank}."
+            return _error(500, f"Call to add_lora method failed: {what}", "InternalServerError")
         model = _loaded(self.start)
         if not self.ignores_weights:
             model = PeftModel.from_pretrained(model, body["lora_path"]).eval()

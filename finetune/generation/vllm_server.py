@@ -31,7 +31,7 @@ ONLY_TEMPERATURE = {
 
 ENDED = ("stop", "length")
 """How a completion ends; by `abort` where another client lets the server sleep, for one."""
-LOADED = "has already been loaded"
+LOADED, OF_LORA = "has already been loaded", "LoRA"
 OF_ADAPTERS = (
     "start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, with a "
     "--max-lora-rank of at least adapter.r, where it sees the run directory"
@@ -159,6 +159,10 @@ class VllmServer:
             if LOADED in str(exc):  # by a try whose answer came too late
                 return None
             raise UserError(f"{exc} (of {path}); {hint}") from exc
+        except Outage as exc:  # it answers 500 to adapters of too high a rank, or to all
+            if OF_LORA in str(exc):
+                raise UserError(f"{exc} (of {path}); {hint}") from exc
+            raise
 
 
 def _sampled(choice: Any) -> Sampled:
