@@ -96,3 +96,23 @@ def test_models_templates_and_evaluation_rows_are_found_the_same_way(project):
     (folder / "project/chat.jinja").write_text("{{ messages }}")
     data = parse(eval="rows.jsonl", template="chat.jinja").data
     assert (data.eval, data.template) == ("../project/rows.jsonl", "../project/chat.jinja")
+
+
+def test_files_of_rewards_are_found_beside_the_config(project):
+    folder, parse = project
+    rows(folder / "here")
+    (folder / "project/schema.json").write_text("{}")
+    listed = (
+        "[{kind: json_schema, file: schema.json}, {kind: json_schema, file: gone.json, name: b}, "
+        "{kind: judge, model: schema.json, url: 'http://a/v1', rubric: schema.json}]"
+    )
+    given = yaml.safe_load(f"{{kind: grpo, rewards: {listed}}}")
+    path = folder / "project/run.yaml"
+    parse()
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"objective": given}))
+    config, _ = configs.parse(
+        ["--config", "../project/run.yaml", "--model.config={model_type: llama}"]
+    )
+    schema, gone, judge = config.objective.rewards
+    assert (schema.file, gone.file) == ("../project/schema.json", "gone.json")
+    assert (judge.model, judge.rubric) == ("schema.json", "../project/schema.json")

@@ -15,7 +15,7 @@ from finetune.config import help, kinds, paths
 from finetune.config.fields import Config
 from finetune.config.kinds import Section
 from finetune.config.messages import listed, quoted, unknown_argument
-from finetune.config.own import OwnObjective, own_objective
+from finetune.config.own import OwnObjective, own_objective, rewards_in
 from finetune.config.reader import from_dict
 from finetune.config.sections import (
     NUMBER,
@@ -165,6 +165,13 @@ def _look_beside(values: dict[str, Any], folder: Path) -> list[str]:
                 given[name] = paths.beside_config(given[name], str(folder))
             except ValueError as exc:
                 problems.append(f"{key}: {exc}")
+    for key, reward in rewards_in(values.get("objective")).items():
+        at_server = {"model"} if reward.get("url") else set()
+        for name in ({"file", "model", "rubric"} - at_server) & reward.keys():
+            try:
+                reward[name] = paths.beside_config(reward[name], str(folder))
+            except ValueError as exc:
+                problems.append(f"{key}.{name}: {exc}")
     return problems
 
 
