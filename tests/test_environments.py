@@ -71,7 +71,7 @@ class Here:
     def __init__(self, make, arguments, gap, **limits):
         self.call = make(*arguments)
 
-    def open(self, folder, stop):
+    def open(self, stop):
         pass
 
     def close(self):
