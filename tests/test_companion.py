@@ -6,13 +6,17 @@ import torch
 from conftest import forget_process_state, pretrained
 
 from finetune import config as configs
+from finetune.config import objective_fields as fields
 from finetune.data.batches import _lay_end_to_end
 from finetune.data.views import Document
 from finetune.engine import companion
 from finetune.engine.topology import Topology
+from finetune.errors import ConfigError
 from finetune.models import load
+from finetune.objectives import chosen
 
 pytestmark = pytest.mark.slow
+COMPARED = fields.Grpo(kind="grpo", rewards=[{"kind": "number"}], beta=0.1)
 
 
 def a_batch():
@@ -69,3 +73,26 @@ def test_a_companion_answers_like_its_model(workshop):
 def test_its_fingerprint_is_that_of_its_weights(workshop):
     one, same, other = (loaded(workshop, run__seed=seed) for seed in (0, 0, 1))
     assert one.sha256 == same.sha256 != other.sha256
+
+
+def test_what_a_frozen_copy_starts_from_follows_from_the_adapters(workshop):
+    """Fresh adapters add 0, so those of any draw are alike; beside norms none is switched off."""
+
+    def start(adapter, objective=COMPARED):
+        config = configs.Config.model_validate(workshop.config() | {"adapter": adapter})
+        config = config.model_copy(update={"objective": objective})
+        return config, companion.start_of(config, chosen(config))
+
+    whole, found = start({})
+    assert found == whole
+    assert start({}, fields.Sft())[1] is None
+    for adapter in ({"kind": "lora"}, {"kind": "qlora"}, {"kind": "lora", "init": "eva"}):
+        assert start(adapter)[1] is None, "the model itself, adapters off"
+    for adapter in ({"kind": "qlora", "train_norms": True}, {"kind": "lora", "bias": "all"}):
+        config, found = start(adapter)
+        assert found == config
+    found = start({"kind": "lora", "init": "eva", "train_norms": True})[1]
+    assert found.adapter.init == "default"
+    message = "adapter.init: pissa starts from other weights.*; use adapter.init: default, "
+    with pytest.raises(ConfigError, match=message):
+        start({"kind": "lora", "init": "pissa"})

@@ -170,6 +170,9 @@ def test_speed_and_hours_follow_from_the_rate_of_the_chip():
         f"about {tokens:,.0f} tokens/s, {1e12 / tokens / 3600:.1f} hours, if as fast as "
         "'8B full', 400 TFLOP/s (make gpu, 2026-12-01, torch 2.13.0)"
     )
+    sampled = {"kind": "grpo", "rewards": [{"kind": "number"}], "rollouts": {"max_new_tokens": 9}}
+    fast = outlook.speed_of(chooser_of(objective=sampled), ONE, known, 100, None)
+    assert "tokens/s in learning; sampling comes on top, if as fast as" in fast
     assert outlook.speed_of(chooser, ONE, [], 100, None) == ""
     assert outlook.speed_of(chooser_of(precision="fp32"), ONE, known, 100, None) == "", (
         "other kernels"

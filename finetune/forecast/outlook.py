@@ -80,7 +80,8 @@ def speed_of(
         )
     hours = f", {num_tokens / tokens / 3600:.1f} hours" if num_tokens else ""
     alike = f"as fast as {case!r}, {rate.tflops:,.0f} TFLOP/s ({measurement.source})"
-    return f"about {tokens:,.0f} tokens/s{hours}, if {alike}"
+    more = " in learning; sampling comes on top" if config.rollouts else ""
+    return f"about {tokens:,.0f} tokens/s{hours}{more}, if {alike}"
 
 
 def _most_tokens(chooser: Chooser, parallel: ParallelConfig) -> float:
