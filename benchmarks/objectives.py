@@ -24,7 +24,7 @@ import yaml
 os.environ["HF_HUB_OFFLINE"], os.environ["OMP_NUM_THREADS"] = "1", "1"
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-SHORT, LONG = 1, 5  # steps
+SHORT, LONG = 1, 4  # steps
 SHAPE = {
     "model_type": "llama", "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4,
     "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 1024,

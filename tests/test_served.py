@@ -11,7 +11,9 @@ from invariants import sampled
 from vllm_server import running
 
 from finetune.config.engine_fields import ServerEngine
+from finetune.engine.topology import Topology
 from finetune.errors import ConfigError, Outage, UserError
+from finetune.forecast import choice
 from finetune.models.load import bytes_tokenizer
 from finetune.rollouts.sampling import Stopped
 from finetune.rollouts.served import Served
@@ -77,6 +79,29 @@ def test_each_phase_is_sampled_with_the_weights_of_its_step(workshop, vllm, adap
         assert vllm.calls[-1] == "/v1/unload_lora_adapter"
     seeds = [body["seed"] for body in vllm.sampled if body["seed"]]  # without probes
     assert len(set(seeds)) == len(seeds) == 8
+
+
+@pytest.mark.proof
+def test_a_server_on_the_same_gpu_sleeps_while_memory_is_measured_and_given_back(
+    workshop, vllm, monkeypatch
+):
+    """Else its memory counts as taken, or the run keeps what the server wakes up to."""
+    slept, measure, give_back = dict[str, list[bool]](), choice.capacity_here, Topology.give_back
+    seen = slept.setdefault
+
+    def measured(device):
+        seen("measured", []).append(vllm.asleep)
+        return measure(device)
+
+    def given_back(topology):
+        seen("given back", []).append(vllm.asleep)
+        give_back(topology)
+
+    monkeypatch.setattr(choice, "capacity_here", measured)
+    monkeypatch.setattr(Topology, "give_back", given_back)
+    auto = {"train__micro_batch_size": "auto", "adapter__kind": "lora"}
+    workshop.train(**settings(workshop, vllm, {"sleep": True}, **auto))
+    assert slept == {"measured": [True], "given back": [True, True]}, "two phases"
 
 
 def test_a_server_with_other_weights_ends_the_run_before_it_samples(workshop, vllm):
