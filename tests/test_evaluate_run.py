@@ -225,24 +225,27 @@ def test_the_base_is_also_asked_with_examples_and_with_context(run, tmp_path, ca
     kept = read_jsonl(run / "held_out.jsonl")
     rows = [{**each, "page": f"page {n}"} for n, each in enumerate(kept)]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    asked = ("--few-shot", 2, "--context", "page", "--report", tmp_path / "into")
+    asked = ("--few-shot", 1, "--context", "page", "--report", tmp_path / "into")
     assert evaluate(run, "--data", path, *asked) == 0
     table = capsys.readouterr().out
-    assert "base 2-shot" in table
+    assert "base 1-shot" in table
     assert "tuned with context" in table
     by_model = {}
     for line in read_jsonl(tmp_path / "into" / "answers.jsonl"):
         by_model.setdefault(line["model"], []).append(line)
-    examples = {json.dumps(line["prompt"][:4]) for line in by_model["base 2-shot"]}
+    examples = {json.dumps(line["prompt"][:2]) for line in by_model["base 1-shot"]}
     assert len(examples) == 1
     turns = json.loads(examples.pop())
     trained_on = [row(n) for n in range(30) if row(n) not in kept]
-    assert [each["role"] for each in turns] == ["user", "assistant"] * 2
+    assert [each["role"] for each in turns] == ["user", "assistant"]
     assert {each["content"] for each in turns[::2]} <= {each["question"] for each in trained_on}
     [one, *_] = by_model["tuned with context"]
     assert one["prompt"][-1]["content"] == f"page 0\n\n{kept[0]['question']}"
     assert evaluate(run, "--data", path, "--context", "pages") == 2
     assert "has no text in column pages" in capsys.readouterr().err
+    assert evaluate(run, "--few-shot", 9, "--report", tmp_path / "none") == 2  # 256 positions
+    assert "with 9 examples every prompt has" in capsys.readouterr().err
+    assert not (tmp_path / "none/answers.jsonl").read_bytes()
     assert evaluate(run, "--few-shot", 25) == 2
     assert (
         "25 examples are asked for, and the run was trained on 24 rows" in capsys.readouterr().err

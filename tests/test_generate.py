@@ -104,6 +104,17 @@ def test_tasks_grow_from_seeds(bench, server, steps):
     assert sum(seed["question"] in shown for seed in SEEDS) == 3
 
 
+def test_no_row_at_all_is_a_failure_with_the_reason_and_replaces_nothing(bench, monkeypatch):
+    refuses = {"message": {"content": None, "refusal": "no"}, "finish_reason": "stop"}
+    (bench.folder / "out.jsonl").write_text("of before\n")
+    with chat_server.running(answer=lambda body: {"choices": [refuses]}) as server:
+        given = options(bench, server, "--prompts", bench.rows(SEEDS), "--force")
+        assert bench.run(*given) == 1
+        assert "failed: 5 requests made no row: 5 the model refuses" in bench.stderr
+        assert bench.run(*given, "--most-requests", 2) == 1
+        assert (bench.folder / "out.jsonl").read_text() == "of before\n"
+
+
 def test_requests_show_new_tasks_too(bench, server):
     rows = made(bench, server, bench.rows(SEEDS), "--rows", 120, "--at-once", 1)
     later = [body["messages"][0]["content"] for body in server.seen[16:]]
@@ -119,9 +130,9 @@ def test_the_report_counts_new_rows_as_generated(bench, server):
 
 def test_a_model_that_repeats_itself_ends_the_work(bench, server):
     server.answer = lambda body: "Question: Which animal is number first?\nAnswer: a"
-    assert made(bench, server, bench.rows(SEEDS), "--rows", 30) == []
+    assert bench.run(*options(bench, server, bench.rows(SEEDS), "--rows", 30)) == 1
     assert "20 requests in a row brought no new task: 0 of 30 rows" in bench.stderr
-    assert bench.counts["stopped"] == "repeats"
+    assert "made no row: 25 too much like a known question; " in bench.stderr
     assert len(server.seen) <= 20 + 16
 
 
@@ -593,14 +604,14 @@ def test_a_model_on_this_machine_answers_without_a_network(bench, tmp_path):
     prompts = write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"{n} and?"} for n in range(3)])
     given = ["generate", "--prompts", prompts, "--model", model, "--max-tokens", 4]
     given += ["--output", bench.out, "--at-once", 2, "--temperature", 1, "--force"]
-    assert bench.run(*given) == 0, bench.stderr
+    assert bench.run(*given) == 1
+    assert "failed: 3 requests made no row: 3 cut at --max-tokens" in bench.stderr
     answers = Path(f"{bench.out}.answers")
     first = read_jsonl(answers)
     assert len(first) == 3
-    assert "3 prompts read" in bench.stderr
     answers.unlink()
-    assert bench.run(*given) == 0
+    assert bench.run(*given) == 1
     assert read_jsonl(answers) == first
     os.utime(model / "model.safetensors")  # as after another training: its answers do not count
-    assert bench.run(*given) == 0
+    assert bench.run(*given) == 1
     assert len(read_jsonl(answers)) == 6

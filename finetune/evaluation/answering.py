@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from finetune.config.base import config_of, is_adapter, recorded_base
+from finetune.data.tokens import encode_prompt
+from finetune.errors import UserError
 from finetune.evaluation.candidates import Candidate, same_model
 from finetune.evaluation.held_out import note
 from finetune.evaluation.results import BASE, TUNED
@@ -178,6 +180,9 @@ def ask(
     rendered = [
         (each, own, generate.texts_of(models.asks(each), own)) for each, own in of_each
     ]  # fmt: skip
+    for each, _, texts in rendered:
+        if each.examples and not is_remote(each.model):
+            _require_room(each, texts, models.tokenizer(each), asking.decoding.max_new_tokens)
     found: dict[str, list[Completion]] = {}
     for candidate, own, texts in rendered:
         identity = candidate.identity
@@ -193,6 +198,24 @@ def ask(
         if completions is not None:
             found[candidate.name] = completions
     return None if asking.share[0] else found
+
+
+def _require_room(
+    candidate: Candidate, texts: Sequence[str], tokenizer: Any, max_new_tokens: int
+) -> None:
+    """Raise UserError if no prompt has room for its examples: all would lose their beginning."""
+    model = recorded_base(candidate.model) if is_adapter(candidate.model) else candidate.model
+    context = config_of(model).get("max_position_embeddings")
+    if type(context) is not int or is_pair(candidate.model):
+        return
+    most = generate.room_of(context, max_new_tokens)
+    shortest = min(len(encode_prompt(text, tokenizer)) for text in texts)
+    if shortest > most:
+        raise UserError(
+            f"--few-shot: with {len(candidate.examples)} examples every prompt has {shortest:,} "
+            f"tokens or more, and the model's {context:,} positions leave {most:,} next to answers "
+            f"of {max_new_tokens:,}; give fewer examples, or a smaller --max-new-tokens"
+        )
 
 
 def score_references(

@@ -120,6 +120,11 @@ def room_of_prompt(model: Any, max_new_tokens: int) -> int:
     context = positions(model)
     if families.is_encoder_decoder(model.config):  # the answer has positions of its own
         return context
+    return room_of(context, max_new_tokens)
+
+
+def room_of(context: int, max_new_tokens: int) -> int:
+    """Return the same of a decoder with so many positions."""
     return max(context - max_new_tokens, context // 2)
 
 

@@ -32,7 +32,7 @@ from finetune.data.formats import detect, to_conversation, with_system
 from finetune.data.places import Row
 from finetune.data.problems import Problems
 from finetune.endpoint import Budget, Client, Refused, Reply, Request, Server
-from finetune.errors import DataError, UserError
+from finetune.errors import DataError, FinetuneError, UserError
 from finetune.preparation import frame as frames
 from finetune.preparation import growing, request, tasks, texts
 from finetune.preparation.asking import Answers, Asking, Model, prompt_hash
@@ -166,7 +166,9 @@ def main(frame: Frame, arguments: argparse.Namespace) -> None:
                     own = (GENERATED, arguments.model, prompt_hash(asked))
                     write(values | dict(zip(OWN_COLUMNS, own)), f"answer {budget.num_requests}")
                     bar.update()
-    _report(frame, arguments, asking, wanted)
+        _report(frame, arguments, asking, wanted)
+        if not frame.written and budget.num_requests:
+            raise FinetuneError(_nothing(frame, budget))  # before an older output is replaced
 
 
 def _require(arguments: argparse.Namespace) -> None:
@@ -368,6 +370,13 @@ class Answering:
             left_out = read | texts.COLUMNS
             kept = {name: value for name, value in row.values.items() if name not in left_out}
             yield made | kept
+
+
+def _nothing(frame: Frame, budget: Budget) -> str:
+    why = ", ".join(f"{count:,} {reason}" for reason, count in frame.dropped.most_common())
+    asked = f"{budget.num_requests:,} requests made no row: {why or 'no reply held one'}"
+    output = frame.arguments.output
+    return asked if output == PIPE else f"{asked}; {output}.answers has the replies"
 
 
 def _report(
