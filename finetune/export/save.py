@@ -172,10 +172,16 @@ def _local(source: str, name: str, revision: str | None) -> str | None:
 
 
 def _may_be_tied(model: Any, weights: dict[str, torch.Tensor]) -> bool:
-    """Return whether embedding and head hold the same values, as a config that ties them says."""
+    """Return whether embedding and head hold the same values, as a config that ties them says.
+
+    Also where that would tie other weights alone, as LUKE's of entities, which are saved once.
+    """
     names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
-    found = [weights.get(names.get(id(m.weight), "")) for m in embedding_and_head(model)]
-    held = [weight for weight in found if weight is not None]
+    own = [names.get(id(module.weight), "") for module in embedding_and_head(model)]
+    tied = getattr(model, "all_tied_weights_keys", None)
+    if own and tied and own[-1] not in {*tied, *tied.values()}:
+        return True
+    held = [weight for name in own if (weight := weights.get(name)) is not None]
     return len(held) < 2 or torch.equal(held[0], held[1])
 
 
