@@ -509,9 +509,9 @@ def _positions(model_config: Any) -> int | None:
     if getattr(model_config, "axial_pos_embds", False):  # of Reformer, which then pads nothing
         shape = " x ".join(map(str, model_config.axial_pos_shape))
         raise ConfigError(
-            f"model.config: {model_config.model_type} with axial_pos_embds trains only on sequences "
-            f"of exactly {shape} tokens (axial_pos_shape), and rows have lengths of their own; set "
-            "axial_pos_embds: false for a new model, or use another model"
+            f"model.config: {model_config.model_type} with axial_pos_embds trains only on "
+            f"sequences of exactly {shape} tokens (axial_pos_shape), and rows have lengths of their "
+            "own; set axial_pos_embds: false for a new model, or use another model"
         )
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if positions is None or positions <= 0:

@@ -124,7 +124,7 @@ def room_of_prompt(model: Any, max_new_tokens: int) -> int:
 
 
 def room_of(context: int, max_new_tokens: int) -> int:
-    """Return the same of a decoder with so many positions."""
+    """Return the same of a decoder, by its number of positions."""
     return max(context - max_new_tokens, context // 2)
 
 
