@@ -510,8 +510,8 @@ def _positions(model_config: Any) -> int | None:
         shape = " x ".join(map(str, model_config.axial_pos_shape))
         raise ConfigError(
             f"model.config: {model_config.model_type} with axial_pos_embds trains only on "
-            f"sequences of exactly {shape} tokens (axial_pos_shape), and rows have lengths of their "
-            "own; set axial_pos_embds: false for a new model, or use another model"
+            f"sequences of exactly {shape} tokens (axial_pos_shape), and rows have their own "
+            "lengths; set axial_pos_embds: false for a new model, or use another model"
         )
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if positions is None or positions <= 0:
