@@ -435,6 +435,7 @@ def answers_of_an_objective():
     terms = [Term("loss", one, "tokens")]
     return {
         "has_turns": False, "needs": {"scores", "reference"}, "heads": {"scores"}, "samples": True,
+        "asks": {"entropy"}, "shares_beginnings": True,
         "learns_rewards": False, "reports_cross_entropy": True, "prepares": True,
         "mismatches": True, "notes": ["a note"], "supervises": "last_turn", "view": View(),
         "remark": lambda terms: f"kl {terms['kl']}", "runs_away": "too far",

@@ -43,6 +43,7 @@ class Own(Objective):
         self.asks = frozenset(self.objective.asks)
         self.samples, self.learns_rewards = self.objective.samples, self.objective.learns_rewards
         self.reports_cross_entropy = self.objective.reports_cross_entropy
+        self.shares_beginnings = self.objective.shares_beginnings
         self._units: dict[str, dict[str, tuple[str, float]]] = {}  # of the terms of each method
 
     @property
