@@ -55,6 +55,7 @@ from finetune.rollouts.episodes import Environments
 from finetune.rollouts.phase_facts import left_out
 from finetune.rollouts.phases import Group, Rollout
 from finetune.rollouts.rollouts import Rollouts
+from finetune.rollouts.sampling import why_padded
 from finetune.rollouts.served import Served
 from finetune.survival.preemption import StopFlag
 
@@ -229,11 +230,14 @@ class Run:
             **self.identity(), "rollouts": own,
             "seed": config.run.seed, "completions of a step": config.train.global_batch_size,
         }  # fmt: skip
+        served = self._served(ends)
+        if served is None and (why := why_padded(bare)):
+            self.log(f"note: completions are sampled in padded batches, which is slower: {why}")
         around = Around(
             self.directory.path, topology, lambda: self.policy(model), lambda: bare,
             data.tokenizer, ends, self.objective, config.objective, rewards,
             files.json_sha256(about), stop, self.log, self.storage,
-            self._served(ends), self._environments(), self._save_policy, self._before_training(),
+            served, self._environments(), self._save_policy, self._before_training(),
             self._asked_teacher(), self._note_rollouts, self._samples_together(),
         )  # fmt: skip
         return Rollouts(data.train, around)

@@ -204,6 +204,19 @@ def test_completions_reach_a_gpu_from_page_locked_memory(device, wanted):
     assert (found.name, totals) == (wanted, {"tokens": 3})
 
 
+def test_without_padding_a_gpu_is_waited_for_once_a_token():
+    """Completions that have ended leave, so that each token tells what the next pass holds."""
+    wanted = drawn(model_of(0), 12)
+    with pretended() as waits:
+        model = on_gpu(model_of(0))
+        model.set_attn_implementation("documents")
+        found = drawn(model, 12)
+        assert len(of_ours(waits)) <= 12 + 1
+    assert [each.ids for each in found] == [each.ids for each in wanted]
+    for one, other in zip(found, wanted):
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+
+
 def test_numbers_of_tokens_come_back_once_a_micro_batch(workshop):
     """What a reference and the log-probabilities of a phase are made of."""
     config, data = prepared(workshop, objective__kind="sft")

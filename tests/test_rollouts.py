@@ -124,7 +124,7 @@ def test_the_sampler_finds_tokens_as_likely_as_the_policy_that_learns(model):
     with torch.no_grad():
         logprobs = Policy(model)(batches.at(0)[0], {"logprobs"}, temperature=0.7).logprobs
     wanted = np.concatenate([each.logprobs for each in found])
-    assert logprobs.numpy() == pytest.approx(wanted, abs=5e-5)
+    assert logprobs.numpy() == pytest.approx(wanted, abs=5e-6)
 
 
 # ---------------------------------------------------------------------------------- the arrays
@@ -455,9 +455,8 @@ ALONE_OR_TOGETHER = {
 }
 
 
-@pytest.mark.proof
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("case", ALONE_OR_TOGETHER)
+@pytest.mark.parametrize("case", short([*ALONE_OR_TOGETHER], "fsdp2"))
 def test_whole_weights_sample_and_learn_like_all_processes_together(workshop, case):
     """To the bit; of the shards of a phase one process has two and the other one."""
     processes = 1 if case == "one process" else 2

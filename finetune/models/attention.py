@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 from finetune.errors import ModelError
 from finetune.models import context_parallel, varlen_cpu, varlen_gpu
 from finetune.models.attention_choice import BOTH_WAYS, DOCUMENTS, HEAD_UNIT
+from finetune.models.key_values import KeyValues
 
 LARGEST_HEAD = 256  # of FlashAttention-2
 
@@ -27,11 +28,12 @@ def attend_within_documents(
     sliding_window: int | None = None, cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None, document_lengths: SimpleNamespace | None = None,
     sequence_group: Any = None, causal: bool = True, shared_tokens: torch.Tensor | None = None,
-    own_places: torch.Tensor | None = None, **kwargs: Any,
+    own_places: torch.Tensor | None = None, key_values: KeyValues | None = None, **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """query [1, H, T, D], key and value [1, KV, T, D] -> ([1, T, H, D], None).
 
     `causal`: no token sees those after it; `sliding_window` then counts those before, else both.
+    `key_values`: what `KeyValues.read` or `grow` has begun, for sequences that are continued.
     `document_lengths.values`: the bounds as the host knows them; inside an object, as a compiled
     layer would be compiled anew for each length of a tuple. Where a group of processes shares the
     sequence, T is that of the own stretch, and bounds are those of the whole. Where documents
@@ -51,6 +53,11 @@ def attend_within_documents(
     ):  # norms of queries and keys in float32 would leave them so
         half = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(half), key.to(half), value.to(half)
+    if key_values is not None:
+        if key_values.continues:
+            scale = _scale(query, scaling)
+            return key_values.attend(query, key, value, scale, sliding_window), None
+        key_values.store(key, value)
     if sequence_group is not None:
         count = torch.distributed.get_world_size(sequence_group)
         # Too few heads of keys and values to go round: each head of queries gets its own.
@@ -84,7 +91,7 @@ def _attend(
     heads, shared = query.shape[1], key.shape[1]
     if heads % shared:
         raise ModelError(f"{heads} heads cannot share {shared} heads of keys and values evenly")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scale = _scale(query, scaling)
     plain = dropout == 0.0 and query.shape[-1] == value.shape[-1]
     fits = query.is_cuda and query.dtype != torch.float32 and query.shape[-1] <= LARGEST_HEAD
     if plain and fits and _has_flash_kernels(query.device):
@@ -96,6 +103,10 @@ def _attend(
     if lengths is None:  # a call without a batch: this waits for the device
         lengths = SimpleNamespace(values=varlen_cpu.lengths_of(bounds))
     return _one_by_one(query, key, value, lengths, scale, dropout, sliding_window or 0, causal)
+
+
+def _scale(query: torch.Tensor, scaling: float | None) -> float:
+    return float(query.shape[-1] ** -0.5) if scaling is None else scaling
 
 
 @torch.compiler.assume_constant_result

@@ -70,7 +70,7 @@ class Collector:
             found = draw(
                 around.model(), prompts or [[pad]], numbers if prompts else np.zeros((1, 1)),
                 temperature=self.settings.temperature, ends=around.ends, pad=pad,
-                together=self.together, beat=self._beat,
+                together=self.together, beat=self._beat, anyone=self._anyone,
             )  # fmt: skip
         return found[: len(prompts)]
 
@@ -78,18 +78,15 @@ class Collector:
         self, environments: Environments, members: Members, numbers: Sequence[np.ndarray]
     ) -> list[Group]:
         """Sample a group of completions of several turns for each prompt."""
-        topology = self.around.topology
-
-        def anyone(has_turns: bool) -> bool:
-            return topology.any(has_turns) if self.together else has_turns
-
         groups = [
             [Episode(self.prompts.ids(example).tolist(), row) for row in rows]
             for (_, example), rows in zip(members, numbers)
         ]
         prompts = [self.prompts.prompt(example) for _, example in members]
-        topology.watchdog.pause("the environments")
-        failed = environments.play(groups, prompts, self._draw, self._text, anyone, self._beat)
+        self.around.topology.watchdog.pause("the environments")
+        failed = environments.play(
+            groups, prompts, self._draw, self._text, self._anyone, self._beat
+        )
         return [
             Group(
                 number, prompt.place, tuple(self.prompts.ids(example).tolist()),
@@ -127,6 +124,10 @@ class Collector:
         )
         watchdog.heartbeat()
         return found
+
+    def _anyone(self, has_more: bool) -> bool:
+        """Tell whether any of the processes that sample together has more to do."""
+        return self.around.topology.any(has_more) if self.together else has_more
 
     def _beat(self) -> None:
         self.around.topology.watchdog.heartbeat()

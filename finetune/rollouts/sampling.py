@@ -17,7 +17,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from finetune.errors import TrainingDiverged
 from finetune.generation import generate
 from finetune.generation.completions import FinishReason
-from finetune.models.attention_choice import own_attention
+from finetune.models.attention_choice import DOCUMENTS, own_attention
+from finetune.rollouts import unpadded
 
 HELD_OUT = 8  # times as many held-out prompts as shard_size are sampled at once, each once
 
@@ -55,13 +56,20 @@ def seed_of(seed: int, *of: int) -> int:
 def draw(
     model: Any, prompts: Sequence[Sequence[int]], numbers: np.ndarray, *, temperature: float,
     ends: Set[int], pad: int, together: bool, beat: Callable[[], None],
+    anyone: Callable[[bool], bool] = bool,
 ) -> list[Drawn]:  # fmt: skip
     """Return a completion of each prompt, of at most as many tokens as `numbers` has.
 
     `numbers`: float64 [prompts, tokens], from 0 to 1. `ends`: tokens that end a completion.
-    `together`: processes that share the weights call this at once. `beat` is called before each
+    `together`: processes that share the weights call this at once; `anyone` tells whether any of
+    them has a pass left. `beat` is called before each
     token, and may raise. Raises TrainingDiverged if the model says NaN.
     """
+    if not why_padded(model):
+        found = unpadded.complete(
+            model, prompts, numbers, temperature=temperature, ends=ends, beat=beat, anyone=anyone
+        )
+        return [_cut(ids, np.array(logprobs, np.float32), ends) for ids, logprobs in found]
     device = next(model.parameters()).device
     inputs = generate._padded([list(each) for each in prompts], pad, device)
     width = inputs["input_ids"].shape[1]
@@ -73,6 +81,13 @@ def draw(
         )  # fmt: skip
     logprobs = torch.stack(drawing.logprobs, 1).float().cpu().numpy()
     return [_cut(row, logprobs[number], ends) for number, row in enumerate(out[:, width:].tolist())]
+
+
+def why_padded(model: Any) -> str:
+    """Return why completions are drawn by `generate` in padded batches; "" if they are not."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    attention = str(inner.config._attn_implementation)
+    return "" if attention == DOCUMENTS else f"model.attention is {attention}"
 
 
 def _cut(ids: list[int], logprobs: np.ndarray, ends: Set[int]) -> Drawn:
@@ -99,17 +114,10 @@ class Drawing(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         self.beat()
-        logprobs = torch.log_softmax(scores.float() / self.temperature, -1)
-        reached = logprobs.double().exp().cumsum(-1)
-        whole = reached[:, -1:].contiguous()  # 1, but for rounding
-        wanted = self.numbers[:, input_ids.shape[1] - self.start, None] * whole
-        token = torch.searchsorted(reached, wanted, right=True)
-        # Rounding may reach the whole, behind which no token has a probability. NaN is above all
-        # numbers: a place that does not exist would end a GPU's process, without a reason.
-        token = torch.minimum(token, torch.searchsorted(reached, whole))
-        token = token.clamp(max=reached.shape[1] - 1)
-        self.logprobs.append(logprobs.gather(1, token)[:, 0])
-        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+        numbers = self.numbers[:, input_ids.shape[1] - self.start]
+        token, logprobs = unpadded.choose(scores, numbers, self.temperature)
+        self.logprobs.append(logprobs)
+        return torch.full_like(scores, -torch.inf).scatter(1, token[:, None], 0.0)
 
 
 @contextmanager
