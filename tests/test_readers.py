@@ -245,6 +245,9 @@ COLUMNS = "but the header names 2 columns"
         ("jsonl", '{"a": 1}\n{"a": }\n', ":2", "broken JSON: Expecting value at character 7"),
         ("jsonl", '{"a": 1}\n\n{"a": "x"\n', ":3", "broken JSON"),
         ("jsonl", '{"a": 1} {"a": 2}\n', ":1", "broken JSON: Extra data at character 10"),
+        ("jsonl", '{"a": 1}\n{"a": 2},\n', ":2", "the comma at its end belongs to a list"),
+        ("json", '{"n": 1, "data": [{"a": 1}]}', "", "write the list under 'data' alone"),
+        ("json", '{"a": 1}', "", "one object per line is .jsonl"),
         (
             "jsonl", '{"a": 1}\n[1, 2]\n', ":2",
             "a row should be an object like {...}, got [1, 2]",

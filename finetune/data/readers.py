@@ -10,6 +10,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import chain
 from typing import Any
 
@@ -21,6 +22,7 @@ from finetune.data.places import Place, Row, printable, short, wrong
 from finetune.errors import DataError
 
 LIST_HINT = "; a file that holds one list is .json"
+COMMA_HINT = "; the comma at its end belongs to a list, not to .jsonl"
 
 
 def absent(name: str, key: str = "data.train") -> DataError:
@@ -158,7 +160,8 @@ def _read_jsonl(source: str) -> Iterator[Row | DataError]:
                 why = failures.parsing_reason(exc)
                 if isinstance(exc, json.JSONDecodeError):
                     why = f"{exc.msg} at character {exc.pos + 1}"
-                hint = LIST_HINT if line.lstrip().startswith("[") else ""
+                hint = COMMA_HINT if line.rstrip().endswith(",") else ""
+                hint = LIST_HINT if line.lstrip().startswith("[") else hint
                 what = f"broken JSON: {why}: {short(line.strip())}; correct or remove it{hint}"
                 yield wrong(Place(source, number), what)
             else:
@@ -170,7 +173,7 @@ def _read_json(source: str) -> Iterator[Row | DataError]:
     text = "".join(line for _, line in lines(source))
     if not text.lstrip().startswith("["):
         what = "a .json file should hold a list of rows, [ {...}, ... ]"
-        raise wrong(source, f"{what}; one object per line is .jsonl")
+        raise wrong(source, f"{what}; {_hint_of_object(text)}")
     try:
         values = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as exc:
@@ -181,6 +184,16 @@ def _read_json(source: str) -> Iterator[Row | DataError]:
         raise DataError(f"{printable(source)}{line}: broken JSON: {why}; correct it") from exc
     for number, value in enumerate(values, 1):
         yield _record(Place(source, 0, number), value)
+
+
+def _hint_of_object(text: str) -> str:
+    """Say how a .json file that holds no list becomes one."""
+    with suppress(ValueError, RecursionError):
+        value = json.loads(text)
+        inside = [key for key, each in value.items() if isinstance(each, list)]
+        if inside:
+            return f"this is an object: write the list under {short(inside[0])!r} alone"
+    return "one object per line is .jsonl"
 
 
 def _read_text(source: str, unit: str) -> Iterator[Row | DataError]:
