@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from finetune.config.base import config_of, is_adapter, recorded_base
-from finetune.data.tokens import encode_prompt
 from finetune.errors import UserError
 from finetune.evaluation.candidates import Candidate, same_model
 from finetune.evaluation.held_out import note
@@ -209,7 +208,7 @@ def _require_room(
     if type(context) is not int or is_pair(candidate.model):
         return
     most = generate.room_of(context, max_new_tokens)
-    shortest = min(len(encode_prompt(text, tokenizer)) for text in texts)
+    shortest = min(generate.num_tokens(text, tokenizer) for text in texts)
     if shortest > most:
         raise UserError(
             f"--few-shot: with {len(candidate.examples)} examples every prompt has {shortest:,} "

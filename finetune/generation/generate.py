@@ -110,6 +110,11 @@ def encode(model: Any, tokenizer: Any, prompt: str) -> list[int]:
     return encode_prompt(prompt, tokenizer)
 
 
+def num_tokens(prompt: str, tokenizer: Any) -> int:
+    """Return the number of tokens of a decoder's prompt."""
+    return len(encode_prompt(prompt, tokenizer))
+
+
 def positions(model: Any) -> int:
     """Return how many tokens the model has positions for; huge where its config does not say."""
     return int(getattr(model.config, "max_position_embeddings", None) or 1 << 30)
