@@ -77,7 +77,8 @@ class Objective:
     none."""
     shares_beginnings = False
     """Whether the model reads what documents of an example begin with alike only once. Where
-    processes share a sequence, or it is padded, it reads them one by one."""
+    processes share a sequence, or it is padded, it reads them one by one, as those of an objective
+    of a user's own."""
     reports_cross_entropy = False
     """Whether `evaluate` returns the cross-entropy of the supervised tokens itself, if there is
     one."""
