@@ -12,6 +12,7 @@ import torch
 from conftest import TINY_LLAMA, pretrained, read_jsonl, write_jsonl
 from faults.forked import assert_same_end, forget
 from invariants import families
+from invariants.test_topologies import several
 from test_distill import model_of
 from test_preference import _minimise as minimise
 from test_preference import _padded as padded
@@ -518,6 +519,28 @@ def test_what_steps_share_is_read_once_and_scores_as_if_it_were_not(workshop, mo
             assert [line[name] for line in one] == pytest.approx(
                 [line[name] for line in other], rel=1e-5
             )
+
+
+@pytest.mark.proof
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("topologies", [("ddp", "fsdp2", "zero3"), ("fsdp2_context",)], ids=str)
+def test_processes_learn_from_steps_like_one(workshop, topologies):
+    """Those that share a sequence read what steps share as often as it stands there."""
+    own = steps(workshop, data__max_length=512, train__max_steps=2)
+    alone, arguments = workshop.train("alone", **own), []
+    for topology in topologies:
+        arguments += [f"topology:{topology}"] if len(topologies) > 1 else []
+        arguments.append(workshop.write(workshop.config(topology, **own)))
+    count = 2 if len(topologies) > 1 else 4
+    launched = several(workshop.folder, topologies[0], count, *arguments)
+    assert launched.codes() == [0] * count, launched.output()
+    for topology in topologies:
+        for name in ("loss", "grad_norm"):
+            one, other = (
+                [line[name] for line in read_jsonl(run / "metrics.jsonl")]
+                for run in (workshop.run_dir(topology), alone)
+            )
+            assert one == pytest.approx(other, rel=1e-4), topology
 
 
 @pytest.mark.proof
