@@ -139,9 +139,9 @@ class Pretending(TorchFunctionMode):
         for each in others:
             if isinstance(each, torch.Tensor):
                 device, each = each.device, each.dtype
-            if isinstance(each, str | torch.device | int) and not isinstance(each, bool):
+            if isinstance(each, str | torch.device):
                 device = torch.device(each)
-            else:
+            elif isinstance(each, torch.dtype):
                 kept.append(each)
         kwargs.pop("non_blocking", None)
         if kept or kwargs:
@@ -208,3 +208,40 @@ def pretended() -> Iterator[list[str]]:
             yield _waits
     finally:
         checkpoint.get_device_states, checkpoint.set_device_states = kept
+
+
+def pretend_in_runs(patched: Any) -> None:
+    """Let a run compute on the GPU that is not there. `patched`: pytest's monkeypatch.
+
+    Left to the CPU: what asks CUDA how much memory there is, page-locked memory, GPU kernels.
+    """
+    from finetune import loop, opening
+    from finetune.data.batches import Batch
+    from finetune.engine.topology.replicated import Replicated
+    from finetune.engine.topology.start import Process
+
+    start, prepare, share = Process.__init__, Replicated.prepare, Replicated.share_frozen
+
+    def begun(process: Any, *arguments: Any, **keywords: Any) -> None:
+        start(process, *arguments, **keywords)
+        process.device, process.accelerator.device_placement = CUDA, False
+
+    def prepared(self: Any, model: Any, make: Any, **keywords: Any) -> Any:
+        return prepare(self, on_gpu(model), make, **keywords)
+
+    def sized(config: Any, topology: Any) -> Any:
+        return config.changed("train", gradient_checkpointing=False), None
+
+    patched.setattr(Process, "__init__", begun)
+    patched.setattr(Replicated, "prepare", prepared)
+    patched.setattr(Replicated, "share_frozen", lambda self, model: share(self, on_gpu(model)))
+    patched.setattr(loop, "take_kernels", lambda *_: iter(()))
+    patched.setattr(opening, "sized", sized)
+    patched.setattr(Batch, "pinned", lambda batch: batch)
+    patched.setattr(torch.random, "fork_rng", lambda *_, **__: contextlib.nullcontext())
+    for name in ("set_device", "empty_cache", "reset_peak_memory_stats"):
+        patched.setattr(torch.cuda, name, lambda *_: None)
+    patched.setattr(torch.cuda, "mem_get_info", lambda *_: (60 * 10**9, 80 * 10**9))
+    patched.setattr(torch.cuda, "max_memory_allocated", lambda *_: 0)
+    patched.setattr(torch.cuda, "get_device_name", lambda *_: "pretended")
+    patched.setattr(torch.cuda, "get_rng_state", lambda *_: torch.zeros(1, dtype=torch.uint8))

@@ -6,14 +6,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, short, tiny_llama
+from conftest import ROOT, forget_process_state, read_jsonl, short, tiny_llama
 from invariants import families, sampled
-from on_device import CUDA, OnGpu, on_gpu, pretended
+from on_device import CUDA, OnGpu, on_gpu, pretend_in_runs, pretended
 
 from finetune import config as configs
-from finetune import preflight
+from finetune import loop, preflight
 from finetune.config import objective_fields as fields
 from finetune.data.taught import IDS, LOGPROBS
+from finetune.engine.checkpoint.saver import Saver
 from finetune.engine.companion import Companion
 from finetune.engine.token_values import logprobs_as, token_values
 from finetune.engine.topology import Topology
@@ -25,6 +26,7 @@ from finetune.objectives import OBJECTIVES, preference
 from finetune.objectives.base import as_divisors, total, with_blank_reference
 from finetune.rollouts import sampling
 from finetune.rollouts.rollouts import Rollouts
+from finetune.survival.preemption import StopFlag
 
 SMALL = {
     "data__max_length": 256, "train__global_batch_size": 8, "train__micro_batch_size": 4,
@@ -252,3 +254,44 @@ def test_a_tensor_left_on_the_cpu_is_found(workshop, monkeypatch):
             patched.setattr(preference.Pairs, "only_chosen", break_)
             with pytest.raises((RuntimeError, TypeError, AssertionError), match=message):
                 compare(config, built(config, data), batches, train.totals(0))
+
+
+# ---------------------------------------------------------------------------------- whole runs
+
+ENDS_OF_RUN = {"train__max_steps": 3, "data__eval_fraction": 0.2, "evaluation__every_steps": 2}
+OF_TIME = {"seconds", "tokens_per_second", "memory_gb", "rollout_seconds"}
+
+
+def numbers(workshop, patched, name, settings):
+    """Train without saves and export; return every number of the logs."""
+    forget_process_state()
+    patched.setattr(Saver, "save", lambda *_, **__: None)
+    patched.setattr(Saver, "require", lambda *_: None)
+    patched.setattr(loop, "finish", lambda *_: None)
+    path = workshop.write(workshop.config(name, **SMALL | settings | ENDS_OF_RUN))
+    loop.run(*configs.parse(["--config", str(path)]), StopFlag())
+    lines = [
+        line for log in ("metrics", "eval")
+        for line in read_jsonl(workshop.run_dir(name) / f"{log}.jsonl")
+    ]  # fmt: skip
+    return [value for line in lines for key, value in line.items() if key not in OF_TIME]
+
+
+@pytest.mark.proof
+@pytest.mark.filterwarnings("ignore:Ignoring pin_memory")  # what a checkpoint would be staged in
+@pytest.mark.parametrize(
+    "kind", ["grpo", "ppo", "dpo", "kto", "reward", "process_reward", "distill"]
+)
+def test_whole_runs_compute_on_one_device(workshop, monkeypatch, kind):
+    """Reference, phases, steps, evaluations; saves and export have GPU tests of their own."""
+    if kind in SAMPLED:
+        own = sampled.settings(workshop, kind, objective__beta=0.05)
+    else:
+        own = families.settings(workshop, kind)
+    with monkeypatch.context() as patched:
+        wanted = numbers(workshop, patched, "cpu", own)
+    with monkeypatch.context() as patched, pretended() as waits:
+        pretend_in_runs(patched)
+        found = numbers(workshop, patched, "gpu", own)
+    assert found == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+    assert waits
