@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from finetune import kernels, loop, replay
 from finetune.engine import rounded_adamw
+from finetune.engine.topology import start
 from finetune.models import (
     attention_choice,
     cross_entropy,
@@ -81,6 +82,18 @@ def test_fused_kernel_agrees_with_float32_on_the_cpu(causal, window, key_heads, 
         attend("cuda", torch.bfloat16), attend("cpu", torch.float32), strict=True
     ):
         assert (fast - exact).abs().max() <= 2**-5 * exact.abs().max()
+
+
+def test_attention_with_a_mask_has_gradients():
+    """cuDNN's had none in torch 2.13: 704 tokens, with logits of -120 and a mask."""
+    start.let_masks_have_gradients()
+    query, key, value = (0.1 * torch.randn(3, 1, 1, 704, 64, device="cuda")).bfloat16()
+    query[..., 0], key[..., 0] = 1.0, -120 * 64**0.5
+    query.requires_grad_()
+    mask = torch.ones(704, 704, dtype=torch.bool, device="cuda").tril()[None, None]
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    out.float().square().sum().backward()
+    assert query.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

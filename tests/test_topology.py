@@ -300,6 +300,22 @@ def test_each_process_selects_its_gpu_before_querying_it(monkeypatch):
     assert taken == [0, 1]
 
 
+def test_attention_with_a_mask_never_takes_the_kernel_of_cudnn():
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from finetune.engine.topology import start
+
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        start.let_masks_have_gradients()
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):  # as for documents, which have no mask
+            assert torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 def test_gradients_of_ddp_stay_in_its_buckets_from_step_to_step(group_of_one):
     """New gradients would sit next to the buckets until the last backward pass of each step."""
     import torch

@@ -40,6 +40,7 @@ class Process:
         self.parallel, self.launched = launch.read(), launch.recorded()
         if cuda:
             take_own_gpu()
+            let_masks_have_gradients()
         is_pretended = check_only and precision == "fp16" and not cuda
         self.precision = "fp32" if is_pretended else resolve(precision, cuda)
         require_what_was_asked(self.parallel, self.precision, cuda, check_only)
@@ -222,6 +223,16 @@ def take_own_gpu() -> None:
     """
     if local_rank() < torch.cuda.device_count():
         torch.cuda.set_device(local_rank())
+
+
+def let_masks_have_gradients() -> None:
+    """Keep cuDNN out of attention with a mask, as `model.attention: sdpa` has for padded batches.
+
+    With a mask, 64 tokens more than a multiple of 128, and a row whose logits are all below -88,
+    its backward pass gives NaN on H100 and H200, in torch 2.11 to 2.13 (pytorch #196678). Where
+    we take cuDNN ourselves, without a mask, we name it (`models/varlen_gpu.py`).
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def local_rank() -> int:
