@@ -29,9 +29,7 @@ SHAPE = {
     "model_type": "llama", "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4,
     "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 1024,
 }  # fmt: skip
-KINDS: dict[str, dict[str, Any]] = {
-    "sft": {}, "simpo": {}, "dpo": {}, "kto": {}, "reward": {}, "distill": {},
-}  # fmt: skip
+KINDS = ("sft", "simpo", "dpo", "kto", "reward", "distill")
 
 
 def main() -> None:
@@ -101,10 +99,10 @@ def run(
     """Return (seconds of CPU, peak GB, tokens) of a run in a process of its own."""
     rows = {"kto": "judged", "sft": "answers", "distill": "answers"}.get(kind, "pairs")
     size = 4 if rows == "pairs" else 8  # as many answers
-    objective = {"kind": kind, **KINDS[kind]}
+    objective = {"kind": kind}
     if kind == "distill":
         objective["teacher"] = str(arguments.out / "teacher" / "model")
-    config = {
+    config: dict[str, Any] = {
         "run": {"name": name, "dir": str(arguments.out)},
         "model": {"init": "random", "tokenizer": str(arguments.tokenizer), "config": SHAPE},
         "data": {
@@ -118,6 +116,8 @@ def run(
         },
         "checkpoint": {"every_steps": 1000},
     }  # fmt: skip
+    if kind == "reward":  # as phi-2's tokenizer pads with what ends answers
+        config["model"]["new_tokens"] = ["<|pad|>"]
     path = arguments.out / f"{name}.yaml"
     path.write_text(yaml.safe_dump(config))
     context = multiprocessing.get_context("fork")
