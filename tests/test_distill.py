@@ -542,6 +542,8 @@ def test_settings_that_would_be_ignored_are_refused(workshop):
         ConfigError, match="objective.rollouts: the rows hold no distributions for new"
     ):
         workshop.check("student", objective__kind="distill", objective__rollouts={})
+    with pytest.raises(ConfigError, match="objective.sft_weight: the rows' own answers are not"):
+        with_teacher(workshop, teacher, objective__rollouts={}, objective__sft_weight=0.1)
     of_completions = {"objective__loss": "minillm", "objective__beta": 1.0}
     with pytest.raises(ConfigError, match="objective.loss: minillm learns from completions of"):
         with_teacher(workshop, teacher, **of_completions)

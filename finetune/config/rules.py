@@ -156,6 +156,11 @@ def _distill_conflicts(config: Config, objective: Distill) -> Iterator[str]:
     """List settings that do not fit where the teacher's distributions, or its tokens, come from."""
     if objective.rollouts is None and objective.rewards is not None:
         yield "objective.rewards: would be ignored without objective.rollouts; remove it"
+    if objective.rollouts and objective.sft_weight:
+        yield (
+            "objective.sft_weight: the rows' own answers are not learned with objective.rollouts, "
+            "and the model's would become likelier as they are; remove it"
+        )
     if objective.rollouts and objective.teacher is None:
         yield (
             "objective.rollouts: the rows hold no distributions for new completions; name a model "
