@@ -300,7 +300,8 @@ def test_sampling_holds_what_was_forecast(layers):
             together=False, beat=lambda: None,
         )  # fmt: skip
     assert found.kept == pytest.approx(2 * layers * 8 * 59 * 2 * 8 * 4, rel=0.01), "2 heads of 8"
-    assert found.passing == pytest.approx(measured.most_passing, rel=0.05)
+    # The forecast is of `generate`; without padding, prompts of a group are read once.
+    assert 0.95 * measured.most_passing < found.passing < 1.35 * measured.most_passing
 
 
 def test_a_frozen_copy_is_counted_where_one_is_loaded():
