@@ -455,8 +455,9 @@ ALONE_OR_TOGETHER = {
 }
 
 
+@pytest.mark.proof
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("case", short([*ALONE_OR_TOGETHER], "fsdp2"))
+@pytest.mark.parametrize("case", ALONE_OR_TOGETHER)
 def test_whole_weights_sample_and_learn_like_all_processes_together(workshop, case):
     """To the bit; of the shards of a phase one process has two and the other one."""
     processes = 1 if case == "one process" else 2

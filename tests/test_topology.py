@@ -5,10 +5,12 @@ import os
 import re
 
 import pytest
+import torch
 from conftest import ROOT, TINY_LLAMA
 
 from finetune import config as configs
 from finetune.engine.topology import launch, support
+from finetune.engine.topology.sharing import without_hooks
 from finetune.errors import ConfigError
 
 FSDP = {"WORLD_SIZE": "4", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -337,3 +339,29 @@ def test_gradients_of_ddp_stay_in_its_buckets_from_step_to_step(group_of_one):
         norm = replicated.clip(shared, 1.0)
         replicated.step(shared, optimizer, float(norm))
     assert len(storages) == 1
+
+
+def test_hooks_come_back_in_their_order():
+    """Those that others add or remove meanwhile count."""
+    module, called = torch.nn.Linear(1, 1), list[str]()
+
+    def register(name, package):
+        def hook(*_):
+            called.append(name)
+
+        hook.__module__ = package
+        return module.register_forward_hook(hook)
+
+    def passed():
+        called.clear()
+        module(torch.ones(1))
+        return "".join(called)
+
+    for name, package in zip("abcd", ["fsdp", "ours", "fsdp.of", "ours"]):
+        handle = register(name, package)
+    with without_hooks(module, "fsdp"):
+        assert passed() == "bd"
+        register("e", "fsdp")
+        handle.remove()
+        assert passed() == "be"
+    assert passed() == "abce"
