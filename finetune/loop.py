@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from finetune import opening, preflight
+from finetune import opening, preflight, run_rollouts
 from finetune import summary as summaries
 from finetune.config import Check, Config
 from finetune.engine import optim
@@ -48,6 +48,7 @@ def run(config: Config, check: Check, stop: StopFlag) -> None:
         run.take_reference()
         resumed_from = resume(run)
         run.open_directory(resumed_from)
+        run.batches = run_rollouts.opened(run) if run.config.rollouts else run.prefetch()
         loop(run)
         finish(run, untrained)
 

@@ -3,17 +3,13 @@
 import contextlib
 import functools
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from finetune import config as configs
-from finetune import files, own_code, places
+from finetune import places
 from finetune.config import Config
 from finetune.config.choices import REFERENCE
-from finetune.config.engine_fields import ServerEngine
 from finetune.data import held_out
 from finetune.data.prefetch import Prefetch
 from finetune.engine import companion, receipt, reference
@@ -23,17 +19,14 @@ from finetune.engine.checkpoint.saver import Saver
 from finetune.engine.checkpoint.storage import Storage
 from finetune.engine.companion import Companion
 from finetune.engine.gpu import with_compilation
-from finetune.engine.metrics import Metrics, log, of_rollouts
+from finetune.engine.metrics import Metrics, log
 from finetune.engine.passes import evaluate
 from finetune.engine.reference import Reference
 from finetune.engine.rundir import HELD_OUT, RunDirectory
 from finetune.engine.state import TrainState
 from finetune.engine.topology import Topology
 from finetune.engine.trackers import Trackers
-from finetune.errors import (
-    ExportError,
-)
-from finetune.export import save
+from finetune.errors import ExportError
 from finetune.export.publish import Writing
 from finetune.export.save import Base
 from finetune.export.verify import probe_logits
@@ -49,19 +42,12 @@ from finetune.models import (
 from finetune.models.policy import Policy
 from finetune.objectives import Objective, chosen
 from finetune.preflight import Data
-from finetune.rollouts.around import Around
 from finetune.rollouts.asked import Asked
-from finetune.rollouts.episodes import Environments
-from finetune.rollouts.phase_facts import left_out
-from finetune.rollouts.phases import Group, Rollout
 from finetune.rollouts.rollouts import Rollouts
-from finetune.rollouts.sampling import why_padded
-from finetune.rollouts.served import Served
 from finetune.survival.preemption import StopFlag
 
 SCORED = 2  # documents at most, one pair, that an export scores
 EXPORT = "the export"  # where the run is after the last step
-MOST_SAMPLES = 8  # completions of a phase that go to samples.jsonl
 LATER: Any = None  # the value of a field until `loop` has come so far
 
 
@@ -89,10 +75,11 @@ class Run:
     reference_is_new: bool = False
     """Whether it was computed, so that it has to be written."""
     metrics: Metrics = LATER
-    """This and the next are set by `open_directory`."""
+    """This and the next two are set by `open_directory`."""
     saver: Saver = LATER
     best: BestCheckpoint = LATER
     batches: Prefetch | Rollouts = LATER
+    """What steps learn from; set by `run`."""
     resources: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     """What is open until the run ends."""
 
@@ -202,143 +189,18 @@ class Run:
         self.topology.on_main(self._begin)
         self.metrics = self._metrics()
         self.saver = self._saver(resumed_from)
-        topology = self.topology
-        self.batches = self._rollouts() if self.config.rollouts else Prefetch(
-            self.data.train, self.data.num_steps, part=topology.part, device=topology.device,
-            heartbeat=topology.watchdog.heartbeat,
-        )  # fmt: skip
         self.best = BestCheckpoint(
             self.config.evaluation, self.directory, self.topology, lambda: self.saver.under_way,
             lambda terms: self.objective.runs_away(terms, self.config.objective),
         )  # fmt: skip
 
-    def _rollouts(self) -> Rollouts:
-        config, data, topology, model = self.config, self.data, self.topology, self.state.model
-        assert isinstance(data.train, Asked)
-        assert config.rollouts
-        bare = topology.unwrap(model)
-        template = data.template if self.objective.has_turns else None
-        given = save.stop_tokens(save.generation(bare, data.tokenizer, template))
-        ends = frozenset(given if isinstance(given, list) else [] if given is None else [given])
-        scores, stop = self.directory.path / "rewards", lambda: self.stop.is_set
-        assert data.rewards
-        rewards = self.resources.enter_context(data.rewards.opened(scores, stop, topology.rank))
-        topology.watchdog.pause("what rewards depend on")
-        topology.on_main(rewards.prepare)
-        own = config.rollouts.model_dump(exclude={"engine", "environment"})
-        about = {
-            **self.identity(), "rollouts": own,
-            "seed": config.run.seed, "completions of a step": config.train.global_batch_size,
-        }  # fmt: skip
-        served = self._served(ends)
-        if served is None and (why := why_padded(bare)):
-            self.log(f"note: completions are sampled in padded batches, which is slower: {why}")
-        around = Around(
-            self.directory.path, topology, lambda: self.policy(model), lambda: bare,
-            data.tokenizer, ends, self.objective, config.objective, rewards,
-            files.json_sha256(about), stop, self.log, self.storage,
-            served, self._environments(), self._save_policy, self._before_training(),
-            self._asked_teacher(), self._note_rollouts, self._samples_together(),
+    def prefetch(self) -> Prefetch:
+        """Return the batches of a run that reads all it learns from."""
+        topology = self.topology
+        return Prefetch(
+            self.data.train, self.data.num_steps, part=topology.part, device=topology.device,
+            heartbeat=topology.watchdog.heartbeat,
         )  # fmt: skip
-        return Rollouts(data.train, around)
-
-    def _samples_together(self) -> bool:
-        """Tell whether each sampled token has to be a pass of all processes; say why. Collective.
-
-        They share the weights, and have no room for whole ones while they sample.
-        """
-        config, topology = self.config, self.topology
-        rollouts = config.rollouts
-        if rollouts is None or isinstance(rollouts.engine, ServerEngine):
-            return False
-        if not topology.parallel.gathers:
-            return False
-        from finetune.forecast import choice
-
-        # The process with the least room counts, so that all do the same.
-        room = min(topology.processes.gather(choice.room_here(topology.device)))
-        about = topology.parallel, topology.device, topology.precision, room
-        fits, line = topology.on_main(
-            lambda: choice.samples_whole(config, *about, has_moved=self.state.progress.step > 0)
-        )
-        self.log(line)
-        return not fits
-
-    def _environments(self) -> Environments | None:
-        """Return what answers the model between its turns, if the config names it."""
-        rollouts, turns = self.config.rollouts, self.data.turns
-        if rollouts is None or turns is None:
-            return None
-        made = Environments(
-            own_code.get(str(rollouts.environment)), turns, rollouts.max_turns,
-            rollouts.turn_seconds, lambda: self.stop.is_set,
-        )  # fmt: skip
-        return self.resources.enter_context(made)
-
-    def _served(self, ends: Set[int]) -> Served | None:
-        """Return the server that samples, if one does."""
-        rollouts = self.config.rollouts
-        if rollouts is None or not isinstance(rollouts.engine, ServerEngine):
-            return None
-        made = Served(
-            rollouts.engine, self.directory.path, is_adapter=self.config.adapter.kind != "full",
-            temperature=rollouts.temperature, ends=ends, log=self.log,
-        )  # fmt: skip
-        return self.resources.enter_context(made)
-
-    def _save_policy(self, folder: Path) -> None:
-        """Save the weights as they are, for a server. Collective."""
-        config, topology, data = self.config, self.topology, self.data
-        model, is_adapter = topology.unwrap(self.state.model), config.adapter.kind != "full"
-        weights = topology.full_weights(self.state.model, trained_only=is_adapter)
-        weights = scalar_heads.without(weights, model)
-        topology.on_main(lambda: save.save(model, weights, data.tokenizer, None, folder))
-
-    def _before_training(self) -> Callable[[], AbstractContextManager[Policy]] | None:
-        """Return what gives the policy as it was before the first step; None: it is not needed."""
-        if not self.objective.wants_reference(self.config.objective):
-            return None
-        if self.start is not None:
-            frozen = self.start.policy
-            return lambda: contextlib.nullcontext(frozen)
-        policy = self.policy(self.state.model)
-
-        @contextlib.contextmanager
-        def switched_off() -> Iterator[Policy]:
-            with policy.without_adapters():
-                yield policy
-
-        return switched_off
-
-    def _asked_teacher(self) -> Policy | None:
-        """Return the teacher, if the objective asks it about the tokens of completions."""
-        asks = self.companion and self.objective.wants_teacher(self.config.objective)
-        return self.companion.policy if self.companion and asks else None
-
-    def _note_rollouts(
-        self, phase: int, groups: Sequence[Group], facts: Mapping[str, float]
-    ) -> None:
-        """Log what a phase is, and some of its completions, unless that was done before."""
-        assert isinstance(self.data.train, Asked)
-        step, logs = self.data.train.first_step(phase), self.directory.logs
-        if not self.topology.is_main or logs.has_rollouts(step):
-            return
-        self.log(f"phase {phase + 1}: {of_rollouts(facts)}")
-        if why := left_out(groups):
-            self.log(f"note: phase {phase + 1}: {why}")
-        decode = functools.partial(generate.decode, self.data.tokenizer)
-
-        def text_of(rollout: Rollout) -> str:
-            return decode(rollout.ids) if rollout.heard else rollout.text
-
-        self.metrics.rollouts(step, [
-            {
-                "prompt": decode(group.prompt_ids), "completion": text_of(group.rollouts[0]),
-                "reward": group.rollouts[0].reward,
-                **{f"reward_{name}": each for name, each in group.rollouts[0].parts.items()},
-            }
-            for group in groups[:MOST_SAMPLES] if not group.failed
-        ])  # fmt: skip
 
     def save_unless_saved(self) -> None:
         """Save the state where a request to stop came before a step, unless that was done."""

@@ -23,7 +23,7 @@ PHRASES = re.compile(
     re.IGNORECASE,
 )
 # In training, the model is called by the policy alone: it knows what processes share.
-TRAINING = [ROOT / "finetune/loop.py", ROOT / "finetune/run.py"]
+TRAINING = [ROOT / "finetune" / name for name in ("loop.py", "run.py", "run_rollouts.py")]
 TRAINING += [*ROOT.glob("finetune/engine/**/*.py"), *ROOT.glob("finetune/objectives/*.py")]
 
 
