@@ -29,6 +29,8 @@ broken kernel. `finetune/failures.py` translates the exceptions of libraries int
 Each error takes one argument, its message, because processes send each other only text.
 """
 
+from collections.abc import Sequence
+
 EXIT_COMPLETE = 0
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
@@ -139,3 +141,8 @@ class Interrupted(Preempted):
     """A person pressed Ctrl-C before there was anything to save."""
 
     label = "stopped"
+
+
+def either(words: Sequence[str], last: str = "or") -> str:
+    """Return "a, b or c", for a message. `last`: the word before the last one."""
+    return f" {last} ".join(filter(None, [", ".join(words[:-1]), words[-1]]))

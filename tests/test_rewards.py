@@ -720,3 +720,23 @@ def test_a_killed_run_leaves_no_process_that_scores(tmp_path):
         time.sleep(0.1)
     os.kill(scorer, signal.SIGKILL)
     pytest.fail("the process of a reward outlives its run")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"kind": "regex", "pattern": "a"},
+        {"kind": "json_schema", "file": "schema.json"},
+        {"kind": "math"},
+        {"kind": "reasoning_gym"},
+    ],
+    ids=lambda given: given["kind"],
+)
+def test_a_reward_in_a_process_has_no_limit_but_its_seconds(tmp_path, monkeypatch, given):
+    """`finetune evaluate` has another for the same rule."""
+    if package := {"math": "math_verify", "reasoning_gym": "reasoning_gym"}.get(given["kind"]):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    Path("schema.json").write_text('{"type": "object"}')
+    [part] = rewards({**given, "seconds": 3600.0})._parts
+    assert part.scorer._make(*part.scorer._arguments).seconds is None

@@ -17,9 +17,10 @@ NAMES = {
     "Job", "Wish", "wish", "finding", "learned", "look", "said", "say", "still", "targets",
     "tell", "told",
 }  # fmt: skip
+GAP = r"[\s#]+"  # between words, which may stand in two lines of a comment
 PHRASES = re.compile(
-    r"\b(is|are) no (?!longer|more)\b|\b(is|are|be) told\b|\bfor ever\b|\bso many\b"
-    r"|\bnobody\b|\bwhoever\b|\bas ever\b",
+    rf"\b(is|are){GAP}no{GAP}(?![\s#]|longer|more)\b|\b(is|are|be){GAP}told\b|\bfor{GAP}ever\b"
+    rf"|\bso{GAP}many\b|\bnobody\b|\bwhoever\b|\bas{GAP}ever\b",
     re.IGNORECASE,
 )
 # In training, the model is called by the policy alone: it knows what processes share.
@@ -62,12 +63,11 @@ def test_names_are_the_fields_words():
 
 def test_sentences_are_plain_english():
     found = [
-        (place, line.strip())
+        (place, match.group())
         for path in [*CODE, *TESTS, *PAGES]
         if path != Path(__file__)
-        for number, line in enumerate(path.read_text().split("\n"), 1)
-        if PHRASES.search(line)
-        for place in places(path, [number])
+        for match in PHRASES.finditer(path.read_text())
+        for place in places(path, [path.read_text().count("\n", 0, match.start()) + 1])
     ]
     assert not found
 

@@ -1,5 +1,7 @@
 """Completions without padding: as likely as the policy finds them, and those of `generate`."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -160,13 +162,20 @@ def test_adapters_take_part():
     require_as_likely(tuned, asked, found)
 
 
-def test_nothing_is_padded_and_what_has_ended_costs_nothing(model):
-    asked, numbers = prompts(), numbers_of(0, 3, count=32, places=3 * PLACES)
+@contextmanager
+def tokens_of_passes(model):
+    """Yield a list that gets the number of tokens of each pass."""
     passes = list[int]()
     embedding = model.get_input_embeddings()
     hook = embedding.register_forward_hook(lambda _, given, __: passes.append(given[0].numel()))
-    lengths = [len(each.ids) for each in drawn(model, asked, numbers)]
+    yield passes
     hook.remove()
+
+
+def test_nothing_is_padded_and_what_has_ended_costs_nothing(model):
+    asked, numbers = prompts(), numbers_of(0, 3, count=32, places=3 * PLACES)
+    with tokens_of_passes(model) as passes:
+        lengths = [len(each.ids) for each in drawn(model, asked, numbers)]
     assert passes[0] == sum(len(prompt) for prompt in asked[::4])  # of a group once
     left = [sum(length > place for length in lengths) for place in range(1, max(lengths))]
     assert passes[1:] == [max(each, FEWEST) for each in left]
@@ -177,7 +186,13 @@ def test_prompts_are_read_in_passes_of_bounded_size(model, monkeypatch):
     asked, numbers = prompts(), numbers_of(0, 3, count=32, places=PLACES)
     whole = drawn(model, asked, numbers)
     monkeypatch.setattr(unpadded, "READ_TOKENS", 30)
-    assert [each.ids for each in drawn(model, asked, numbers)] == [each.ids for each in whole]
+    with tokens_of_passes(model) as passes:
+        assert [each.ids for each in drawn(model, asked, numbers)] == [each.ids for each in whole]
+    lengths = [len(prompt) for prompt in asked[::4]]
+    reached = np.cumsum(passes).tolist()
+    reads = passes[: reached.index(sum(lengths)) + 1]
+    assert len(reads) > 1
+    assert all(read <= 30 or read in lengths for read in reads)
 
 
 def test_in_16_bits_states_are_kept_in_them(model, monkeypatch):

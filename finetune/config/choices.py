@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from finetune.errors import either
+
 LossOn = Literal["completion", "each_turn", "last_turn", "all"]
 """Which turns of a conversation to train on."""
 
@@ -135,8 +137,7 @@ def instead_of(objective: str, *families: str) -> str:
     ]
     if not found:
         return "use another model"
-    listed = " or ".join(filter(None, [", ".join(found[:-1]), found[-1]]))
-    return f"take objective.kind: {listed}, or another model"
+    return f"take objective.kind: {either(found)}, or another model"
 
 
 @dataclass(frozen=True)

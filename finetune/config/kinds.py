@@ -16,6 +16,7 @@ from pydantic import (
 from pydantic_core import CoreSchema, InitErrorDetails
 
 from finetune import own_code
+from finetune.errors import either
 
 PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 # Logits are some tens: divided by less than this they may overflow in 16 bits, and sampling takes
@@ -74,8 +75,7 @@ def by_kind(
             return own(kind).model_validate(values)
         if isinstance(kind, str) and kind in known:
             return known[kind].model_validate(values)
-        expected = " or ".join(filter(None, [", ".join(listed[:-1]), listed[-1]]))
-        raise _error("literal_error", ("kind",), kind, {"expected": expected})
+        raise _error("literal_error", ("kind",), kind, {"expected": either(listed)})
 
     return WrapValidator(validate)
 

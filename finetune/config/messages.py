@@ -20,6 +20,7 @@ from finetune.config.sections import (
     with_inner,
 )
 from finetune.config.yaml_text import dump
+from finetune.errors import either
 
 
 def listed(problems: list[str], where: str) -> str:
@@ -78,7 +79,7 @@ def _unknown_key(key: str, location: tuple[Any, ...], got: Any, values: dict[str
         return f"{key}: unknown key; did you mean {inner}?"
     if having := kinds_with(section, name):
         kind = kind_of(section, values)
-        others = " and ".join(filter(None, [", ".join(having[:-1]), having[-1]]))
+        others = either(having, "and")
         instead = f"remove it, or set {section}.kind"
         return f"{key}: {section}.kind is {kind}; it belongs to {others}; {instead}"
     return f"{key}: {_removed(key) or f'unknown key; {_nearest(key, sections)}'}"

@@ -200,7 +200,10 @@ def _minillm_conflicts(objective: Distill) -> Iterator[str]:
     rollouts = objective.rollouts
     if objective.loss != "minillm":
         if not objective.length_normalization:
-            yield ("objective.length_normalization: would be ignored: it is only for loss: minillm")
+            yield (
+                "objective.length_normalization: would be ignored: it is for objective.loss: "
+                "minillm alone; remove it"
+            )
         return
     if rollouts is None:
         yield (

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from finetune.errors import either
+
 
 @dataclass(frozen=True)
 class Advice:
@@ -29,8 +31,3 @@ class Advice:
 
 
 SFT = Advice()
-
-
-def either(words: Sequence[str]) -> str:
-    """Return "a, b or c"."""
-    return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))

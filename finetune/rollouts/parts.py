@@ -15,7 +15,7 @@ from finetune.config.reward_fields import RewardPart
 from finetune.data.places import printable
 from finetune.errors import ConfigError, UserError
 from finetune.evaluation.scores import matching, reasoning_tasks, table
-from finetune.evaluation.scores.base import NO_REFERENCE, OfAnswer
+from finetune.evaluation.scores.base import NO_REFERENCE, OfAnswer, without_limit
 from finetune.evaluation.scores.code_tests import CodeTests
 from finetune.generation.completions import Completion, Prompt, Score
 from finetune.rollouts.apart import Apart
@@ -155,12 +155,12 @@ def _code_tests(settings: fields.CodeTests, _: Any) -> Part:
 
 
 def _regex(settings: fields.Regex, _: Any) -> Part:
-    return _in_process(settings, matching.regex, re.compile(settings.pattern))
+    return _in_process(settings, without_limit, matching.regex, re.compile(settings.pattern))
 
 
 def _math(settings: fields.Math, _: Any) -> Part:
     extras.require("math-verify", "it (kind: number does not)")
-    return _in_process(settings, matching.math, problem=_lacks_reference)
+    return _in_process(settings, without_limit, matching.math, problem=_lacks_reference)
 
 
 def _json_schema(settings: fields.JsonSchema, _: Any) -> Part:
@@ -172,7 +172,7 @@ def _json_schema(settings: fields.JsonSchema, _: Any) -> Part:
         raise UserError(f"{where}: no such file") from exc
     except (OSError, ValueError, RecursionError) as exc:
         raise UserError(f"{where}: cannot be read: {exc}") from exc
-    return _in_process(settings, matching.json_schema, schema, identity=text)
+    return _in_process(settings, without_limit, matching.json_schema, schema, identity=text)
 
 
 def _in_process(
@@ -199,7 +199,10 @@ def _judge(settings: fields.Judge, log: Callable[[str], None]) -> Part:
 
 def _reasoning_gym(settings: fields.ReasoningGym, _: Any) -> Part:
     extras.require("reasoning-gym", "it")
-    return _in_process(settings, reasoning_tasks.reasoning_task, problem=reasoning_tasks.lacks_task)
+    return _in_process(
+        settings, without_limit, reasoning_tasks.reasoning_task,
+        problem=reasoning_tasks.lacks_task,
+    )  # fmt: skip
 
 
 def _reward_model(settings: fields.RewardModel, _: Any) -> Part:

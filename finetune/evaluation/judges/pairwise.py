@@ -1,7 +1,7 @@
 """A judge compares two answers in both orders: a win only if it survives the swap.
 
-Judges favour a place: many name the first answer whatever it says. What changes with the order is
-no preference, so it counts as a tie, and the share of such flips is reported.
+Judges favour a place: many name the first answer whatever it says. A choice that changes with the
+order counts as a tie, and the share of such flips is reported.
 """
 
 from collections.abc import Mapping, Sequence

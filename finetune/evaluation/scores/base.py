@@ -5,8 +5,8 @@ A score that cannot be computed for an answer is `Score(None, reason)`: counted 
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
 
 from finetune.generation.completions import Completion, Score, no_answer
 from finetune.time_limit import TimeLimit
@@ -21,8 +21,8 @@ class OfAnswer:
     """A score that a function computes of one answer at a time.
 
     function: gets the completion. The rest as in `Scorer`. needs_reference: rows without one get a
-    gap, and the function is not called. seconds: for an answer, as a pattern may backtrack for
-    ever; None: the function has a limit of its own.
+    gap, and the function is not called. seconds: for an answer, as a pattern may backtrack without
+    end; None: the function has a limit of its own.
     """
 
     name: str
@@ -42,6 +42,11 @@ class OfAnswer:
         with time_limit(self.seconds, completion, self.name):
             value = self.function(completion)
         return value if isinstance(value, Score) else Score(float(value))
+
+
+def without_limit(make: Callable[..., OfAnswer], *arguments: Any) -> OfAnswer:
+    """Make a score for a process that its caller ends after seconds of its own."""
+    return replace(make(*arguments), seconds=None)
 
 
 def of_reference(
