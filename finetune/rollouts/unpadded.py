@@ -57,7 +57,7 @@ def complete(
     was_training = model.training
     model.eval()
     try:
-        batch = _Batch(model, [prompts[number] for number in rows])
+        batch = Batch(model, [prompts[number] for number in rows])
         drawn_by = torch.from_numpy(numbers).to(batch.device)
         scores = batch.read(before_pass)
         for place in range(most):
@@ -93,7 +93,7 @@ def _kept(rows: Sequence[int]) -> list[int]:
     return [behind.pop() if rows[row] < 0 and behind else row for row in range(count)]
 
 
-class _Batch:
+class Batch:
     """The passes of a model over rows that grow."""
 
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]]) -> None:
@@ -113,14 +113,23 @@ class _Batch:
         found, prompts = list[torch.Tensor](), list(self._rows)
         for part in _parts(prompts):
             before_pass()
-            self._cache.read([self._rows[prompt] for prompt in part])
-            lengths = [len(prompt) for prompt in part]
             ids = torch.tensor([[token for prompt in part for token in prompt]])
-            last = torch.tensor(lengths).cumsum(0) - 1
-            found.append(self._scores(ids.to(self.device), lengths, last.to(self.device)))
+            rows = [self._rows[prompt] for prompt in part]
+            found.append(self.read_some(rows, ids, [len(prompt) for prompt in part]))
         of_row = {row: place for place, it in enumerate(prompts) for row in self._rows[it]}
         places = [of_row[row] for row in range(len(of_row))]
         return torch.cat(found)[torch.tensor(places).to(self.device)]
+
+    def read_some(
+        self, rows: list[list[int]], ids: torch.Tensor, lengths: list[int]
+    ) -> torch.Tensor:
+        """Read prompts end to end, ids [1, tokens]; return a row of scores for each.
+
+        `rows`: those that begin with each.
+        """
+        self._cache.read(rows)
+        last = torch.tensor(lengths).cumsum(0) - 1
+        return self._scores(ids.to(self.device), lengths, last.to(self.device))
 
     def grow(self, tokens: torch.Tensor) -> torch.Tensor:
         """Continue each row by a token, [rows]; return the scores of what follows."""
