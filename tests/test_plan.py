@@ -296,8 +296,8 @@ def test_sampling_holds_what_was_forecast(layers):
         measured.ignore(weight)
     with measured:
         sampling.draw(
-            model, [[number] * 48 for number in range(8)], np.full((8, 12), 0.5), temperature=1.0, ends=set(), pad=0,
-            together=False, beat=lambda: None,
+            model, [[number] * 48 for number in range(8)], np.full((8, 12), 0.5), temperature=1.0,
+            ends=set(), pad=0, together=False, beat=lambda: None,
         )  # fmt: skip
     kept = 2 * layers * 8 * 64 * 2 * 8 * 4  # of 8 rows of 64 places, 2 heads of 8
     assert found.kept == pytest.approx(kept, rel=0.01)
