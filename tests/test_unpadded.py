@@ -182,6 +182,22 @@ def test_nothing_is_padded_and_what_has_ended_costs_nothing(model):
     assert left[-1] < FEWEST < left[0]
 
 
+def test_a_completion_that_has_reached_its_own_limit_is_not_continued():
+    """Its model has no positions for more, as that of an environment's later turn may not."""
+    shape = {**OTHERS["places that are learned"], "max_position_embeddings": 32}
+    model, numbers = made(**shape), numbers_of(0, 3, count=2, places=28)
+    asked = [[1] * 20, [1] * 4]
+    numbers[0, 12:] = np.nan
+    found = draw(
+        model, asked, numbers, temperature=1.0, ends=set(), pad=0, together=False,
+        beat=lambda: None,
+    )  # fmt: skip
+    assert [(len(each.ids), each.finish_reason) for each in found] == [
+        (12, "length"), (28, "length"),
+    ]  # fmt: skip
+    require_as_likely(model.eval(), asked, found, 1.0)
+
+
 def test_prompts_are_read_in_passes_of_bounded_size(model, monkeypatch):
     asked, numbers = prompts(), numbers_of(0, 3, count=32, places=PLACES)
     whole = drawn(model, asked, numbers)

@@ -49,7 +49,7 @@ class KeyValues:
         return self._ends
 
     def keep(self, rows: list[int]) -> None:
-        """Leave these rows, in this order; each stays at its place, or moves to one that goes."""
+        """Leave these rows, in this order: each at its place, or also in that of one that goes."""
         moved = [(new, old) for new, old in enumerate(rows) if new != old]
         for kept in self._layers:
             for states in kept:

@@ -168,8 +168,8 @@ class Environments:
 
 
 def _numbers(playing: Sequence[Episode]) -> np.ndarray:
-    """Return what the next turns are drawn by, float64 [episodes, tokens]; 0 beyond a limit."""
-    found = np.zeros((len(playing), max((each.left for each in playing), default=1)))
+    """Return what the next turns are drawn by, float64 [episodes, tokens]; NaN beyond a limit."""
+    found = np.full((len(playing), max((each.left for each in playing), default=1)), np.nan)
     for row, each in zip(found, playing):
         row[: each.left] = each.numbers[len(each.ids) :]
     return found

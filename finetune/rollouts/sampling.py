@@ -60,10 +60,10 @@ def draw(
 ) -> list[Drawn]:  # fmt: skip
     """Return a completion of each prompt, of at most as many tokens as `numbers` has.
 
-    `numbers`: float64 [prompts, tokens], from 0 to 1. `ends`: tokens that end a completion.
-    `together`: processes that share the weights call this at once; `anyone` tells whether any of
-    them has a pass left. `beat` is called before each
-    token, and may raise. Raises TrainingDiverged if the model says NaN.
+    `numbers`: float64 [prompts, tokens], from 0 to 1, and NaN behind the limit of a completion;
+    `generate` may go on behind it. `ends`: tokens that end a completion. `together`: processes that
+    share the weights call this at once; `anyone` tells whether any of them has a pass left. `beat`
+    is called before each token, and may raise. Raises TrainingDiverged if the model says NaN.
     """
     if not why_padded(model):
         found = unpadded.complete(

@@ -51,8 +51,9 @@ def complete(
         anyone(True)
 
     count, most = numbers.shape
-    rows = [*range(count), *[-1] * (FEWEST - count)]
-    """The completion of each row; -1: none."""
+    lengths = np.isfinite(numbers).sum(1)
+    rows = [*range(count), *[count - 1] * (FEWEST - count)]
+    """The completion of each row. Of fewer completions than rows one has several."""
     found: list[tuple[list[int], list[float]]] = [([], []) for _ in prompts]
     was_training = model.training
     model.eval()
@@ -64,16 +65,17 @@ def complete(
             chosen = drawn_by[torch.tensor(rows, device=batch.device), place]
             tokens, logprobs = choose(scores, chosen, temperature)
             on_host = torch.stack((tokens.double(), logprobs.double()), 1)
-            for row, (token, logprob) in enumerate(on_host.tolist()):  # waits for the device
-                if (number := rows[row]) >= 0:
+            ended = set[int]()
+            for number, (token, logprob) in zip(rows, on_host.tolist()):  # waits for the device
+                if len(found[number][0]) == place:
                     found[number][0].append(int(token))
                     found[number][1].append(logprob)
-                    if int(token) in ends:
-                        rows[row] = -1
-            if place + 1 == most or max(rows) < 0:
+                    if int(token) in ends or place + 1 == lengths[number]:
+                        ended.add(number)
+            if ended.issuperset(rows):
                 break
-            kept = _kept(rows)
-            if len(kept) < len(rows):
+            if ended:
+                kept = _kept([number in ended for number in rows])
                 batch.keep(kept)
                 rows, tokens = [rows[row] for row in kept], tokens[kept]
             before_pass()
@@ -86,11 +88,17 @@ def complete(
     return found
 
 
-def _kept(rows: Sequence[int]) -> list[int]:
-    """Return the rows that stay: those with completions; each where it is, or before."""
-    count = max(FEWEST, sum(number >= 0 for number in rows))
-    behind = [row for row in range(count, len(rows)) if rows[row] >= 0]
-    return [behind.pop() if rows[row] < 0 and behind else row for row in range(count)]
+def _kept(has_ended: Sequence[bool]) -> list[int]:
+    """Return the rows that stay: each where it is, or in the place of one that has ended.
+
+    One of them fills the places up to FEWEST: a row that has ended would grow beyond its limit.
+    """
+    staying = [row for row, ended in enumerate(has_ended) if not ended]
+    count = max(FEWEST, len(staying))
+    others = [row for row in staying if row >= count]
+    return [
+        (others.pop() if others else staying[0]) if has_ended[row] else row for row in range(count)
+    ]
 
 
 class Batch:
