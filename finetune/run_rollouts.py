@@ -164,8 +164,13 @@ def _note_phase(run: Run, phase: int, groups: Sequence[Group], facts: Mapping[st
     run.metrics.rollouts(step, [
         {
             "prompt": decode(group.prompt_ids), "completion": text_of(group.rollouts[0]),
-            "reward": group.rollouts[0].reward,
-            **{f"reward_{name}": each for name, each in group.rollouts[0].parts.items()},
+            **_rewards(group.rollouts[0]),
         }
         for group in groups[:MOST_SAMPLES] if not group.failed
     ])  # fmt: skip
+
+
+def _rewards(rollout: Rollout) -> dict[str, float | None]:
+    """Return the reward of a completion and its parts; nothing where the run has no rewards."""
+    parts = {f"reward_{name}": each for name, each in rollout.parts.items()}
+    return {"reward": rollout.reward, **parts} if parts else {}

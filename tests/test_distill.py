@@ -338,12 +338,16 @@ def on_policy(workshop, **more):
     return same | {"objective__teacher": str(teacher), "objective__beta": 1.0}
 
 
-def test_from_a_teacher_that_it_equals_minillm_learns_exactly_nothing_of_later_tokens(workshop):
+def test_from_a_teacher_that_it_equals_minillm_learns_exactly_nothing_of_later_tokens(
+    workshop, capsys
+):
     """Both say the same of each token to the bit; a resumed run is the whole one, to the bit."""
     own = on_policy(workshop, objective__loss="minillm", train__max_steps=3,
                     rollouts={"steps_per_phase": 2}, checkpoint__every_steps=1,
                     checkpoint__keep_last=9)  # fmt: skip
     whole = workshop.train("whole", **own)
+    assert "reward" not in capsys.readouterr().out  # without rewards, none is 0
+    assert all("reward" not in each for each in read_jsonl(whole / "samples.jsonl"))
     first, second, _ = read_jsonl(whole / "metrics.jsonl")
     assert (first["long_range"], first["sequence_kl"], first["ratio"]) == (0, 0, 1)
     assert first["divergence"] == pytest.approx(0, abs=1e-6)

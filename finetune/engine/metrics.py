@@ -144,14 +144,15 @@ class Metrics:
                 log(f"step {step}/{self.num_steps}  {more} more in {self.samples.path}")
 
     def rollouts(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
-        """Record some completions that the steps after `step` learn from, with their rewards."""
+        """Record some completions that the steps after `step` learn from, with rewards if any."""
         if self.is_main:
             for sample in samples:
                 self.samples.add({"step": step, **sample})
             for sample in samples[:SHOWN_SAMPLES]:
+                reward = f"  reward {sample['reward']:g}" if "reward" in sample else ""
                 log(
                     f"step {step}/{self.num_steps}  rollout  {_line(sample['prompt'])}  ->  "
-                    f"{_line(sample['completion']) or '(nothing)'}  reward {sample['reward']:g}"
+                    f"{_line(sample['completion']) or '(nothing)'}{reward}"
                 )
 
     def sync(self) -> None:
