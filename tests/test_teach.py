@@ -213,7 +213,7 @@ def test_a_server_that_cannot_say_it_is_refused(workshop, teacher, capsys):
     assert "--temperature: a server's" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         teach(workshop, teacher, "--temperature", 0)
-    assert "should be a number above 0, got '0'" in capsys.readouterr().err
+    assert "should be from 0.001 to 100, got '0'" in capsys.readouterr().err
     teach(workshop, teacher, "--key", "NAME", code=2)
     assert "--key: would be ignored" in capsys.readouterr().err
     teach(workshop, workshop.folder / "missing", code=2)

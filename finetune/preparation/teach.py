@@ -18,6 +18,7 @@ does; its own limit of --top is --max-logprobs.
 import argparse
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from typing import Any, Protocol
 
@@ -27,7 +28,7 @@ import torch
 from finetune import config as configs
 from finetune import preflight
 from finetune.config import Config, paths
-from finetune.config.kinds import temperature_argument
+from finetune.config.kinds import TEMPERATURES, temperature_argument
 from finetune.config.objective_fields import Clm, Distill, Sft
 from finetune.data.batches import Batches
 from finetune.data.places import Row
@@ -67,9 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _temperature(text: str) -> float:
-    if not (value := temperature_argument(text)):
-        raise argparse.ArgumentTypeError(f"should be a number above 0, got {text!r}")
-    return value
+    """Parse a temperature that divides logits, so not 0."""
+    with suppress(argparse.ArgumentTypeError):
+        if value := temperature_argument(text):
+            return value
+    least, most = TEMPERATURES
+    raise argparse.ArgumentTypeError(f"should be from {least:g} to {most:g}, got {text!r}")
 
 
 class _Teacher(Protocol):
