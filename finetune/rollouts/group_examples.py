@@ -177,8 +177,8 @@ def require_some(
     if not chosen:
         why = next(filter(None, (each.failed for each in groups)), "no reason")
         raise FinetuneError(
-            f"phase {phase + 1}: every group lacks a reward: {why}; nothing is lost: start the "
-            "same command again, and it asks for the missing rewards"
+            f"phase {phase + 1}: every group lacks a reward: {why}; nothing is lost: mend what "
+            "fails, and start the same command again: it asks for the missing rewards alone"
         )
     if phase:
         return
