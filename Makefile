@@ -36,7 +36,7 @@ quickstart: install
 	  --max-new-tokens 80 --scores exact-match word-accuracy
 	@echo
 	@echo "The tuned model is in runs/quickstart/model. Chat with it:"
-	@echo "  $(BIN)/python -m finetune chat --model runs/quickstart/model --one-turn"
+	@echo "  $(BIN)/python -m finetune chat runs/quickstart --one-turn"
 
 # A minute each after the quickstart: its model made shy of one rule, which DPO brings back from
 # pairs of answers, or GRPO from rewards alone.

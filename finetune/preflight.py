@@ -411,7 +411,15 @@ def _teacher(
 def _attach_taught(part: Any, config: Config, model_config: Any) -> None:
     """Give the examples of sequences what their rows hold of a teacher, if no model is one."""
     objective = config.objective
-    if not isinstance(objective, Distill) or objective.teacher is not None:
+    if not isinstance(objective, Distill):
+        return
+    if objective.teacher is not None:
+        if taught.COLUMN in part.examples.unread:
+            raise ConfigError(
+                f"objective.teacher: rows hold what a teacher said (column {taught.COLUMN}), which "
+                "a model as the teacher would leave unread; set objective.teacher to null, or take "
+                "rows without that column"
+            )
         return
     size = model_config.get_text_config().vocab_size
     found = taught.columns(part.examples, config.data.text_unit, objective.temperature, size)
@@ -422,12 +430,14 @@ def _attach_taught(part: Any, config: Config, model_config: Any) -> None:
 def _template(
     wanted: config_fields.Data, format: str, tokenizer: Any, date: str | None
 ) -> templates.Template:
-    is_given = wanted.template != "auto" or wanted.template_arguments
-    if format == "text" and (is_given or wanted.system_prompt is not None):
-        raise ConfigError(
-            "data.template, data.template_arguments, data.system_prompt: would be ignored: rows of "
-            "text have no turns; remove them"
-        )
+    given = {
+        "data.template": wanted.template != "auto",
+        "data.template_arguments": bool(wanted.template_arguments),
+        "data.system_prompt": wanted.system_prompt is not None,
+    }
+    if format == "text" and any(given.values()):
+        names = ", ".join(name for name, is_given in given.items() if is_given)
+        raise ConfigError(f"{names}: would be ignored: rows of text have no turns; remove it")
     return load_template(
         wanted.template, format, tokenizer.chat_template, tokenizer.special_tokens_map,
         tokenizer.get_added_vocab(), date, wanted.template_arguments,

@@ -394,7 +394,17 @@ def _surprises(config: Config, data: Data) -> Iterator[str]:
             more = "raise train.max_steps and train.epochs"
         if config.data.packing:
             more += ", or set data.packing to false (a pack is one sequence)"
-        yield f"{_counted(num_steps, 'step')} will change the model very little; {more}"
+        yield (
+            f"{_counted(num_steps, 'step')} will change the model very little at usual learning "
+            f"rates; {more}"
+        )
+    dropped, longest = data.train.sequences.examples.num_dropped, config.data.max_length
+    if dropped > data.num_rows / 2:
+        yield (
+            f"{dropped:,} of {data.num_rows:,} rows are dropped, as they are longer than "
+            f"data.max_length: {longest:,} tokens (data.truncation: drop); raise it, or take a "
+            "model that reads more"
+        )
     if forgotten := base.forgotten_losses(data.model_config.to_dict()):
         yield forgotten
     if isinstance(adapter, Lora) and adapter.bias != "none":

@@ -272,6 +272,23 @@ def test_a_zero_adapter_shares_its_base_and_changes_nothing(run, workshop, capsy
     assert "+0.0" in capsys.readouterr().out
 
 
+def test_a_run_that_goes_on_from_an_adapter_is_compared_with_that_adapter(run, workshop):
+    """Not with the model under it, whose distance counts what the adapter had learned before."""
+    base, lora = run.parent / "base" / "model", {"adapter__kind": "lora"}
+    first = workshop.train("first", **pretrained(base), **SIZES, **lora, optimizer__lr=0.3)
+    second = workshop.train(
+        "second", **pretrained(base), **SIZES, **lora, adapter__path=str(first / "model"),
+        optimizer__lr=1e-7, data__eval_fraction=0.2,
+    )  # fmt: skip
+    assert main(["evaluate", str(second), "--max-new-tokens", "9"]) == 0
+    by_model = {}
+    for line in answers_of(second):
+        by_model.setdefault(line["model"], []).append(line["answer"])
+    assert by_model["base"] == by_model["tuned"]
+    assert json.loads((second / "evaluation" / "results.json").read_text())["models"]
+    assert TrainedRun.open(str(second)).base == str(first / "model")
+
+
 def test_processes_without_a_common_folder_are_refused(run, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     model = run / "model"

@@ -168,7 +168,7 @@ def test_columns_beside_the_question_are_named_and_those_that_rate_answers(tmp_p
     path = write_jsonl(tmp_path / "rows.jsonl", [row, row])
     assert len(held_out.read(str(path))) == 2
     assert capsys.readouterr().err == (
-        "note: columns ['input', 'rejected', 'score'] are not asked; slices, --group and scores "
+        "note: columns ['input', 'rejected', 'score'] are not part of a prompt; --group and scores "
         "can use them, and every answer counts as right\n"
     )
     path = write_jsonl(tmp_path / "more.jsonl", [{"question": "q", "answer": "a", "topic": "t"}])

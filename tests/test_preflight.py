@@ -147,6 +147,13 @@ def test_the_rows_of_the_summary_add_up(workshop, capsys):
     assert rows == sum(fates) == 40
     assert f"evaluation  {fates[2]} examples held out\n" in output
     assert f"{fates[3]} trained on -> {fates[3]} examples -> " in line
+    assert "are dropped" not in output
+
+
+def test_most_rows_dropped_is_a_note(workshop, capsys):
+    workshop.check(data__max_length=65, data__truncation="drop", train__max_steps=1)
+    says = "25 of 40 rows are dropped, as they are longer than data.max_length: 65 tokens"
+    assert says in capsys.readouterr().out
 
 
 def test_rows_that_were_split_are_not_called_cut(workshop, capsys):

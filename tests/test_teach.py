@@ -45,6 +45,8 @@ def test_all_tokens_stored_train_as_the_teacher_itself(workshop, teacher):
     stored = workshop.train("stored", **STEPS, data__train=str(rows))
     assert values(stored) == pytest.approx(values(beside), rel=1e-6, abs=1e-7)
     assert values(stored, "grad_norm") == pytest.approx(values(beside, "grad_norm"), rel=1e-4)
+    with pytest.raises(ConfigError, match=r"objective.teacher: rows hold what a teacher said"):
+        workshop.check(**STEPS, data__train=str(rows), objective__teacher=str(teacher))
 
 
 @pytest.mark.proof

@@ -83,7 +83,7 @@ def samples(
     if unread:
         listed = list_columns(sorted(unread))
         rates = ", and every answer counts as right" if _any_rates(tuple(sorted(unread))) else ""
-        note(f"columns {listed} are not asked; slices, --group and scores can use them{rates}")
+        note(f"columns {listed} are not part of a prompt; --group and scores can use them{rates}")
     return made
 
 

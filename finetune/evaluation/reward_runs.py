@@ -133,7 +133,7 @@ def measured(pairs: Sequence[Pair], clusters: Sequence[int]) -> dict[str, Any]:
         "accuracy_by_length": {
             name: float(right[which].mean()) if which.any() else None for name, which in by_length
         },
-        "share_longer": float((longer > 0).mean()),
+        "share_longer": float((longer > 0).mean()) if longer.any() else None,
     }  # fmt: skip
 
 

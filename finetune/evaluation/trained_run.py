@@ -61,8 +61,12 @@ class TrainedRun:
 
     @property
     def base(self) -> str:
-        """Return the folder or Hub id of the model before. Raise RunDirectoryError without one."""
-        name = self.settings["model"].get("path")
+        """Return the folder or Hub id of what the run began with: a model, or an adapter on one.
+
+        Raises RunDirectoryError where there is none.
+        """
+        began = self.settings["adapter"].get("path")
+        name = began or self.settings["model"].get("path")
         if not name:
             raise RunDirectoryError(
                 f"{self.path} began with random weights, so it has no base to compare with; give "
@@ -70,7 +74,8 @@ class TrainedRun:
             )
         if paths.is_local(name) and not os.path.exists(name):
             raise RunDirectoryError(
-                f"{self.path / 'config.yaml'}: model.path: {name}: no such folder in "
+                f"{self.path / 'config.yaml'}: {'adapter' if began else 'model'}.path: {name}: no "
+                "such folder in "
                 f"{os.getcwd()}; give --base with the folder where it is now"
             )
         return str(name)
@@ -78,6 +83,8 @@ class TrainedRun:
     @property
     def revision(self) -> str | None:
         """Return the revision of a base on the Hub that the run began with; None: the newest."""
+        if self.settings["adapter"].get("path"):
+            return None  # an adapter records that of its base
         found = self.settings["model"].get("revision")
         return None if found is None else str(found)
 

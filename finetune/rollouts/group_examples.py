@@ -187,7 +187,8 @@ def require_some(
         raise ConfigError(
             f"objective.rollouts.max_new_tokens: it cut all {len(rollouts)} completions of the "
             "first phase, and objective.rollouts.cut_answers: mask leaves nothing to learn; raise "
-            "it, start from a model that ends its answers, or set cut_answers: learn"
+            "it, start from a model that ends its answers, or set cut_answers: learn, each under "
+            "another run.name"
         )
     if compares and len({_reward(each, settings) for each in rollouts}) == 1:
         example = rollouts[0].text.strip()[:100]
@@ -195,5 +196,5 @@ def require_some(
             f"objective.rewards: all {len(rollouts)} completions of the first phase have the "
             f"reward {rollouts[0].reward:g}, so none is better than another; one is {example!r}; "
             "use a reward that tells them apart, easier prompts, or a larger "
-            "train.global_batch_size"
+            "train.global_batch_size, under another run.name"
         )
