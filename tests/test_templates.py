@@ -958,7 +958,7 @@ def test_qwen3_hides_earlier_thoughts_and_needs_last_turn(real_data):
         "<think>\nso\n</think>",
     )
     whole = conversation("Hi", f"{hm}\n\nHello", "And?", f"{so}\n\nFine")
-    with refuses(r"rows\.jsonl:3: .*data\.loss_on: last_turn"):
+    with refuses(r"rows\.jsonl:3: .*data\.loss_on: each_turn or last_turn"):
         own.segments(whole)
     assert supervised(own, whole, "last_turn") == [f"{so}\n\nFine<|im_end|>"]
 
