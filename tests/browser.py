@@ -36,6 +36,7 @@ def browse_url(url: str, folder: Path, size: str = "1200,800", *options: str) ->
         [
             browser, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={size}",
             f"--user-data-dir={folder / 'browser'}", "--enable-logging=stderr", "--dump-dom",
+            "--virtual-time-budget=2000",  # so that promises end before the page is dumped
             *options, url,
         ],
         capture_output=True, text=True, timeout=120, check=True,
