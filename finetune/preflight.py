@@ -130,19 +130,8 @@ def prepare(
     kernel = _attention(config, model_config, topology)
     teaches = _teacher(config, model_config, tokenizer, kernel, topology)
     start = companion.start_of(config, objective)
-    options = _options(config, wanted, objective, model_config)
-    if config.rollouts and not options.is_own:
-        options = replace(options, format=format)
-    template = _template(wanted, "text" if options.framed else format, tokenizer, date)
-    template = replace(template, advice=options.advice)
-    if objective.has_turns:
-        template = tokens.with_bos(template, tokenizer)
-    start_id = load.decoder_start(model_config, config.model, tokenizer)
-    view = objective.view(config.objective, Encoding(tokenizer, config.run.seed, start_id))
-    if wanted.streaming:  # a shard may not show the format
-        options = _for_shards(options, sources, format)
+    reader = _reader(config, objective, sources, format, model_config, tokenizer, date)
     early = topology.is_first_of_node if may_start_early and _starts_early(config) else None
-    reader = sequences.Reader(config, sources, template, tokenizer, options, view)
     found = reader.streamed(early) if wanted.streaming else reader.in_memory()
     train, evals, known, num_rows = found
     # Not `if part`: the length of a stream is known when its last shard is made.
@@ -152,7 +141,8 @@ def prepare(
     families.set_labels(model_config, train.examples.labels)
     if families.of(config) == families.SCORES:
         _part_padding(model_config, tokenizer, [part.examples for part in both])
-    template = _with_example(template, config, objective, train, sources, options)
+    options = reader.options
+    template = _with_example(reader.template, config, objective, train, sources, options)
     plays = config.rollouts and config.rollouts.environment
     turns = Turns(template, tokenizer, wanted.special_tokens_in_text) if plays else None
     _rehearse_export(config, topology, tokenizer, model_config, template)
@@ -177,6 +167,26 @@ def prepare(
         sources, known, identity, format, num_rows, options, _columns(wanted, sources, format),
         teaches, start, rewards, turns,
     )  # fmt: skip
+
+
+def _reader(
+    config: Config, objective: Objective, sources: Sources, format: str, model_config: Any,
+    tokenizer: Any, date: str | None,
+) -> sequences.Reader:  # fmt: skip
+    """Return what makes tokens of the rows: options, template and view of the objective."""
+    wanted = _in_format(config)
+    options = _options(config, wanted, objective, model_config)
+    if config.rollouts and not options.is_own:
+        options = replace(options, format=format)
+    template = _template(wanted, "text" if options.framed else format, tokenizer, date)
+    template = replace(template, advice=options.advice)
+    if objective.has_turns:
+        template = tokens.with_bos(template, tokenizer)
+    start_id = load.decoder_start(model_config, config.model, tokenizer)
+    view = objective.view(config.objective, Encoding(tokenizer, config.run.seed, start_id))
+    if wanted.streaming:  # a shard may not show the format
+        options = _for_shards(options, sources, format)
+    return sequences.Reader(config, sources, template, tokenizer, options, view)
 
 
 def _with_example(
