@@ -51,6 +51,11 @@ def short(value: Any, most: int = 80) -> str:
     return printable(f"{text[:most]}..." if len(text) > most else text)
 
 
+def counted(number: int, noun: str) -> str:
+    """Return "1 row is", "2 rows are"."""
+    return f"1 {noun} is" if number == 1 else f"{number:,} {noun}s are"
+
+
 def list_columns(columns: Any, most: int = 20) -> str:
     """List columns for an error message."""
     listed = list(columns)

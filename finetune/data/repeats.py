@@ -10,6 +10,7 @@ from finetune.data import spans
 from finetune.data.conversations import Sample
 from finetune.data.examples import Examples
 from finetune.data.overlap import Overlap, Text
+from finetune.data.places import counted
 from finetune.data.problems import Problems
 from finetune.data.tokenised import Options
 
@@ -31,14 +32,14 @@ def notes(train: Examples) -> Iterator[str]:
     if twice:
         one, other = twice[0]
         yield (
-            f"{_counted(len(twice), 'example')} the same as an earlier one, such as "
+            f"{counted(len(twice), 'example')} the same as an earlier one, such as "
             f"{train.place(other)} and {train.place(one)}; finetune data dedup removes such rows"
         )
     answers = _answers(train)
     if several := [list(each.values()) for each in answers.values() if len(each) > 1]:
         one, other = several[0][:2]
         yield (
-            f"{_counted(len(several), 'prompt')} followed by different answers, such as in "
+            f"{counted(len(several), 'prompt')} followed by different answers, such as in "
             f"{train.place(one)} and {train.place(other)}: the model cannot learn which to give"
         )
 
@@ -113,7 +114,7 @@ def overlap_notes(
     one, other = found[0]
     of = "" if compared < MOST_COMPARED else f" of the first {compared:,}"
     yield (
-        f"{_counted(len(found), 'training row')} too much like evaluation rows{of}, such as {one} "
+        f"{counted(len(found), 'training row')} too much like evaluation rows{of}, such as {one} "
         f"and {other}: the evaluation may measure memorisation; finetune data decontaminate "
         "removes such rows"
     )
@@ -149,7 +150,3 @@ def _text(sample: Sample) -> Text:
             is_answer = message.supervised and message.role != "text"
             (answered if is_answer else asked).extend([message.content, message.context])
     return "\n".join(filter(None, asked)), "\n".join(filter(None, answered))
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"1 {noun} is" if number == 1 else f"{number:,} {noun}s are"

@@ -205,6 +205,12 @@ def commit_of(name: str, revision: str | None = None) -> str | None:
     return found
 
 
+def weights_in(folder: Path) -> list[tuple[str, int, int]]:
+    """Return names, sizes and times of the weights in a folder: they change with training."""
+    found = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in found]
+
+
 def load_chat_tokenizer(path: str, trust_remote_code: bool) -> Any:
     """Return the same as `load_tokenizer`.
 

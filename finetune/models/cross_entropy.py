@@ -69,7 +69,7 @@ class _ThroughMatrix(torch.autograd.Function):
         smoothing: float, most_bytes: int,
     ) -> torch.Tensor:  # fmt: skip
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        dtype = _arithmetic(hidden)
+        dtype = arithmetic(hidden)
         states_SH, matrix_VH = hidden.to(dtype), weight.to(dtype)
         shift_V = None if bias is None else bias.to(dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -145,7 +145,8 @@ def chunks(num_rows: int, row_bytes: int, most_bytes: int) -> list[slice]:
     return [slice(start, min(start + rows, num_rows)) for start in range(0, max(num_rows, 1), rows)]
 
 
-def _arithmetic(states: torch.Tensor) -> torch.dtype:
+def arithmetic(states: torch.Tensor) -> torch.dtype:
+    """Return in which dtype these states are multiplied: autocast's, else their own."""
     kind = states.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from finetune import kernels
+from finetune.models.cross_entropy import arithmetic
 
 
 def install(model: nn.Module) -> None:
@@ -31,7 +32,7 @@ def _forward(layer: Any, states: torch.Tensor, *arguments: Any, **keywords: Any)
     peft = type(layer).forward
     if arguments or keywords or torch.compiler.is_compiling() or not on_gpu(states):
         return peft(layer, states, *arguments, **keywords)
-    dtype = _arithmetic(states)
+    dtype = arithmetic(states)
     if not fits(layer, dtype):
         return peft(layer, states)
     name = layer.active_adapters[0]
@@ -45,11 +46,6 @@ def _forward(layer: Any, states: torch.Tensor, *arguments: Any, **keywords: Any)
 
 def on_gpu(states: torch.Tensor) -> bool:
     return states.is_cuda
-
-
-def _arithmetic(states: torch.Tensor) -> torch.dtype:
-    kind = states.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
 
 
 def fits(layer: Any, dtype: torch.dtype) -> bool:

@@ -12,14 +12,8 @@ from finetune.config.base import require_model
 from finetune.data.conversations import Message
 from finetune.endpoint import Reply, Request
 from finetune.errors import ModelError
-from finetune.export.load import load, load_tokenizer
+from finetune.export.load import commit_of, load, load_tokenizer, weights_in
 from finetune.generation import generate
-
-
-def _weights(folder: Path) -> list[tuple[str, int, int]]:
-    """Return names, sizes and times of the weights in a folder: they change with training."""
-    found = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in found]
 
 
 class LocalModel:
@@ -28,9 +22,12 @@ class LocalModel:
     def __init__(self, path: str, batch_size: int, trust_remote_code: bool) -> None:
         require_model(path, "--model")
         self._path, self._batch_size = path, batch_size
-        self.identity = f"{path} {_weights(Path(path))}"
-        self._tokenizer = load_tokenizer(path, trust_remote_code)
-        self._load: Callable[[], Any] = lambda: load(path, trust_remote_code=trust_remote_code)
+        commit = commit_of(path)
+        self.identity = f"{path} {commit or weights_in(Path(path))}"
+        self._tokenizer = load_tokenizer(path, trust_remote_code, commit)
+        self._load: Callable[[], Any] = lambda: load(
+            path, trust_remote_code=trust_remote_code, revision=commit
+        )
         self._model: Any = None
         self._waiting: list[tuple[Request, Callable[[Reply], None], Future[Reply]]] = []
 

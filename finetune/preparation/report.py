@@ -19,7 +19,7 @@ import numpy as np
 from finetune import failures, files
 from finetune.config import paths
 from finetune.data.overlap import Overlap
-from finetune.data.places import Place
+from finetune.data.places import Place, counted
 from finetune.errors import DataError, UserError
 from finetune.preparation import card, croissant, survey, texts
 from finetune.preparation import frame as frames
@@ -213,7 +213,7 @@ class _Report:
         }  # fmt: skip
         if over:
             self.advice.append(
-                f"{_counted(over, 'row')} longer than data.max_length {tokens.max_length} tokens; "
+                f"{counted(over, 'row')} longer than data.max_length {tokens.max_length} tokens; "
                 f"with {advised} there would be {tokens.cut(advised)[0]:,}. Raise it, or set "
                 "data.truncation."
             )
@@ -258,7 +258,7 @@ class _Report:
         }  # fmt: skip
         if near:
             self.advice.append(
-                f"{_counted(near, 'row')} the same as, or nearly the same as, a row before: "
+                f"{counted(near, 'row')} the same as, or nearly the same as, a row before: "
                 "finetune data dedup removes such rows."
             )
         blocks: list[Block] = [
@@ -305,7 +305,7 @@ class _Report:
         ]
         if matches:
             self.advice.append(
-                f"{_counted(len(matches), 'row')} too much like evaluation rows: finetune data "
+                f"{counted(len(matches), 'row')} too much like evaluation rows: finetune data "
                 "decontaminate removes such rows."
             )
             blocks.append(Table(["rule", "rows"], list(self.numbers["overlaps"].items())))
@@ -380,10 +380,6 @@ class _Report:
         rows = [(pattern, count, f"{count / len(self._found):.1%}") for pattern, count in counts]
         self.numbers["patterns"] = dict(counts)
         return Section("Roles and turns", [Table(["roles, or columns", "rows", "share"], rows)])
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"1 {noun} is" if number == 1 else f"{number:,} {noun}s are"
 
 
 def _size(source: str) -> int | str:

@@ -14,7 +14,7 @@ from finetune.data.conversations import Message
 from finetune.data.tokens import encode_prompt
 from finetune.errors import ModelError
 from finetune.evaluation.judges.weights import Note, Question, Weights
-from finetune.export.load import commit_of, load, load_tokenizer
+from finetune.export.load import commit_of, load, load_tokenizer, weights_in
 from finetune.generation import generate
 from finetune.models import families
 
@@ -30,7 +30,7 @@ class LocalJudge:
         require_model(path, option)
         self.name = Path(path).parent.name if Path(path).name == "model" else Path(path).name
         commit = commit_of(path)
-        self.identity = f"{path} {commit or _weights_of(Path(path))}"
+        self.identity = f"{path} {commit or weights_in(Path(path))}"
         self._tokenizer = load_tokenizer(path, trust_remote_code, commit)
         if not self._tokenizer.chat_template:
             what = f"{option}: {path}: its tokenizer has no chat template"
@@ -109,12 +109,6 @@ class LocalJudge:
                 number for number in near if self._tokenizer.decode([number]).strip() == option
             ]
         return self._spellings[option]
-
-
-def _weights_of(folder: Path) -> list[tuple[str, int, int]]:
-    """Return names, sizes and times of the weights in a folder: they change with training."""
-    found = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in found]
 
 
 def _batches(asked: list[Any]) -> list[list[Any]]:
